@@ -1,0 +1,30 @@
+# The two commands: `make demo` (set-up where missing, then the main job) and `make test` (the same set-up, then the tests).
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench soak clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: ## install what is missing: apt packages, virtual environment, guestd and keeper, kernel, base image
+	@tools/setup.sh
+
+demo: setup ## the main job: an agent that goes to lunch and comes back
+	@$(VENV)/bin/recess demo $(DEMO_ARGS)
+
+check: ## the gate: format, lint, types, import contracts, unit and tidy tests
+	@tools/check.sh
+
+test: setup ## all tests, real machines included
+	@tools/test.sh
+
+bench: setup ## the figures, each beside the bare QEMU equivalent of the same run
+	@$(PY) -m benchmarks.run
+
+soak: setup ## the long run on real machines
+	@tools/soak.sh
+
+clean: ## remove what was built here (not the home of your machines)
+	rm -rf $(VENV) build dist guest/target src/recess/_bin .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""In-guest SDK of Recess: standard library only, knows nothing of the host package."""

@@ -1,0 +1,1 @@
+"""Room `blobs` (see docs/architecture.md)."""

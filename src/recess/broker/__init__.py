@@ -1,0 +1,1 @@
+"""Room `broker` (see docs/architecture.md)."""

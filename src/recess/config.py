@@ -1,0 +1,139 @@
+"""The only reader of the environment and of configuration files; everybody else gets a frozen `Config`.
+
+Precedence: explicit argument, environment, `$RECESS_HOME/config.toml`, default. Unknown keys in the file are an error.
+
+Files below the home (all private to the user, mode 0700):
+    recess.db            SQLite: log, catalog            blobs/     layers, page maps, manifests, log blobs
+    images/              roots, kernels, initrds         machines/  one folder a machine: writable disk, console
+    server.log  server.lock  server.sock -> run_dir      logs/
+Files below the run directory (shared memory, gone after a host reboot, rebuildable): template RAM caches, sockets,
+journals of running VMMs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from recess.errors import BadInput
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where things are and how the node behaves. Durations in seconds, sizes in bytes."""
+
+    home: Path
+    run_dir: Path
+    url: str = ""  # empty: the local server's unix socket
+    token: str = ""
+    driver: str = "auto"
+    qemu_bin: str = ""  # empty: qemu-system-x86_64 from PATH
+    accelerator: str = "auto"  # auto | kvm | tcg
+    bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
+    agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
+    idle_timeout_s: float = 30.0
+    lease_s: float = 15.0
+    zstd_level: int = 1
+    frame_bytes: int = 65536
+    json_logs: bool = False
+    no_color: bool = False
+    crash_point: str = ""  # tests only: the named point at which this process kills itself
+
+    @property
+    def database_path(self) -> Path:
+        """The SQLite file."""
+        return self.home / "recess.db"
+
+    @property
+    def blobs_dir(self) -> Path:
+        """The local blob store's folder."""
+        return self.home / "blobs"
+
+    @property
+    def images_dir(self) -> Path:
+        """Roots, kernels and initrds."""
+        return self.home / "images"
+
+    @property
+    def machines_dir(self) -> Path:
+        """One folder a machine: its writable disk and console log."""
+        return self.home / "machines"
+
+    @property
+    def socket_path(self) -> Path:
+        """The local server's unix socket (short: a unix path holds 107 bytes)."""
+        return self.run_dir / "server.sock"
+
+
+_ENV = {
+    "url": "RECESS_URL",
+    "token": "RECESS_TOKEN",
+    "driver": "RECESS_DRIVER",
+    "qemu_bin": "RECESS_QEMU_BIN",
+    "accelerator": "RECESS_ACCELERATOR",
+    "bin_dir": "RECESS_BIN_DIR",
+    "agent_dir": "RECESS_AGENT_DIR",
+    "idle_timeout_s": "RECESS_IDLE_TIMEOUT_S",
+    "lease_s": "RECESS_LEASE_S",
+    "zstd_level": "RECESS_ZSTD_LEVEL",
+    "crash_point": "RECESS_CRASH_POINT",
+    "run_dir": "RECESS_RUN_DIR",
+}
+
+
+def _default_home(env: Mapping[str, str]) -> Path:
+    if env.get("RECESS_HOME"):
+        return Path(env["RECESS_HOME"]).expanduser().absolute()
+    data = env.get("XDG_DATA_HOME") or str(Path(env.get("HOME", "/root")) / ".local" / "share")
+    return Path(data) / "recess"
+
+
+def _default_run_dir(home: Path) -> Path:
+    tag = hashlib.blake2b(str(home).encode(), digest_size=4).hexdigest()
+    base = Path("/dev/shm")
+    if not (base.is_dir() and os.access(base, os.W_OK)):
+        base = Path("/tmp")
+    return base / f"recess-{os.getuid()}-{tag}"
+
+
+def _coerce(name: str, kind: str, value: object) -> object:
+    try:
+        if kind == "Path":
+            return Path(str(value)).expanduser().absolute()
+        if kind == "float":
+            return float(str(value))
+        if kind == "int":
+            return int(str(value))
+        if kind == "bool":
+            return str(value).lower() in ("1", "true", "yes", "on")
+    except ValueError as exc:
+        raise BadInput(f"configuration: {name} is not a {kind}: {value!r}") from exc
+    return str(value)
+
+
+def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Config:
+    """Return the effective configuration. Raises BadInput for an unknown key or a value of the wrong type."""
+    environ = os.environ if env is None else env
+    home = Path(str(overrides.pop("home"))).absolute() if "home" in overrides else _default_home(environ)
+    config = Config(home=home, run_dir=_default_run_dir(home), no_color=bool(environ.get("NO_COLOR")))
+    kinds = {f.name: str(f.type) for f in fields(Config)}
+    values: dict[str, object] = {}
+    file = home / "config.toml"
+    if file.is_file():
+        try:
+            values.update(tomllib.loads(file.read_text()))
+        except tomllib.TOMLDecodeError as exc:
+            raise BadInput(f"configuration: {file}: {exc}") from exc
+    values.update({name: environ[var] for name, var in _ENV.items() if environ.get(var)})
+    values.update(overrides)
+    unknown = sorted(set(values) - set(kinds) - {"home"})
+    if unknown:
+        raise BadInput(f"configuration: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(kinds))}")
+    coerced = {name: _coerce(name, kinds[name], value) for name, value in values.items()}
+    return replace(config, **coerced)  # type: ignore[arg-type]

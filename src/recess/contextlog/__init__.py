@@ -1,0 +1,1 @@
+"""Room `contextlog` (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room `db` (see docs/architecture.md)."""

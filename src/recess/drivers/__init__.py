@@ -1,0 +1,1 @@
+"""Room `drivers` (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room `frames` (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room `guestlink` (see docs/architecture.md)."""

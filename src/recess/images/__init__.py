@@ -1,0 +1,1 @@
+"""Room `images` (see docs/architecture.md)."""

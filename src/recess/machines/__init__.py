@@ -1,0 +1,1 @@
+"""Room `machines` (see docs/architecture.md)."""

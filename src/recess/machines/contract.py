@@ -1,0 +1,232 @@
+"""The driver contract: what a VMM driver does for one machine, and the plain data that crosses that line.
+
+A driver knows how to run a VMM. It must never know of sessions, the context log, names, databases, blob stores or
+compression: it hands out raw pages and takes raw pages. Everything here is asyncio; a call may be cancelled between
+awaits, and after a cancelled or failed call `kill` must still succeed. Every method may raise `DriverFailed`.
+
+Memory is an array of 4 KiB pages by guest RAM offset; a disk is an array of 4 KiB blocks by disk offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from recess.guestlink.link import GuestLink
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a driver can do, as data. Asking for what is False raises `Unsupported`."""
+
+    snapshot: bool
+    fork: bool
+    live_snapshot: bool  # the machine goes on after a capture
+    lazy_memory: bool = False
+    dirty_tracking: bool = False  # exact changes since the last capture; else changes against the template
+    network_full: bool = False
+    own_kernel: bool = True
+    isolation: str = "vm"  # vm | sandbox | none
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """Immutable, content-addressed files a machine starts from. Hashes are BLAKE3-256 hex of the file."""
+
+    kernel: Path
+    kernel_hash: str
+    initrd: Path
+    initrd_hash: str
+    root: Path  # read-only erofs, uncompressed, page-aligned
+    root_hash: str
+    cmdline_extra: str = ""
+
+
+@dataclass(frozen=True)
+class VmSpec:
+    """The size and the parts of one VM, all that a driver needs to start it."""
+
+    memory_bytes: int
+    cpus: int
+    disk_bytes: int  # size of the writable disk
+    boot: BootFiles
+    network: str = "broker"  # broker | none | full
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that must match for a memory snapshot to be restorable; goes into the manifest as it is."""
+
+    driver: str
+    driver_version: str
+    accelerator: str
+    cpu_model: str
+    cpu_flags: tuple[str, ...]
+    machine_type: str
+    kernel_hash: str
+
+
+@dataclass(frozen=True)
+class TemplateRef:
+    """A template as a driver sees it: files on this node that forks start from.
+
+    `ram` is a sparse file in shared memory, mapped privately by every fork. `disk` is a sparse file that each
+    fork copies extent by extent. `vmstate` is the device state at the template's capture.
+    """
+
+    id: str
+    ram: Path
+    disk: Path
+    vmstate: Path
+
+
+@dataclass(frozen=True)
+class PageSet:
+    """Pages of one part: `indices` (uint32 little-endian page numbers, ascending) in `data` (4096 bytes each).
+
+    Both are buffers (bytes, memoryview, mmap); the owner keeps them valid until `close` of the capture.
+    """
+
+    indices: memoryview
+    data: memoryview
+
+    @property
+    def count(self) -> int:
+        """How many pages."""
+        return self.indices.nbytes // 4
+
+
+@dataclass
+class Capture:
+    """The raw material of one snapshot, all of one instant.
+
+    `memory` holds every page that may differ from `base` ("template": private pages against the template; "boot":
+    every non-zero page of a machine without a template). `disk` likewise, against the template's disk or zeros.
+    `vmstate` is opaque. `standstill_s` is pause to unpause as the driver saw it (0.0 if it was left paused).
+    """
+
+    memory: PageSet
+    disk: PageSet
+    vmstate: bytes
+    base: str
+    fingerprint: Fingerprint
+    standstill_s: float
+    memory_pages_total: int
+    disk_blocks_total: int
+    timings_s: dict[str, float] = field(default_factory=dict)
+    resources: list[Any] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Release buffers and temporary files. May be called twice."""
+        while self.resources:
+            self.resources.pop().close()
+
+
+@dataclass(frozen=True)
+class RestoreParts:
+    """What a driver needs to bring a machine back over its template (or over zeros when `template` is None)."""
+
+    template: TemplateRef | None
+    memory: PageSet
+    disk: PageSet
+    vmstate: bytes
+
+
+@dataclass(frozen=True)
+class VmStats:
+    """Numbers of one running VM. `pss_bytes` counts all its processes, keeper included."""
+
+    pss_bytes: int
+    cpu_s: float
+    private_bytes: int
+
+
+class Vm(Protocol):
+    """One VM, from start to `kill`. Its id is the machine id."""
+
+    id: str
+
+    @property
+    def link(self) -> GuestLink:
+        """The guest channel. Connected when `boot` or `restore` returns (but not yet thawed)."""
+        ...
+
+    async def pause(self) -> None:
+        """Stop the vCPUs, keep the memory. A paused VM may be paused again."""
+        ...
+
+    async def unpause(self) -> None:
+        """Let the vCPUs run. A running VM may be unpaused again."""
+        ...
+
+    async def capture(self, *, resume: bool) -> Capture:
+        """Take memory, disk and device state of one instant; compression is not the driver's business.
+
+        The VM may be running or paused. `resume=True` lets it run again as early as possible (the disk is finished
+        by copy-before-write); False leaves it paused. On any error the VM runs again if it ran before, and nothing
+        half-made is left. Raises OutOfSpace, DriverFailed, Unsupported.
+        """
+        ...
+
+    async def export_template(self, directory: Path) -> TemplateRef:
+        """End this VM and leave its memory, disk and device state in `directory` as a template's files.
+
+        Only for a VM booted with `boot(..., for_template=True)`.
+        """
+        ...
+
+    async def kill(self) -> None:
+        """End the VM and everything that belongs to it: processes, sockets, files. Never fails; may be called twice."""
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return when the VM's process is gone, with the reason in one line."""
+        ...
+
+    async def set_deadline(self, seconds: float | None) -> None:
+        """The keeper kills the VM this many seconds from now by its own monotonic clock, unless it is set again."""
+        ...
+
+    def console_tail(self, limit: int = 65536) -> bytes:
+        """Return the last bytes of the serial console."""
+        ...
+
+    async def stats(self) -> VmStats:
+        """Return current numbers."""
+        ...
+
+
+class Driver(Protocol):
+    """A way to run VMs. `name` is what `--driver` takes; `capabilities` is data, asked before use."""
+
+    name: str
+    capabilities: Capabilities
+
+    async def probe(self) -> Mapping[str, Any]:
+        """Check that the tools are there and say versions and accelerator. Raises MissingTool with a hint."""
+        ...
+
+    async def fingerprint(self, spec: VmSpec) -> Fingerprint:
+        """Return what a snapshot taken of this spec here would carry."""
+        ...
+
+    async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> Vm:
+        """Cold-boot; returns when guestd has said hello. `directory` is the machine's own (disk, console)."""
+        ...
+
+    async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> Vm:
+        """Bring a VM back, vCPUs running, workload still frozen by guestd; the caller does the thaw over the link.
+
+        A fork of a template is a restore with empty page sets and the template's vmstate.
+        """
+        ...
+
+    async def adopt(self, vm_id: str, directory: Path) -> Vm | None:
+        """Take over a VM that an earlier server started; None if it is gone (its leftovers are then removed)."""
+        ...
+
+    def list_leftovers(self) -> Sequence[str]:
+        """Return the ids of VMs of this run directory that some server started and nobody has killed yet."""
+        ...

@@ -1,0 +1,169 @@
+"""Machines as users and sessions see them: named, with a state, made from images, put away and brought back.
+
+This module holds the interface and the plain records; `recess.machines.manager` implements it over a driver, the
+snapshot store, the images and the catalog. It must never know of the context log: a log position is a number here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from recess.guestlink.link import GuestLink, IncomingHandler
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What a user asks for. Sizes in bytes. `argv` is the main process (empty: none, the machine just runs)."""
+
+    image: str = "base"
+    memory_bytes: int = 512 << 20
+    cpus: int = 1
+    disk_bytes: int = 4 << 30
+    argv: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str = "/root"
+    user: str = "root"
+    tty: bool = False
+    network: str = "broker"
+    allow: tuple[str, ...] = ()  # broker policy: host, *.domain, cidr, host:port
+    routes: Mapping[str, str] = field(default_factory=dict)  # route name -> upstream base URL (secret joined by name)
+    ports: tuple[tuple[str, int, int], ...] = ()  # (host ip, host port, guest port)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MachineRow:
+    """A machine. `state`: creating | running | paused | suspended | exited | dead (see machines.states)."""
+
+    id: str
+    name: str
+    state: str
+    spec: MachineSpec
+    driver: str
+    template: str
+    snapshot: str  # newest own snapshot, "" if none
+    session: str
+    created: float
+    exit_code: int | None
+    status: str  # one line for people: why it is dead, how it resumed
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SnapshotRow:
+    """A stored snapshot with its figures; `id` is the manifest's hash with prefix `snp_`."""
+
+    id: str
+    name: str
+    machine: str
+    session: str
+    log_position: int
+    epoch: int
+    why: str
+    created: float
+    template: str
+    parent: str
+    figures: Mapping[str, Any]  # standstill_s (host), freezer_s, durable_s, new_bytes, pages_*, timings_s
+
+
+@dataclass(frozen=True)
+class ResumeReport:
+    """How a machine came back: the rung of the ladder, why this one, and what it took (seconds, bytes)."""
+
+    rung: int  # 1 warm, 2 local snapshot, 3 remote snapshot, 4 disk only, 5 fresh
+    why: str
+    seconds: float
+    snapshot: str = ""
+    log_position: int = 0
+    bytes_read: int = 0
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+
+
+class Machines(Protocol):
+    """The service. Refs are ids, names or unambiguous id prefixes. Raises NotFound, NameInUse, IllegalState, ..."""
+
+    async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
+        """Fork the image's template (made and announced on first use); returns a thawed, running machine."""
+        ...
+
+    async def get(self, ref: str) -> MachineRow:
+        """Return one."""
+        ...
+
+    async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
+        """Return those that run (or all), newest first."""
+        ...
+
+    async def link(self, machine_id: str) -> GuestLink:
+        """Return the connected guest link of a running machine; IllegalState otherwise."""
+        ...
+
+    async def pause(self, ref: str) -> None:
+        """Freeze the workload, then stop the vCPUs (a session's parked state)."""
+        ...
+
+    async def unpause(self, ref: str) -> None:
+        """Let a paused machine run again."""
+        ...
+
+    async def snapshot(
+        self,
+        ref: str,
+        *,
+        name: str = "",
+        why: str = "manual",
+        log_position: int = 0,
+        epoch: int = 0,
+        resume: bool = True,
+    ) -> SnapshotRow:
+        """Take and store a snapshot. `resume=False` leaves the machine paused (then `evict` or `unpause`)."""
+        ...  # fmt: skip
+
+    async def evict(self, ref: str, *, snapshot: str) -> None:
+        """End the VM of a paused machine whose snapshot is stored: state suspended, memory given back."""
+        ...
+
+    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+        """Snapshot and evict: put away under its identity."""
+        ...
+
+    async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
+        """Bring back a paused (rung 1) or suspended machine (rung 2), same id and name."""
+        ...
+
+    async def restore(
+        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+    ) -> tuple[MachineRow, ResumeReport]:
+        """Make a new machine from a snapshot (id, name or prefix). Raises Incompatible with reasons. With
+        `machine_id`, bring that dead or suspended machine back from this snapshot under its own identity."""
+        ...
+
+    async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
+        """Snapshot a running machine once and restore it `count` times; the parent goes on. New identity each."""
+        ...
+
+    async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
+        """SIGTERM the main process, wait, then end the VM (state exited)."""
+        ...
+
+    async def kill(self, ref: str, *, why: str) -> None:
+        """End the VM at once; state dead, with `why`. A dead machine may be killed again."""
+        ...
+
+    async def remove(self, ref: str, *, force: bool = False) -> None:
+        """Forget a machine that does not run (or kill it first): its disk and row; snapshots stay."""
+        ...
+
+    async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
+        """The keeper kills the VM unless this is called again in time."""
+        ...
+
+    async def wait_dead(self, machine_id: str) -> str:
+        """Return the reason when the VM is gone."""
+        ...
+
+    def set_incoming(self, machine_id: str, service: str, handler: IncomingHandler | None) -> None:
+        """Route streams the guest opens for this service ("session", "proxy") to a handler; survives link renewals."""
+        ...

@@ -1,0 +1,1 @@
+"""Room `sdk` (see docs/architecture.md)."""

@@ -1,0 +1,1 @@
+"""Room `sessions` (see docs/architecture.md)."""

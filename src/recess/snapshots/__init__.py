@@ -1,0 +1,1 @@
+"""Room `snapshots` (see docs/architecture.md)."""

@@ -1,0 +1,149 @@
+"""What goes into and comes out of the snapshot store (formats: docs/internals/snapshot-format.md).
+
+The store turns raw pages into layers, page maps and a manifest, and back. It must never know of VMMs, guests,
+sessions or names: a driver's fingerprint, a machine spec and provenance are opaque JSON to it, and so is the log
+position. Everything here is synchronous and CPU- or disk-bound: async callers use a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+PageIndices = NDArray[np.uint32]  # ascending page numbers
+PageData = NDArray[np.uint8]  # shape (n, 4096), C-contiguous
+
+
+@dataclass(frozen=True)
+class RawPart:
+    """Pages of one part as captured: those that may differ from the template (or from zeros without one)."""
+
+    name: str  # "memory", "disk0"
+    pages_total: int
+    indices: PageIndices
+    data: PageData
+
+
+@dataclass(frozen=True)
+class SnapshotMeta:
+    """What a manifest records besides the parts. All JSON data; sizes in bytes, times in wall seconds."""
+
+    fingerprint: Mapping[str, Any]
+    spec: Mapping[str, Any]
+    log_position: int = 0
+    epoch: int = 0
+    session: str = ""
+    machine: str = ""
+    why: str = "manual"  # manual | idle | fork | turn | template | stop
+    origin: Mapping[str, Any] = field(default_factory=dict)  # who forked from whom
+    forkable: bool = True  # False: guestd did not answer before the pause
+    created: float = 0.0
+
+
+class PageSource(Protocol):
+    """A content-addressed file of 4 KiB blocks that every node has or can fetch (root image, kernel)."""
+
+    @property
+    def source_hash(self) -> str:
+        """BLAKE3-256 hex of the whole file."""
+        ...
+
+    def lookup_many(self, pages: PageData) -> NDArray[np.int64]:
+        """Return, per page, the number of a block with equal bytes (compared, not only hashed), or -1."""
+        ...
+
+    def read_block(self, block: int) -> memoryview:
+        """Return 4096 bytes; raises Corrupt if out of range."""
+        ...
+
+
+class TemplatePages(Protocol):
+    """The pages of a template's part, in memory or in a mapped file."""
+
+    @property
+    def template_id(self) -> str:
+        """The template's manifest id."""
+        ...
+
+    def part(self, name: str) -> PageData:
+        """Return all pages of the part as a read-only (pages_total, 4096) array backed by a mapping."""
+        ...
+
+
+@dataclass(frozen=True)
+class WriteReport:
+    """What one snapshot cost. `new_bytes`: bytes this snapshot added to the store, all blobs counted."""
+
+    snapshot_id: str
+    new_bytes: int
+    pages_new: int
+    pages_shared: Mapping[str, int]  # source -> pages: zero, template, image, kernel, parent
+    timings_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """Pages of one part that differ from the template's (or from zeros), ready to inject."""
+
+    indices: PageIndices
+    data: PageData
+
+
+class SnapshotStore(Protocol):
+    """Manifests, page maps and layers over a blob store. Raises Corrupt, NotFound, OutOfSpace, HasDependents."""
+
+    def write(
+        self,
+        parts: list[RawPart],
+        vmstate: bytes,
+        meta: SnapshotMeta,
+        *,
+        template: TemplatePages | None = None,
+        parent_id: str = "",
+        sources: list[PageSource] | None = None,
+    ) -> WriteReport:
+        """Store one snapshot; durable when it returns (manifest fsynced last). On any error nothing is visible."""
+        ...
+
+    def manifest(self, snapshot_id: str) -> Mapping[str, Any]:
+        """Return the verified manifest as JSON data."""
+        ...
+
+    def overlay(
+        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
+    ) -> Overlay:
+        """Return the pages to put over the template; every frame's hash is verified on the way."""
+        ...
+
+    def vmstate(self, snapshot_id: str) -> bytes:
+        """Return the verified device state."""
+        ...
+
+    def materialise(
+        self,
+        snapshot_id: str,
+        part: str,
+        target: Path,
+        *,
+        template: TemplatePages | None = None,
+        sources: list[PageSource] | None = None,
+    ) -> None:
+        """Write the whole part to a sparse file (temp name and rename), byte for byte what was captured."""
+        ...  # fmt: skip
+
+    def verify(self, snapshot_id: str) -> Mapping[str, Any]:
+        """Re-hash everything reachable; raises Corrupt naming the blob."""
+        ...
+
+    def dependents(self, snapshot_id: str, all_ids: list[str]) -> list[str]:
+        """Return the snapshots among `all_ids` that reference layers or the template made by this one."""
+        ...
+
+    def collect(self, live_ids: list[str], *, grace_s: float, now: float) -> Mapping[str, int]:
+        """Mark from the live manifests and sweep older unreferenced blobs; returns counts and bytes freed."""
+        ...
