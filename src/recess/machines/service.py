@@ -26,6 +26,8 @@ class MachineSpec:
     cwd: str = "/root"
     user: str = "root"
     tty: bool = False
+    stdin: bool = False  # keep the main process's stdin open for an attached client
+    remove_on_exit: bool = False  # docker's --rm: forget the machine when its main process has ended
     network: str = "broker"
     allow: tuple[str, ...] = ()  # broker policy: host, *.domain, cidr, host:port
     routes: Mapping[str, str] = field(default_factory=dict)  # route name -> upstream base URL (secret joined by name)
