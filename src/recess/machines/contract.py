@@ -16,6 +16,13 @@ from typing import Any, Protocol
 
 from recess.guestlink.link import GuestLink
 
+DISK_NAME = "disk.raw"
+"""The writable disk's file in a machine's directory. The caller of `boot` puts a formatted one there (ext4, exactly
+`spec.disk_bytes`, sparse); `restore` writes it itself; `kill` removes it."""
+
+CONSOLE_NAME = "console.log"
+"""The serial console's file in a machine's directory: bounded, the newest bytes last. Kept by `kill` for post-mortems."""
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -173,12 +180,15 @@ class Vm(Protocol):
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave its memory, disk and device state in `directory` as a template's files.
 
-        Only for a VM booted with `boot(..., for_template=True)`.
+        Only for a VM booted with `boot(..., for_template=True)`; IllegalState otherwise. `directory` is made if
+        absent and should be in shared memory (forks map the RAM file). The returned ref carries this VM's id; the
+        caller puts the template's own there (`dataclasses.replace`). Nothing of the VM itself is left.
         """
         ...
 
     async def kill(self) -> None:
-        """End the VM and everything that belongs to it: processes, sockets, files. Never fails; may be called twice."""
+        """End the VM and everything that belongs to it: processes, sockets, the writable disk. Never fails; may be
+        called twice. The console's file stays (it is small); the caller removes the directory when it forgets it."""
         ...
 
     async def wait_dead(self) -> str:
@@ -213,18 +223,31 @@ class Driver(Protocol):
         ...
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> Vm:
-        """Cold-boot; returns when guestd has said hello. `directory` is the machine's own (disk, console)."""
+        """Cold-boot; returns when guestd has said hello. `directory` is the machine's own (disk, console).
+
+        The caller has put a formatted writable disk there under `DISK_NAME` (raises InvalidSpec without one, or with
+        one of another size); the disk a machine left behind may be booted again. On any error nothing of the VM is
+        left except that disk and the console.
+        """
         ...
 
     async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> Vm:
         """Bring a VM back, vCPUs running, workload still frozen by guestd; the caller does the thaw over the link.
+
+        `directory` is made if absent. `parts` is not needed any more when this returns. On any error (a VMM that
+        dies half-way, a full disk) nothing of the VM is left, its disk included.
 
         A fork of a template is a restore with empty page sets and the template's vmstate.
         """
         ...
 
     async def adopt(self, vm_id: str, directory: Path) -> Vm | None:
-        """Take over a VM that an earlier server started; None if it is gone (its leftovers are then removed)."""
+        """Take over a VM that an earlier server started; None if it is gone (its leftovers are then removed).
+
+        A VM whose start or restore was not complete when that server died counts as gone: it is killed. One caught
+        in the middle of a capture runs (or stays paused) as it did before the capture. A VM that was paused on
+        purpose is still paused: `unpause` it. `link` is connected when this returns.
+        """
         ...
 
     def list_leftovers(self) -> Sequence[str]:
