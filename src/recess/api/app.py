@@ -1,0 +1,125 @@
+"""The ASGI application and the server around it.
+
+`serve` owns the process: it opens the node (which takes the home's lock), listens on the unix socket (mode 0600) and on
+SIGTERM or SIGINT stops accepting, then closes the node; machines go on under their keepers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from recess.api import routes_exec, routes_machines, routes_node, routes_sessions
+from recess.api.context import Context
+from recess.api.wire import ProgressHub, problem
+from recess.config import Config
+from recess.errors import BadInput, NotFound, RecessError
+from recess.node.local import LocalNode
+
+
+async def _on_error(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RecessError)  # noqa: S101 - registered for this class only
+    return problem(exc)
+
+
+async def _on_http(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)  # noqa: S101 - registered for this class only
+    if exc.status_code == 404:
+        return problem(NotFound(f"no such call: {request.method} {request.url.path}"))
+    if exc.status_code == 405:
+        return problem(BadInput(f"{request.url.path} does not take {request.method}"))
+    return JSONResponse({"code": "http", "message": str(exc.detail)}, status_code=exc.status_code)
+
+
+class RequireToken:
+    """ASGI wrapper: every request must carry the bearer token (used when listening on TCP)."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]], token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:  # type: ignore[type-arg]
+        """Pass on, or answer 401."""
+        if scope["type"] in ("http", "websocket"):
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not secrets.compare_digest(given, self._expected):
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1008})
+                    return
+                body = {"code": "refused", "message": "a token is needed", "hint": "set RECESS_TOKEN"}
+                await JSONResponse(body, status_code=401)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def make_app(node: LocalNode, hub: ProgressHub) -> Starlette:
+    """Return the application over an open node."""
+    routes = [*routes_node.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES, *routes_machines.ROUTES]
+    app = Starlette(routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http})
+    app.state.context = Context(node=node, hub=hub)
+    return app
+
+
+def _unix_socket(config: Config) -> socket.socket:
+    path = config.socket_path
+    # The home's lock is ours, so a socket file that is there belongs to a server that died.
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    old = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(old)
+    sock.listen(128)
+    sock.setblocking(False)
+    return sock
+
+
+@contextlib.asynccontextmanager
+async def open_node(config: Config, hub: ProgressHub) -> AsyncIterator[LocalNode]:
+    """Open the node and close it whatever happens."""
+    node = await LocalNode.open(config, progress=hub.publish)
+    try:
+        yield node
+    finally:
+        await node.close(detach=node.detach_on_close)
+
+
+async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready: Callable[[], None]) -> None:
+    """Run the server until SIGTERM or SIGINT. Raises HomeLocked when another server owns the home."""
+    hub = ProgressHub()
+    async with open_node(config, hub) as node:
+        sock = _unix_socket(config)
+        try:
+            app = make_app(node, hub)
+            servers = [_server(app)]
+            sockets = [[sock]]
+            if tcp is not None:
+                guarded = RequireToken(app, config.token) if config.token else app
+                servers.append(_server(guarded))
+                sockets.append([socket.create_server(tcp)])
+            on_ready()
+            await asyncio.gather(*(s.serve(sockets=k) for s, k in zip(servers, sockets, strict=True)))
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                config.socket_path.unlink()
+            sock.close()
+
+
+def _server(app: Callable[..., Awaitable[None]] | Starlette) -> uvicorn.Server:
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, ws="websockets-sansio", lifespan="off",
+        timeout_graceful_shutdown=3, ws_max_size=4 << 20,
+    )  # fmt: skip
+    return uvicorn.Server(settings)

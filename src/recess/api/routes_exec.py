@@ -1,0 +1,124 @@
+"""The exec WebSocket: one process of a machine, its streams both ways (message shapes: docs/internals/http-api.md).
+
+A client that drops never ends the process: the job lives in the guest and can be attached again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from typing import Any
+
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from recess.api.context import context_of
+from recess.api.wire import field, reject_unknown
+from recess.errors import BadInput, RecessError
+from recess.guestlink.link import ExecRequest, GuestLink, Job
+
+_FIELDS = {"argv", "env", "cwd", "user", "tty", "rows", "cols", "stdin", "detach", "label", "attach"}
+
+
+async def exec_socket(ws: WebSocket) -> None:
+    """WS /v1/machines/REF/exec."""
+    await ws.accept()
+    try:
+        first = _parse(await ws.receive_text())
+        reject_unknown(first, _FIELDS, "exec")
+        machines = context_of(ws).node.machines
+        row = await machines.get(str(ws.path_params["ref"]))
+        job = await _open(await machines.link(row.id), first)
+        await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
+        if first.get("detach"):
+            await job.detach()
+        else:
+            await _pump(ws, job)
+    except RecessError as error:
+        with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+            await ws.send_text(json.dumps({"error": error.to_dict()}))
+    except WebSocketDisconnect:
+        return
+    with contextlib.suppress(RuntimeError, WebSocketDisconnect):
+        await ws.close()
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except ValueError as exc:
+        raise BadInput(f"the message is not JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise BadInput("the message must be a JSON object")
+    return data
+
+
+async def _open(link: GuestLink, first: dict[str, Any]) -> Job:
+    if first.get("attach"):
+        return await link.attach(field(first, "attach", str, ""))
+    argv = field(first, "argv", list, [])
+    if not argv or not all(isinstance(a, str) for a in argv):
+        raise BadInput("argv: a non-empty list of strings is needed")
+    request = ExecRequest(
+        argv=argv,
+        env={str(k): str(v) for k, v in field(first, "env", dict, {}).items()},
+        cwd=field(first, "cwd", str, "/root"),
+        user=field(first, "user", str, "root"),
+        tty=field(first, "tty", bool, False),
+        rows=field(first, "rows", int, 24),
+        cols=field(first, "cols", int, 80),
+        stdin=field(first, "stdin", bool, False),
+        label=field(first, "label", str, ""),
+    )
+    return await link.exec(request)
+
+
+async def _pump(ws: WebSocket, job: Job) -> None:
+    reader = asyncio.ensure_future(_from_client(ws, job))
+    try:
+        writer = asyncio.ensure_future(_to_client(ws, job))
+        done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        if writer in done:
+            await writer
+            return
+        # The client is gone: leave the process alone.
+        writer.cancel()
+        with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RecessError):
+            await writer
+        await reader
+    finally:
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
+            await reader
+        with contextlib.suppress(RecessError):
+            await job.detach()
+
+
+async def _to_client(ws: WebSocket, job: Job) -> None:
+    async for stream, data in job.output():
+        await ws.send_bytes(bytes([stream]) + data)
+    await ws.send_text(json.dumps({"exit_code": await job.wait()}))
+
+
+async def _from_client(ws: WebSocket, job: Job) -> None:
+    while True:
+        message = await ws.receive()
+        if message["type"] == "websocket.disconnect":
+            raise WebSocketDisconnect(message.get("code", 1000))
+        if message.get("bytes") is not None:
+            await job.write(message["bytes"])
+            continue
+        data = _parse(message.get("text") or "{}")
+        match data.get("op"):
+            case "eof":
+                await job.close_stdin()
+            case "resize":
+                await job.resize(field(data, "rows", int, 24), field(data, "cols", int, 80))
+            case "signal":
+                await job.signal(field(data, "number", int, 15))
+            case other:
+                raise BadInput(f"op: unknown {other!r}")
+
+
+ROUTES = [WebSocketRoute("/v1/machines/{ref}/exec", exec_socket)]

@@ -1,0 +1,215 @@
+"""Machines and snapshots over HTTP. Table of calls: docs/internals/http-api.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from recess.api.context import context_of
+from recess.api.wire import (
+    field,
+    machine_json,
+    parse_spec,
+    read_body,
+    read_json,
+    reject_unknown,
+    resume_json,
+    snapshot_json,
+    with_progress,
+)
+from recess.errors import BadInput
+from recess.units import MIB
+
+FILE_BYTES_MAX = 64 * MIB
+
+
+def _ref(request: Request) -> str:
+    return str(request.path_params["ref"])
+
+
+async def list_machines(request: Request) -> Response:
+    """GET /v1/machines."""
+    everything = request.query_params.get("all") in ("1", "true")
+    rows = await context_of(request).node.machines.list_machines(everything=everything)
+    return JSONResponse({"machines": [machine_json(r) for r in rows]})
+
+
+async def create_machine(request: Request) -> Response:
+    """POST /v1/machines."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"name", "spec"}, "body")
+    spec, name = parse_spec(field(body, "spec", dict, {})), field(body, "name", str, "")
+
+    async def work() -> dict[str, Any]:
+        return machine_json(await ctx.node.machines.create(spec, name=name))
+
+    key = request.headers.get("idempotency-key", "")
+    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+
+
+async def get_machine(request: Request) -> Response:
+    """GET /v1/machines/REF."""
+    machines = context_of(request).node.machines
+    row = await machines.get(_ref(request))
+    out = machine_json(row)
+    if row.state == "running":
+        out["stats"] = await machines.stats(row.id)
+    return JSONResponse(out)
+
+
+async def delete_machine(request: Request) -> Response:
+    """DELETE /v1/machines/REF."""
+    await context_of(request).node.machines.remove(_ref(request), force=request.query_params.get("force") == "1")
+    return Response(status_code=204)
+
+
+async def act_on_machine(request: Request) -> Response:
+    """POST /v1/machines/REF/{stop,kill,pause,unpause}: the machine afterwards."""
+    machines, ref, verb = context_of(request).node.machines, _ref(request), request.path_params["verb"]
+    body = await read_json(request)
+    row = await machines.get(ref)
+    if verb == "stop":
+        await machines.stop(row.id, timeout_s=field(body, "timeout_s", float, 10.0))
+    elif verb == "kill":
+        await machines.kill(row.id, why="killed by the user")
+    elif verb == "pause":
+        await machines.pause(row.id)
+    elif verb == "unpause":
+        await machines.unpause(row.id)
+    else:
+        raise BadInput(f"no such act on a machine: {verb!r}")
+    if row.spec.remove_on_exit and verb in ("stop", "kill"):
+        return JSONResponse(machine_json(row))
+    return JSONResponse(machine_json(await machines.get(row.id)))
+
+
+async def suspend_machine(request: Request) -> Response:
+    """POST /v1/machines/REF/suspend."""
+    return JSONResponse(snapshot_json(await context_of(request).node.machines.suspend(_ref(request))))
+
+
+async def resume_machine(request: Request) -> Response:
+    """POST /v1/machines/REF/resume."""
+    return JSONResponse(resume_json(await context_of(request).node.machines.resume(_ref(request))))
+
+
+async def snapshot_machine(request: Request) -> Response:
+    """POST /v1/machines/REF/snapshot."""
+    body = await read_json(request)
+    reject_unknown(body, {"name"}, "body")
+    row = await context_of(request).node.machines.snapshot(_ref(request), name=field(body, "name", str, ""))
+    return JSONResponse(snapshot_json(row), status_code=201)
+
+
+async def fork_machine(request: Request) -> Response:
+    """POST /v1/machines/REF/fork."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"count", "names"}, "body")
+    count, names = field(body, "count", int, 1), field(body, "names", list, [])
+    if not 1 <= count <= 64:
+        raise BadInput(f"count: from 1 to 64, got {count}")
+
+    async def work() -> dict[str, Any]:
+        rows = await ctx.node.machines.fork(_ref(request), count, names=[str(n) for n in names])
+        return {"machines": [machine_json(r) for r in rows]}
+
+    return JSONResponse(await ctx.keys.run(request.headers.get("idempotency-key", ""), body, work), status_code=201)
+
+
+async def machine_logs(request: Request) -> Response:
+    """GET /v1/machines/REF/logs."""
+    data = await context_of(request).node.machines.logs(_ref(request))
+    return Response(data, media_type="application/octet-stream")
+
+
+def _path(request: Request) -> str:
+    path = request.query_params.get("path", "")
+    if not path.startswith("/"):
+        raise BadInput("path: an absolute path in the machine is needed")
+    return path
+
+
+async def read_file(request: Request) -> Response:
+    """GET /v1/machines/REF/files."""
+    machines = context_of(request).node.machines
+    link = await machines.link((await machines.get(_ref(request))).id)
+    return Response(await link.read_file(_path(request), FILE_BYTES_MAX), media_type="application/octet-stream")
+
+
+async def write_file(request: Request) -> Response:
+    """PUT /v1/machines/REF/files."""
+    machines = context_of(request).node.machines
+    try:
+        mode = int(request.query_params.get("mode", "644"), 8)
+    except ValueError as exc:
+        raise BadInput("mode: octal digits are needed") from exc
+    link = await machines.link((await machines.get(_ref(request))).id)
+    await link.write_file(_path(request), await read_body(request, FILE_BYTES_MAX), mode)
+    return Response(status_code=204)
+
+
+async def machine_egress(request: Request) -> Response:
+    """GET /v1/machines/REF/egress."""
+    node = context_of(request).node
+    row = await node.machines.get(_ref(request))
+    return JSONResponse({"decisions": node.egress(row.id)})
+
+
+async def list_snapshots(request: Request) -> Response:
+    """GET /v1/snapshots."""
+    rows = await context_of(request).node.machines.list_snapshots()
+    return JSONResponse({"snapshots": [snapshot_json(r) for r in rows]})
+
+
+async def get_snapshot(request: Request) -> Response:
+    """GET /v1/snapshots/REF."""
+    return JSONResponse(snapshot_json(await context_of(request).node.machines.get_snapshot(_ref(request))))
+
+
+async def delete_snapshot(request: Request) -> Response:
+    """DELETE /v1/snapshots/REF."""
+    await context_of(request).node.machines.remove_snapshot(_ref(request))
+    return Response(status_code=204)
+
+
+async def verify_snapshot(request: Request) -> Response:
+    """POST /v1/snapshots/REF/verify."""
+    return JSONResponse(dict(await context_of(request).node.machines.verify_snapshot(_ref(request))))
+
+
+async def restore_snapshot(request: Request) -> Response:
+    """POST /v1/snapshots/REF/restore."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"name"}, "body")
+
+    async def work() -> dict[str, Any]:
+        row, report = await ctx.node.machines.restore(_ref(request), name=field(body, "name", str, ""))
+        return {"machine": machine_json(row), "resume": resume_json(report)}
+
+    key = request.headers.get("idempotency-key", "")
+    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+
+
+ROUTES = [
+    Route("/v1/machines", list_machines, methods=["GET"]),
+    Route("/v1/machines", create_machine, methods=["POST"]),
+    Route("/v1/machines/{ref}", get_machine, methods=["GET"]),
+    Route("/v1/machines/{ref}", delete_machine, methods=["DELETE"]),
+    Route("/v1/machines/{ref}/suspend", suspend_machine, methods=["POST"]),
+    Route("/v1/machines/{ref}/resume", resume_machine, methods=["POST"]),
+    Route("/v1/machines/{ref}/snapshot", snapshot_machine, methods=["POST"]),
+    Route("/v1/machines/{ref}/fork", fork_machine, methods=["POST"]),
+    Route("/v1/machines/{ref}/logs", machine_logs, methods=["GET"]),
+    Route("/v1/machines/{ref}/files", read_file, methods=["GET"]),
+    Route("/v1/machines/{ref}/files", write_file, methods=["PUT"]),
+    Route("/v1/machines/{ref}/egress", machine_egress, methods=["GET"]),
+    Route("/v1/machines/{ref}/{verb}", act_on_machine, methods=["POST"]),
+    Route("/v1/snapshots", list_snapshots, methods=["GET"]),
+    Route("/v1/snapshots/{ref}", get_snapshot, methods=["GET"]),
+    Route("/v1/snapshots/{ref}", delete_snapshot, methods=["DELETE"]),
+    Route("/v1/snapshots/{ref}/verify", verify_snapshot, methods=["POST"]),
+    Route("/v1/snapshots/{ref}/restore", restore_snapshot, methods=["POST"]),
+]

@@ -1,0 +1,77 @@
+"""The node itself, images and agent versions over HTTP."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from recess import __version__
+from recess.api.context import context_of
+from recess.api.wire import field, read_json, reject_unknown, with_progress
+from recess.errors import BadInput
+
+
+async def info(request: Request) -> Response:
+    """GET /v1/info."""
+    node = context_of(request).node
+    return JSONResponse({"version": __version__, "pid": os.getpid(), "home": str(node.config.home), **node.info()})
+
+
+async def shutdown(request: Request) -> Response:
+    """POST /v1/shutdown: machines keep running under their keepers unless `detach` is false."""
+    body = await read_json(request)
+    ctx = context_of(request)
+    ctx.node.detach_on_close = field(body, "detach", bool, True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return JSONResponse({}, status_code=202)
+
+
+async def doctor(request: Request) -> Response:
+    """POST /v1/doctor: check the host, then run a guest under the driver and say what level was reached."""
+    return JSONResponse(await context_of(request).node.doctor())
+
+
+async def list_images(request: Request) -> Response:
+    """GET /v1/images."""
+    return JSONResponse({"images": await context_of(request).node.list_images()})
+
+
+async def get_image(request: Request) -> Response:
+    """GET /v1/images/NAME."""
+    return JSONResponse(await context_of(request).node.get_image(str(request.path_params["name"])))
+
+
+async def create_image(request: Request) -> Response:
+    """POST /v1/images."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"name", "packages"}, "body")
+    name, packages = field(body, "name", str, ""), field(body, "packages", list, [])
+    if not name:
+        raise BadInput("name: an image needs one")
+
+    async def work() -> dict[str, Any]:
+        return await ctx.node.create_image(name, [str(p) for p in packages])
+
+    return await with_progress(request, ctx.hub, work, 201)
+
+
+async def delete_image(request: Request) -> Response:
+    """DELETE /v1/images/NAME."""
+    await context_of(request).node.remove_image(str(request.path_params["name"]))
+    return Response(status_code=204)
+
+
+ROUTES = [
+    Route("/v1/info", info, methods=["GET"]),
+    Route("/v1/shutdown", shutdown, methods=["POST"]),
+    Route("/v1/doctor", doctor, methods=["POST"]),
+    Route("/v1/images", list_images, methods=["GET"]),
+    Route("/v1/images", create_image, methods=["POST"]),
+    Route("/v1/images/{name}", get_image, methods=["GET"]),
+    Route("/v1/images/{name}", delete_image, methods=["DELETE"]),
+]

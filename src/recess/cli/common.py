@@ -1,0 +1,111 @@
+"""What every verb shares: the --json and -q options, the way to the server, parsing of Docker's flag values."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from recess.cli.output import Output
+from recess.config import Config, load_config
+from recess.errors import BadInput
+from recess.sdk.local_server import ensure_server
+from recess.sdk.transport import Transport
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Invocation:
+    """One run of a verb: its output and, when first needed, its server."""
+
+    def __init__(self, *, as_json: bool, quiet: bool, command: str) -> None:
+        self.out = Output(as_json=as_json, quiet=quiet, command=command)
+        self.config: Config = load_config()
+        self._transport: Transport | None = None
+
+    @property
+    def server(self) -> Transport:
+        """Return the transport, starting the local server on first use."""
+        if self._transport is None:
+            if not self.config.url and not self.config.socket_path.exists():
+                self.out.progress("starting the local server")
+            self._transport = ensure_server(self.config)
+        return self._transport
+
+
+def verb(function: F) -> Callable[..., Any]:
+    """Give a verb --json and -q and pass it an `Invocation` first."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope instead of text.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
+    @click.pass_context
+    @functools.wraps(function)
+    def wrapper(ctx: click.Context, /, *args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+        parent_json = bool((ctx.find_root().obj or {}).get("json"))
+        command = " ".join(ctx.command_path.split()[1:])
+        invocation = Invocation(as_json=as_json or parent_json, quiet=quiet, command=command)
+        return function(invocation, *args, **kwargs)
+
+    return wrapper
+
+
+def new_key() -> str:
+    """Return an idempotency key for one invocation."""
+    return secrets.token_hex(16)
+
+
+def parse_pairs(items: tuple[str, ...], what: str) -> dict[str, str]:
+    """Return KEY=VALUE items as a dict."""
+    out: dict[str, str] = {}
+    for item in items:
+        name, sep, value = item.partition("=")
+        if not sep or not name:
+            raise BadInput(f"{what}: expected NAME=VALUE, got {item!r}")
+        out[name] = value
+    return out
+
+
+def parse_env(items: tuple[str, ...], files: tuple[str, ...], environ: dict[str, str]) -> dict[str, str]:
+    """Return Docker's -e and --env-file: NAME alone takes the caller's value, later ones win."""
+    lines: list[str] = []
+    for name in files:
+        try:
+            text = Path(name).read_text()
+        except OSError as exc:
+            raise BadInput(f"--env-file {name}: {exc.strerror}") from exc
+        lines += [line for line in (raw.strip() for raw in text.splitlines()) if line and not line.startswith("#")]
+    out: dict[str, str] = {}
+    for item in [*lines, *items]:
+        name, sep, value = item.partition("=")
+        if not name:
+            raise BadInput(f"-e: expected NAME or NAME=VALUE, got {item!r}")
+        if sep:
+            out[name] = value
+        elif name in environ:
+            out[name] = environ[name]
+    return out
+
+
+def parse_port(text: str) -> tuple[str, int, int]:
+    """Return Docker's -p as (host ip, host port, guest port): "80", "8080:80", "127.0.0.1:8080:80". 0: any free port.
+
+    Ports are bound to 127.0.0.1 unless an address is given.
+    """
+    parts = text.removesuffix("/tcp").split(":")
+    try:
+        numbers = [int(p or 0) for p in parts[-2:]] if len(parts) > 1 else [0, int(parts[0])]
+    except ValueError as exc:
+        raise BadInput(f"-p {text}: a port is a number") from exc
+    if len(parts) > 3 or not all(0 <= n < 65536 for n in numbers) or numbers[1] == 0:
+        raise BadInput(f"-p {text}: expected [IP:][HOST_PORT:]GUEST_PORT")
+    return (parts[0] if len(parts) == 3 else "127.0.0.1", numbers[0], numbers[1])
+
+
+def stdin_bytes() -> bytes:
+    """Return all of stdin."""
+    return sys.stdin.buffer.read()

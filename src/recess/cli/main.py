@@ -1,0 +1,122 @@
+"""`recess`: global options, lazy verbs, errors to exit codes.
+
+A verb's module is imported only when that verb runs: `recess --help` must stay under 120 ms, so help texts of the
+verbs stand in this table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+from recess import __version__
+from recess.cli.output import Output
+from recess.errors import RecessError
+
+# verb -> (module below recess.cli.verbs, attribute, one line of help)
+VERBS: dict[str, tuple[str, str, str]] = {
+    "run": ("run", "run", "Start a machine from an image and run a command in it"),
+    "exec": ("exec", "exec_", "Run a command in a running machine"),
+    "attach": ("exec", "attach", "Attach to a machine's main process"),
+    "ps": ("ps", "ps", "List machines"),
+    "logs": ("logs", "logs", "Show the output of a machine's main process"),
+    "inspect": ("inspect", "inspect", "Show everything known about a machine, snapshot, image or session"),
+    "stop": ("lifecycle", "stop", "Stop machines"),
+    "kill": ("lifecycle", "kill", "End machines at once"),
+    "rm": ("lifecycle", "rm", "Remove machines"),
+    "pause": ("lifecycle", "pause", "Stop a machine's CPUs, keep its memory"),
+    "unpause": ("lifecycle", "unpause", "Let a paused machine run"),
+    "suspend": ("lifecycle", "suspend", "Put a machine away: snapshot stored, memory given back"),
+    "resume": ("lifecycle", "resume", "Bring a suspended machine back"),
+    "cp": ("cp", "cp", "Copy a file to or from a machine"),
+    "snapshot": ("snapshot", "snapshot", "Take a snapshot of a machine"),
+    "snapshots": ("snapshots", "snapshots", "Manage snapshots: ls, inspect, verify, rm"),
+    "restore": ("snapshot", "restore", "Start a machine from a snapshot"),
+    "fork": ("snapshot", "fork", "Fork a running machine"),
+    "images": ("images", "images", "Manage images: ls, create, inspect, rm"),
+    "deploy": ("deploy", "deploy", "Store a version of agent code"),
+    "session": ("session", "session", "Agent sessions: start, send, log, ls, suspend, resume, fork, close"),
+    "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
+    "doctor": ("doctor", "doctor", "Check this host and run a guest"),
+    "up": ("up", "up", "Run the server in the foreground"),
+    "down": ("up", "down", "Stop the local server; machines keep running unless --all"),
+    "version": ("version", "version", "Show versions"),
+}  # fmt: skip
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the verbs in the order of the table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one verb."""
+        if cmd_name not in VERBS:
+            return None
+        module, attribute, _ = VERBS[cmd_name]
+        command = getattr(importlib.import_module(f"recess.cli.verbs.{module}"), attribute)
+        assert isinstance(command, click.Command)  # noqa: S101 - the table names commands
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the verbs' table without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, _, help_text) in VERBS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="recess %(version)s")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope instead of text.")
+@click.pass_context
+def cli(ctx: click.Context, as_json: bool) -> None:
+    """Durable sessions for AI agents: microVMs that freeze, thaw and fork, and the log beside them."""
+    ctx.obj = {"json": as_json}
+
+
+def _wants_json(args: list[str]) -> bool:
+    """Tell whether --json stands before the end of our own options (a guest command may hold one too)."""
+    for arg in args:
+        if arg == "--":
+            return False
+        if arg == "--json":
+            return True
+    return False
+
+
+def run_cli(args: list[str]) -> int:
+    """Run one invocation and return its exit code."""
+    command = next((a for a in args if not a.startswith("-")), "")
+    output = Output(as_json=_wants_json(args), command=command)
+    try:
+        result: Any = cli.main(args=args, prog_name="recess", standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.UsageError as exc:
+        error = RecessError(exc.format_message(), hint=f"recess {command} --help".replace("  ", " "))
+        error.code = "usage"  # type: ignore[misc]
+        output.error(error, 2)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except RecessError as exc:
+        # Docker's rule: `run` answers 125 for failures of our own, so that they are not taken for the guest's.
+        code = 125 if command in ("run", "exec") and exc.exit_code == 1 else exc.exit_code
+        output.error(exc, code)
+        return code
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(run_cli(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`recess deploy`: store a version of agent code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from recess.cli.common import Invocation, parse_pairs, verb
+from recess.errors import BadInput
+
+FILES_MAX = 500
+BYTES_MAX = 8 << 20
+
+
+def _files(source: Path) -> dict[str, str]:
+    if source.is_file():
+        return {"agent.py": source.read_text()}
+    if not source.is_dir():
+        raise BadInput(f"no such file or folder: {source}")
+    if not (source / "agent.py").is_file():
+        raise BadInput(f"{source} holds no agent.py")
+    paths = [p for p in sorted(source.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    if len(paths) > FILES_MAX or sum(p.stat().st_size for p in paths) > BYTES_MAX:
+        raise BadInput(f"{source} is too large for agent code ({FILES_MAX} files, 8 MiB); put data into an image")
+    try:
+        return {str(p.relative_to(source)): p.read_text() for p in paths}
+    except UnicodeDecodeError as exc:
+        raise BadInput(f"{source}: agent code is text; put data into an image") from exc
+
+
+@click.command("deploy")
+@click.option("--name", required=True, help="Name of the agent.")
+@click.option("--image", default="", help="Image of its machine.")
+@click.option("-m", "--memory", default="", help="Memory of its machine.")
+@click.option("--idle", default="", help="Idle time before it is put away, like 30s.")
+@click.option("--policy", type=click.Choice(["pin", "turn", "now"]), default="turn", help="When sessions take it.")
+@click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Environment of the agent process.")
+@click.option("--route", multiple=True, metavar="NAME=URL", help="A base-URL route of the broker (key added there).")
+@click.option("--allow", multiple=True, metavar="HOST", help="Let it reach a host.")
+@click.argument("source", type=click.Path(path_type=Path))
+@verb
+def deploy(inv: Invocation, source: Path, name: str, **flags: object) -> None:
+    """Store SOURCE (agent.py, or a folder that holds it) as the newest version of an agent."""
+    config: dict[str, object] = {"policy": flags["policy"]}
+    for key in ("image", "memory", "idle"):
+        if flags[key]:
+            config[key] = flags[key]
+    if flags["env"]:
+        config["env"] = parse_pairs(flags["env"], "-e")  # type: ignore[arg-type]
+    if flags["route"]:
+        config["routes"] = parse_pairs(flags["route"], "--route")  # type: ignore[arg-type]
+    if flags["allow"]:
+        config["allow"] = list(flags["allow"])  # type: ignore[call-overload]
+    row = inv.server.call("POST", "/v1/agents", {"name": name, "files": _files(source), "config": config})
+    inv.out.data(row, f"{row['name']}@{row['version']}")

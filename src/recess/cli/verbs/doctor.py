@@ -1,0 +1,21 @@
+"""`recess doctor`: does this host do, and does a guest truly run here?"""
+
+from __future__ import annotations
+
+import click
+
+from recess.cli.common import Invocation, verb
+
+
+@click.command("doctor")
+@verb
+def doctor(inv: Invocation) -> int:
+    """Check this host and boot a guest; exit code 1 when something that is needed is missing."""
+    report = inv.server.call("POST", "/v1/doctor", {})
+    lines = []
+    for check in report["checks"]:
+        lines.append(f"{'ok  ' if check['ok'] else 'FAIL'}  {check['name']}: {check['detail']}")
+        if check.get("hint") and not check["ok"]:
+            lines.append(f"      hint: {check['hint']}")
+    inv.out.data(report, "\n".join(lines))
+    return 0 if report["ok"] else 1

@@ -1,0 +1,61 @@
+"""`recess exec` and `recess attach`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from recess.cli.common import Invocation, parse_env, verb
+from recess.cli.terminal import converse, size
+from recess.sdk.exec_stream import ExecStream
+
+
+@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("-d", "--detach", is_flag=True, help="Leave it running in the machine.")
+@click.option("-i", "--interactive", is_flag=True, help="Keep stdin open.")
+@click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
+@click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Environment.")
+@click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file.")
+@click.option("-w", "--workdir", default="/root", help="Working folder.")
+@click.option("-u", "--user", default="root", help="User, or uid[:gid].")
+@click.argument("machine")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@verb
+def exec_(
+    inv: Invocation, machine: str, command: tuple[str, ...], detach: bool, interactive: bool, tty: bool,
+    env: tuple[str, ...], env_file: tuple[str, ...], workdir: str, user: str,
+) -> int:  # fmt: skip
+    """Run COMMAND in a running MACHINE; its exit code is this command's."""
+    rows, cols = size()
+    start = {
+        "argv": list(command),
+        "env": parse_env(env, env_file, dict(os.environ)),
+        "cwd": workdir,
+        "user": user,
+        "tty": tty,
+        "stdin": interactive,
+        "rows": rows,
+        "cols": cols,
+        "detach": detach,
+    }
+    stream = ExecStream(inv.server, machine, start)
+    if detach:
+        stream.close()
+        inv.out.data({"job_id": stream.job_id, "pid": stream.pid}, stream.job_id)
+        return 0
+    return converse(stream, is_tty=tty, stdin=interactive)
+
+
+@click.command("attach")
+@click.option("--no-stdin", is_flag=True, help="Only watch.")
+@click.argument("machine")
+@verb
+def attach(inv: Invocation, machine: str, no_stdin: bool) -> int:
+    """Attach to a MACHINE's main process. Detach with Ctrl-P Ctrl-Q."""
+    row = inv.server.call("GET", f"/v1/machines/{machine}")
+    spec = row["spec"]
+    stream = ExecStream(inv.server, row["id"], {"attach": "main"})
+    if spec["tty"]:
+        stream.resize(*size())
+    return converse(stream, is_tty=spec["tty"], stdin=spec["stdin"] and not no_stdin)

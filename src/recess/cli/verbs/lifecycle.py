@@ -1,0 +1,104 @@
+"""`recess stop kill rm pause unpause suspend resume`: verbs that take machines and move them between states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from recess.cli.common import Invocation, verb
+from recess.errors import RecessError
+from recess.units import format_bytes, format_duration
+
+
+def _each(inv: Invocation, refs: tuple[str, ...], act: Callable[[str], Any]) -> int:
+    """Do it to each; go on after an error, as Docker does, and fail at the end."""
+    done: list[Any] = []
+    code = 0
+    for ref in refs:
+        try:
+            result = act(ref)
+        except RecessError as error:
+            code = error.exit_code
+            if inv.out.as_json:
+                done.append({"ref": ref, "error": error.to_dict()})
+            else:
+                inv.out.error(error, code)
+            continue
+        done.append({"ref": ref, "result": result})
+        inv.out.line(ref)
+    if inv.out.as_json:
+        inv.out.data(done)
+    return code
+
+
+@click.command("stop")
+@click.option("-t", "--time", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def stop(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
+    """Stop MACHINES: SIGTERM to the main process, then the end."""
+    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/stop", {"timeout_s": timeout_s}))
+
+
+@click.command("kill")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def kill(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """End MACHINES at once."""
+    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/kill", {}))
+
+
+@click.command("rm")
+@click.option("-f", "--force", is_flag=True, help="Kill those that run.")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def rm(inv: Invocation, machines: tuple[str, ...], force: bool) -> int:
+    """Remove MACHINES; their snapshots stay."""
+    query = {"force": 1 if force else None}
+    return _each(inv, machines, lambda m: inv.server.call("DELETE", f"/v1/machines/{m}", query=query))
+
+
+@click.command("pause")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def pause(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """Stop the CPUs of MACHINES; their memory is held."""
+    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/pause", {}))
+
+
+@click.command("unpause")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def unpause(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """Let paused MACHINES run."""
+    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/unpause", {}))
+
+
+@click.command("suspend")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def suspend(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """Put MACHINES away: snapshot stored, process gone, memory given back."""
+
+    def act(ref: str) -> Any:
+        row = inv.server.call("POST", f"/v1/machines/{ref}/suspend", {})
+        inv.out.progress(f"{ref}: stored {format_bytes(int(row['figures'].get('new_bytes', 0)))}")
+        return row
+
+    return _each(inv, machines, act)
+
+
+@click.command("resume")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def resume(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """Bring suspended MACHINES back."""
+
+    def act(ref: str) -> Any:
+        report = inv.server.call("POST", f"/v1/machines/{ref}/resume", {})
+        inv.out.progress(f"{ref}: rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
+        return report
+
+    return _each(inv, machines, act)

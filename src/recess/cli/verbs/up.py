@@ -1,0 +1,71 @@
+"""`recess up` and `recess down`: the server in the foreground, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+
+import click
+
+from recess.cli.common import Invocation, verb
+from recess.errors import BadInput, RecessError
+from recess.sdk.local_server import is_up, transport_for
+
+
+def _address(text: str) -> tuple[str, int] | None:
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    if not port.isdigit():
+        raise BadInput(f"--listen {text}: expected HOST:PORT")
+    return host or "127.0.0.1", int(port)
+
+
+@click.command("up")
+@click.option("--listen", default="", metavar="HOST:PORT", help="Listen on TCP too (RECESS_TOKEN guards it).")
+@click.option("--detached", is_flag=True, hidden=True, help="Started by a client: errors go to the log as JSON.")
+@verb
+def up(inv: Invocation, listen: str, detached: bool) -> int:
+    """Run the server in the foreground until Ctrl-C; machines keep running under their keepers."""
+    # Imported here: the server's stack costs what no other verb should pay.
+    from recess.api.app import serve
+
+    # A client that goes away while we write must be an error of that write, not our end.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    address = _address(listen)
+    if address and address[0] not in ("127.0.0.1", "localhost", "::1") and not inv.config.token:
+        raise BadInput(f"--listen {listen}: set RECESS_TOKEN before listening beyond this host")
+
+    def ready() -> None:
+        inv.out.progress(f"recess: serving {inv.config.home} on {inv.config.socket_path} (pid {os.getpid()})")
+
+    try:
+        asyncio.run(serve(inv.config, tcp=address, on_ready=ready))
+    except RecessError as error:
+        if detached:
+            print(json.dumps(error.to_dict()), file=sys.stderr, flush=True)
+            return error.exit_code
+        raise
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+@click.command("down")
+@click.option("--all", "everything", is_flag=True, help="End the machines, too.")
+@verb
+def down(inv: Invocation, everything: bool) -> None:
+    """Stop the local server; machines keep running under their keepers unless --all."""
+    transport = transport_for(inv.config)
+    if not is_up(transport):
+        inv.out.data({"stopped": False}, "no server is running")
+        return
+    transport.call("POST", "/v1/shutdown", {"detach": not everything})
+    deadline = time.monotonic() + 30
+    while inv.config.socket_path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    inv.out.data({"stopped": True}, "stopped")

@@ -1,0 +1,42 @@
+"""Docker's flag values, parsed."""
+
+import pytest
+
+from recess.cli.common import parse_env, parse_pairs, parse_port
+from recess.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("80", ("127.0.0.1", 0, 80)),
+        ("8080:80", ("127.0.0.1", 8080, 80)),
+        ("0.0.0.0:8080:80/tcp", ("0.0.0.0", 8080, 80)),
+        ("127.0.0.1::80", ("127.0.0.1", 0, 80)),
+    ],
+)
+def test_port_forms(text, expected):
+    assert parse_port(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "x", "1:2:3:4", "80:0", "70000:80", "8080:http"])
+def test_bad_ports_are_refused(text):
+    with pytest.raises(BadInput):
+        parse_port(text)
+
+
+def test_env_takes_the_callers_value_and_later_ones_win(tmp_path):
+    file = tmp_path / "env"
+    file.write_text("# comment\nA=1\n\nB=2\n")
+    assert parse_env(("B=3", "HOME", "ABSENT"), (str(file),), {"HOME": "/h"}) == {"A": "1", "B": "3", "HOME": "/h"}
+
+
+def test_a_missing_env_file_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="env-file"):
+        parse_env((), (str(tmp_path / "none"),), {})
+
+
+def test_pairs():
+    assert parse_pairs(("a=b=c",), "-l") == {"a": "b=c"}
+    with pytest.raises(BadInput):
+        parse_pairs(("novalue",), "-l")

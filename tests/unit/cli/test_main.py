@@ -1,0 +1,47 @@
+"""The command's frame: help, usage errors, envelopes, exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from recess.cli import main as cli_main
+from recess.cli.main import VERBS, run_cli
+
+
+def test_every_verb_can_be_imported_and_has_help(capsys):
+    for name in VERBS:
+        assert run_cli([name, "--help"]) == 0, name
+        assert "Usage: recess " + name in capsys.readouterr().out
+
+
+def test_unknown_verb_is_a_usage_error(capsys):
+    assert run_cli(["frobnicate"]) == 2
+    assert "frobnicate" in capsys.readouterr().err
+
+
+def test_errors_share_the_envelope(capsys):
+    assert run_cli(["--json", "frobnicate"]) == 2
+    body = json.loads(capsys.readouterr().out)
+    assert body["ok"] is False
+    assert body["exit_code"] == 2
+
+
+def test_own_failures_of_run_are_125(capsys, monkeypatch, tmp_path):
+    # A URL where nobody listens: the failure is ours, not the guest's.
+    monkeypatch.setenv("RECESS_URL", "http://127.0.0.1:9")
+    assert run_cli(["run", "base", "true"]) == 125
+    assert run_cli(["ps"]) == 1
+    assert "recess up" in capsys.readouterr().err
+
+
+def test_help_imports_no_verb():
+    code = "import sys; from recess.cli.main import run_cli; run_cli(['--help']); print([m for m in sys.modules if m.startswith('recess.cli.verbs')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+@pytest.mark.parametrize(("args", "expected"), [(["ps", "--json"], True), (["exec", "m", "--", "x", "--json"], False)])
+def test_json_is_ours_only_before_the_double_dash(args, expected):
+    assert cli_main._wants_json(args) is expected
