@@ -1,0 +1,222 @@
+"""A blob store in a folder of the local disk: one file a blob, its key as the relative path.
+
+How a put survives a crash: the bytes go to a file in `.tmp/`, which is fsynced; `link` gives it its final name (it
+fails if the name exists: put-if-absent is the file system's own atomic act); the folder is fsynced; the temporary
+name goes. A crash before the link leaves only a file in `.tmp/`, which `clean` removes; after it, a whole blob. The
+name can become durable only after the content, since the content was fsynced first: no key ever shows part of a blob.
+
+Files are made read-only: nothing of ours ever writes to a blob again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from recess.blobs.contract import BlobInfo, Bytes, check_key, pieces
+from recess.crashpoints import Crashed, crash_point
+from recess.errors import BadInput, Corrupt, NotFound, OutOfSpace, Unavailable
+
+_TMP = ".tmp"  # cannot be a key: parts never start with a dot
+_IOV_MAX = 512  # buffers in one writev; the kernel takes 1024
+
+
+class LocalBlobs:
+    """Blobs below `root`, which is created (mode 0700) if missing. Raises Unavailable if the folder cannot be used."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            (root / _TMP).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _translate(exc, str(root)) from exc
+            raise Unavailable(f"blob store: cannot use {root}: {exc.strerror}", errno=exc.errno) from exc
+
+    def put(self, key: str, data: Bytes | Sequence[Bytes]) -> bool:
+        """See `BlobStore.put`."""
+        target = self.root / check_key(key)
+        if _touch(target):
+            return False
+        temp = self.root / _TMP / secrets.token_hex(12)
+        try:
+            _make_folders(self.root, target.parent)
+            _write_synced(temp, pieces(data))
+            crash_point("blobs.before_link")
+            try:
+                os.link(temp, target)
+            except FileExistsError:
+                if not _touch(target):
+                    raise BadInput(f"blob key {key} is a folder of other keys") from None
+                return False
+            crash_point("blobs.before_folder_sync")
+            _sync_folder(target.parent)
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+        except Crashed:
+            temp = self.root  # a real crash removes nothing
+            raise
+        finally:
+            if temp is not self.root:
+                temp.unlink(missing_ok=True)
+        return True
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """See `BlobStore.get`."""
+        try:
+            with (self.root / check_key(key)).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size > max_bytes:
+                    raise Corrupt(f"blob {key} holds {size} bytes, at most {max_bytes} were expected", blob=key)
+                return _read_exactly(file.fileno(), 0, size, key)
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """See `BlobStore.get_range`."""
+        try:
+            with (self.root / check_key(key)).open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                if offset < 0 or length < 0 or offset + length > size:
+                    raise Corrupt(f"blob {key} ends before byte {offset + length}", blob=key)
+                return _read_exactly(file.fileno(), offset, length, key)
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+
+    def stat(self, key: str) -> BlobInfo:
+        """See `BlobStore.stat`."""
+        try:
+            found = (self.root / check_key(key)).stat()
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+        if not stat.S_ISREG(found.st_mode):
+            raise NotFound(f"no such blob: {key}", kind="blob", ref=key)
+        return BlobInfo(key, found.st_size, found.st_mtime)
+
+    def exists(self, key: str) -> bool:
+        """See `BlobStore.exists`."""
+        return (self.root / check_key(key)).is_file()
+
+    def delete(self, key: str) -> bool:
+        """See `BlobStore.delete`."""
+        target = self.root / check_key(key)
+        try:
+            target.unlink()
+            _sync_folder(target.parent)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return False
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+        return True
+
+    def list_blobs(self, prefix: str = "") -> Iterator[BlobInfo]:
+        """See `BlobStore.list_blobs`."""
+        folder = prefix.rpartition("/")[0]
+        if folder:
+            check_key(folder)
+        yield from self._walk(self.root / folder, f"{folder}/" if folder else "", prefix)
+
+    def _walk(self, folder: Path, base: str, prefix: str) -> Iterator[BlobInfo]:
+        try:
+            entries = list(os.scandir(folder))
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            key = base + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
+                    yield from self._walk(folder / entry.name, f"{key}/", prefix)
+            elif key.startswith(prefix):
+                try:
+                    found = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                yield BlobInfo(key, found.st_size, found.st_mtime)
+
+    def clean(self, *, before_s: float) -> int:
+        """See `BlobStore.clean`."""
+        removed = 0
+        for entry in list(os.scandir(self.root / _TMP)):
+            try:
+                if entry.stat(follow_symlinks=False).st_mtime < before_s:
+                    Path(entry.path).unlink()
+                    removed += 1
+            except FileNotFoundError:
+                continue  # its put has just ended
+        return removed
+
+
+def _write_synced(path: Path, views: list[memoryview]) -> None:
+    """Create `path` with these bytes and fsync it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+    try:
+        while views:
+            written = os.writev(fd, views[:_IOV_MAX])
+            while written:  # drop what went out; a write may be short
+                if written >= views[0].nbytes:
+                    written -= views.pop(0).nbytes
+                else:
+                    views[0] = views[0][written:]
+                    written = 0
+        crash_point("blobs.before_sync")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_exactly(fd: int, offset: int, length: int, key: str) -> bytes:
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    parts, got = [data], len(data)  # a signal or a limit of 2 GiB cut the read short
+    while got < length:
+        data = os.pread(fd, length - got, offset + got)
+        if not data:
+            raise Corrupt(f"blob {key} ends before byte {offset + length}", blob=key)
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)
+
+
+def _touch(path: Path) -> bool:
+    """Renew the time of an existing file; False if there is none."""
+    if not path.is_file():
+        return False
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _make_folders(root: Path, folder: Path) -> None:
+    """Create `folder` below `root`, each new name fsynced in its parent, so that a durable blob has a durable path."""
+    missing: list[Path] = []
+    while folder != root and not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _translate(exc: OSError, key: str) -> NotFound | OutOfSpace | Unavailable:
+    if exc.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return NotFound(f"no such blob: {key}", kind="blob", ref=key)
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfSpace(f"no space for blob {key}", hint="free disk space: recess snapshots prune, recess images rm")
+    return Unavailable(f"blob store: {key}: {exc.strerror}", errno=exc.errno)

@@ -1,0 +1,138 @@
+"""The conformance suite of blob stores: subclass `BlobStoreSuite`, give it a `blobs` fixture, and run it."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from recess.blobs.contract import BlobStore
+from recess.errors import BadInput, Corrupt, NotFound
+
+_FAR = 1 << 40
+
+
+class BlobStoreSuite:
+    """What every `BlobStore` must do. The `blobs` fixture yields an empty store."""
+
+    def test_get_returns_what_put_stored(self, blobs: BlobStore) -> None:
+        assert blobs.put("a/b", b"hello") is True
+        assert blobs.get("a/b", max_bytes=5) == b"hello"
+        assert blobs.stat("a/b").size_bytes == 5
+        assert blobs.exists("a/b")
+
+    def test_pieces_are_joined(self, blobs: BlobStore) -> None:
+        many = [bytes([i % 251]) * (i % 5) for i in range(3000)]
+        blobs.put("k", many)
+        assert blobs.get("k", max_bytes=_FAR) == b"".join(many)
+        blobs.put("v", [memoryview(b"xy"), bytearray(b"z")])
+        assert blobs.get("v", max_bytes=3) == b"xyz"
+
+    def test_wide_views_are_bytes(self, blobs: BlobStore) -> None:
+        blobs.put("k", memoryview(bytes(range(16))).cast("I"))
+        assert blobs.get("k", max_bytes=16) == bytes(range(16))
+
+    def test_an_empty_blob_is_a_blob(self, blobs: BlobStore) -> None:
+        assert blobs.put("empty", b"") is True
+        assert blobs.get("empty", max_bytes=0) == b""
+        assert blobs.get_range("empty", 0, 0) == b""
+
+    def test_the_first_put_wins_and_renews_the_time(self, blobs: BlobStore) -> None:
+        blobs.put("k", b"first")
+        before = blobs.stat("k").modified_s
+        deadline = time.monotonic() + 5
+        while blobs.stat("k").modified_s == before and time.monotonic() < deadline:
+            assert blobs.put("k", b"second") is False
+        assert blobs.get("k", max_bytes=_FAR) == b"first"
+        assert blobs.stat("k").modified_s > before
+
+    def test_missing_keys(self, blobs: BlobStore) -> None:
+        blobs.put("there/file", b"x")
+        for key in ("no", "no/such/key", "there", "there/file/below"):
+            assert not blobs.exists(key)
+            assert blobs.delete(key) is False
+            with pytest.raises(NotFound) as caught:
+                blobs.get(key, max_bytes=1)
+            assert caught.value.details["ref"] == key
+            with pytest.raises(NotFound):
+                blobs.get_range(key, 0, 1)
+            with pytest.raises(NotFound):
+                blobs.stat(key)
+        assert blobs.get("there/file", max_bytes=1) == b"x"
+
+    def test_ranges_are_exact(self, blobs: BlobStore) -> None:
+        blobs.put("k", bytes(range(100)))
+        assert blobs.get_range("k", 10, 20) == bytes(range(10, 30))
+        assert blobs.get_range("k", 0, 100) == bytes(range(100))
+        assert blobs.get_range("k", 100, 0) == b""
+        for offset, length in ((99, 2), (101, 0), (0, 101), (-1, 1), (5, -1)):
+            with pytest.raises(Corrupt):
+                blobs.get_range("k", offset, length)
+
+    def test_a_cap_on_reading(self, blobs: BlobStore) -> None:
+        blobs.put("k", b"12345")
+        with pytest.raises(Corrupt) as caught:
+            blobs.get("k", max_bytes=4)
+        assert caught.value.details["blob"] == "k"
+
+    def test_delete(self, blobs: BlobStore) -> None:
+        blobs.put("d/k", b"x")
+        assert blobs.delete("d/k") is True
+        assert blobs.delete("d/k") is False
+        assert not blobs.exists("d/k")
+        assert blobs.put("d/k", b"y") is True
+        assert blobs.get("d/k", max_bytes=1) == b"y"
+
+    def test_list(self, blobs: BlobStore) -> None:
+        stored = {"layers/aa": b"1", "layers/ab": b"22", "log/s/aa": b"333", "top": b""}
+        for key, data in stored.items():
+            blobs.put(key, data)
+        assert {i.key: i.size_bytes for i in blobs.list_blobs()} == {k: len(v) for k, v in stored.items()}
+        assert sorted(i.key for i in blobs.list_blobs("layers/")) == ["layers/aa", "layers/ab"]
+        assert [i.key for i in blobs.list_blobs("layers/ab")] == ["layers/ab"]
+        assert [i.key for i in blobs.list_blobs("log/")] == ["log/s/aa"]
+        assert sorted(i.key for i in blobs.list_blobs("l")) == ["layers/aa", "layers/ab", "log/s/aa"]
+        assert list(blobs.list_blobs("none/")) == []
+        info = next(blobs.list_blobs("top"))
+        assert abs(info.modified_s - time.time()) < 60
+
+    @pytest.mark.parametrize(
+        "key",
+        ["", "/", "/a", "a/", "a//b", "../a", "a/../b", ".tmp/x", "A", "a b", "a\n", "a\0b", "é", "a/b/c/d/e", "x" * 201],
+    )  # fmt: skip
+    def test_bad_keys_are_refused_everywhere(self, blobs: BlobStore, key: str) -> None:
+        with pytest.raises(BadInput):
+            blobs.put(key, b"")
+        with pytest.raises(BadInput):
+            blobs.get(key, max_bytes=1)
+        with pytest.raises(BadInput):
+            blobs.get_range(key, 0, 1)
+        with pytest.raises(BadInput):
+            blobs.delete(key)
+        with pytest.raises(BadInput):
+            blobs.stat(key)
+        with pytest.raises(BadInput):
+            blobs.exists(key)
+
+    def test_racing_puts_of_one_key_have_one_winner(self, blobs: BlobStore) -> None:
+        wins: list[int] = []
+        gate = threading.Barrier(6)
+
+        def race(number: int) -> None:
+            gate.wait()
+            if blobs.put("raced", bytes([number]) * 5000):
+                wins.append(number)
+
+        threads = [threading.Thread(target=race, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(wins) == 1
+        assert blobs.get("raced", max_bytes=5000) == bytes(wins) * 5000
+
+    def test_clean_leaves_blobs_alone(self, blobs: BlobStore) -> None:
+        blobs.put("k", b"x")
+        assert blobs.clean(before_s=time.time() + 1000) == 0
+        assert blobs.get("k", max_bytes=1) == b"x"
