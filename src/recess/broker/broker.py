@@ -1,0 +1,155 @@
+"""The broker: the host end of the proxy port inside every machine, and the only way out of one without a NIC.
+
+It holds one record per machine (epoch, policy, open connections, journal), asks the injected gate before every
+outside call, and cuts what is open when the gate says the epoch is lost. All state is in memory: after a restart the
+composition root registers again, and until then every stream is refused (fails closed). It must know nothing of
+sessions, leases, databases, machines' rows or drivers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import h11
+
+from recess.broker.dial import Dialer, SystemDialer
+from recess.broker.gate import Gate
+from recess.broker.journal import Decision, Journal
+from recess.broker.policy import Policy
+from recess.broker.proxy import Surroundings, describe, serve
+from recess.broker.secrets import SecretStore
+from recess.broker.targets import Target
+from recess.broker.wire import GuestSide
+from recess.clock import Clock
+from recess.errors import RecessError, Unavailable
+from recess.guestlink.link import ByteStream, IncomingHandler
+
+CONNECTIONS_MAX = 64  # per machine
+JOURNALS_MAX = 1000
+
+
+class _Machine:
+    """One registered machine; replaced whole when its epoch changes."""
+
+    def __init__(self, epoch: int, policy: Policy) -> None:
+        self.epoch = epoch
+        self.policy = policy
+        self.open: set[asyncio.Task[None]] = set()
+        self.watcher: asyncio.Task[None] | None = None
+
+    def cut(self) -> None:
+        """End every open connection; their handlers close the streams."""
+        for task in self.open:
+            task.cancel()
+
+
+class Broker:
+    """See the module. Every method but the handlers is synchronous and must be called on the event loop."""
+
+    def __init__(self, gate: Gate, secrets: SecretStore, clock: Clock, *, dialer: Dialer | None = None) -> None:
+        self._gate = gate
+        self._secrets = secrets
+        self._clock = clock
+        self._dialer: Dialer = dialer or SystemDialer()
+        self._machines: dict[str, _Machine] = {}
+        self._journals: OrderedDict[str, Journal] = OrderedDict()
+
+    def register(self, machine_id: str, epoch: int, policy: Policy) -> None:
+        """Let a machine out under this policy. The same epoch again changes the policy of the calls to come; another
+        epoch also cuts what the former one left open."""
+        known = self._machines.get(machine_id)
+        if known is not None and known.epoch == epoch:
+            known.policy = policy
+            return
+        if known is not None:
+            self.unregister(machine_id)
+        self._machines[machine_id] = _Machine(epoch, policy)
+
+    def unregister(self, machine_id: str) -> None:
+        """Cut everything the machine has open and refuse what comes; unknown machines are no error."""
+        machine = self._machines.pop(machine_id, None)
+        if machine is None:
+            return
+        machine.cut()
+        if machine.watcher is not None:
+            machine.watcher.cancel()
+
+    def decisions(self, machine_id: str) -> list[Decision]:
+        """Return the newest decisions (at most 500), oldest first; they outlive `unregister`."""
+        journal = self._journals.get(machine_id)
+        return journal.entries() if journal else []
+
+    def open_connections(self, machine_id: str) -> int:
+        """Return how many guest connections are open."""
+        machine = self._machines.get(machine_id)
+        return len(machine.open) if machine else 0
+
+    def handler(self, machine_id: str) -> IncomingHandler:
+        """Return the handler of this machine's "proxy" streams; it may be set before `register` and never raises."""
+
+        async def handle(service: str, metadata: Mapping[str, Any], stream: ByteStream) -> None:
+            try:
+                await self._accept(machine_id, GuestSide(stream))
+            finally:
+                await _close(stream)
+
+        return handle
+
+    async def _accept(self, machine_id: str, guest: GuestSide) -> None:
+        machine = self._machines.get(machine_id)
+        if machine is None or len(machine.open) >= CONNECTIONS_MAX:
+            why = "this machine is not let out" if machine is None else f"over {CONNECTIONS_MAX} connections are open"
+            await _quietly(_refuse(guest, Unavailable(why)))
+            return
+        if machine.watcher is None and self._gate.may_act(machine_id, machine.epoch):
+            machine.watcher = asyncio.create_task(self._watch(machine_id, machine), name=f"broker-watch-{machine_id}")
+        around = Surroundings(
+            may_act=lambda: self._machines.get(machine_id) is machine and self._gate.may_act(machine_id, machine.epoch),
+            policy=lambda: machine.policy,
+            note=lambda method, target, allowed, reason: self._note(machine_id, method, target, allowed, reason),
+            secrets=self._secrets,
+            dialer=self._dialer,
+        )
+        task = asyncio.create_task(_quietly(serve(guest, around)), name=f"broker-{machine_id}")
+        machine.open.add(task)
+        try:
+            await asyncio.wait({task})  # its cancellation (a cut) is not ours
+        finally:
+            task.cancel()
+            machine.open.discard(task)
+
+    async def _watch(self, machine_id: str, machine: _Machine) -> None:
+        """Cut what is open at the moment the epoch is lost; new calls are stopped by `may_act` all the same."""
+        try:
+            await self._gate.wait_lost(machine_id, machine.epoch)
+        finally:
+            machine.cut()
+            machine.watcher = None
+
+    def _note(self, machine_id: str, method: str, target: Target | None, allowed: bool, reason: str) -> None:
+        journal = self._journals.get(machine_id)
+        if journal is None:
+            journal = self._journals[machine_id] = Journal()
+            if len(self._journals) > JOURNALS_MAX:
+                self._journals.popitem(last=False)
+        journal.add(describe(method, target, allowed, reason, self._clock.wall_s()))
+
+
+async def _refuse(guest: GuestSide, error: RecessError) -> None:
+    await guest.send_problem(error.http_status, error.to_dict())
+    await guest.linger()
+
+
+async def _quietly(work: Any) -> None:
+    """Run to the end; a cut link or a guest that breaks HTTP while being answered concerns nobody else."""
+    try:
+        await work
+    except (RecessError, h11.LocalProtocolError, OSError):
+        return
+
+
+async def _close(stream: ByteStream) -> None:
+    await _quietly(stream.close())
