@@ -1,0 +1,35 @@
+"""Sizes and durations, both ways."""
+
+import pytest
+
+from recess.errors import BadInput
+from recess.units import format_bytes, format_duration, parse_duration, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("512M", 512 << 20), ("2GiB", 2 << 30), ("4096", 4096), ("1.5k", 1536), (7, 7)]
+)
+def test_sizes(text, expected):
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize(("text", "expected"), [("30s", 30), ("1h30m", 5400), ("500ms", 0.5), ("2", 2), (3, 3)])
+def test_durations(text, expected):
+    assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "M", "-1", "12 parsecs"])
+def test_nonsense_is_refused(text):
+    with pytest.raises(BadInput):
+        parse_size(text)
+    with pytest.raises(BadInput):
+        parse_duration(text)
+
+
+def test_formats():
+    assert format_bytes(999) == "999 B"
+    assert format_bytes(3_400_000) == "3.4 MB"
+    assert format_bytes(5_000_000_000_000) == "5000.0 GB"
+    assert format_duration(0.0214) == "21 ms"
+    assert format_duration(3.21) == "3.2 s"
+    assert format_duration(250) == "4 min 10 s"
