@@ -1,0 +1,5 @@
+"""The fake driver: complete, in memory, shipped; control-plane tests and benchmarks need no VM with it."""
+
+from recess.drivers.fake.driver import FakeDriver, FakeHost
+
+__all__ = ["FakeDriver", "FakeHost"]

@@ -1,0 +1,120 @@
+"""The fake guest's file system: one tree over two dicts, tmpfs in memory and the rest on the disk. Pure but for `now`."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import tarfile
+from collections.abc import Callable
+
+from recess.drivers.fake.state import TMPFS, DiskState, FileNode, MemoryState
+from recess.errors import BadInput, NotFound
+from recess.guestlink.link import FileStat
+
+LIST_MAX = 10_000
+
+
+class FileTree:
+    """Paths to nodes. Parents are made as needed, as guestd does."""
+
+    def __init__(self, memory: MemoryState, disk: DiskState, now: Callable[[], float]) -> None:
+        self._memory = memory
+        self._disk = disk
+        self._now = now
+
+    def _home(self, path: str) -> dict[str, FileNode]:
+        in_ram = any(path == top or path.startswith(top + "/") for top in TMPFS)
+        return self._memory.files if in_ram else self._disk.files
+
+    @staticmethod
+    def clean(path: str, cwd: str = "/") -> str:
+        """Return the absolute, normalised path; raises BadInput for NUL or emptiness."""
+        if not path or "\0" in path:
+            raise BadInput(f"not a path: {path!r}")
+        return posixpath.normpath(posixpath.join(cwd, path)).replace("//", "/")
+
+    def get(self, path: str) -> FileNode | None:
+        """Return the node or None, symlinks not followed."""
+        return self._home(path).get(path)
+
+    def make_dirs(self, path: str) -> None:
+        """Make the folder and its parents."""
+        node = self.get(path)
+        if node is not None:
+            if node.kind != "dir":
+                raise BadInput(f"not a folder: {path}")
+            return
+        if path != "/":
+            self.make_dirs(posixpath.dirname(path))
+        self._home(path)[path] = FileNode("dir", 0o755, self._now())
+
+    def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """Write a whole file."""
+        self.make_dirs(posixpath.dirname(path))
+        node = self.get(path)
+        if node is not None and node.kind == "dir":
+            raise BadInput(f"is a folder: {path}")
+        self._home(path)[path] = FileNode("file", mode, self._now(), data)
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add to the end of a file, made if absent."""
+        node = self.get(path)
+        self.write(path, (node.data if node else b"") + data, node.mode if node else 0o644)
+
+    def read(self, path: str) -> bytes:
+        """Return a file's bytes, one symlink followed; raises NotFound."""
+        node = self.get(path)
+        if node is not None and node.kind == "symlink":
+            node = self.get(self.clean(node.data.decode(), posixpath.dirname(path)))
+        if node is None:
+            raise NotFound(f"no such file in the machine: {path}", kind="file", ref=path)
+        if node.kind == "dir":
+            raise BadInput(f"is a folder: {path}")
+        return node.data
+
+    def stat(self, path: str) -> FileStat:
+        """Return what is there; raises NotFound."""
+        node = self.get(path)
+        if node is None:
+            raise NotFound(f"no such file in the machine: {path}", kind="file", ref=path)
+        return FileStat(path, node.kind, len(node.data), node.mode, node.mtime_s)
+
+    def children(self, path: str) -> list[str]:
+        """Return the paths directly below a folder, sorted."""
+        prefix = path.rstrip("/") + "/"
+        names = {**self._memory.files, **self._disk.files}
+        return sorted(p for p in names if p.startswith(prefix) and p != "/" and "/" not in p[len(prefix) :])
+
+    def list_dir(self, path: str) -> list[FileStat]:
+        """Return at most LIST_MAX entries; raises NotFound or BadInput."""
+        if self.stat(path).kind != "dir":
+            raise BadInput(f"not a folder: {path}")
+        return [self.stat(child) for child in self.children(path)[:LIST_MAX]]
+
+    def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove; absent is not an error, a full folder without `recursive` is."""
+        below = self.children(path)
+        if below and not recursive:
+            raise BadInput(f"folder is not empty: {path}")
+        for child in below:
+            self.remove(child, recursive=True)
+        self._home(path).pop(path, None)
+
+    def unpack(self, path: str, archive: bytes) -> None:
+        """Unpack a tar below `path`; members that would leave it are refused before anything is written."""
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            members = tar.getmembers()
+            for member in members:
+                target = self.clean(member.name, path)
+                if member.name.startswith("/") or not (target + "/").startswith(path.rstrip("/") + "/"):
+                    raise BadInput(f"tar member leaves the folder: {member.name}")
+            for member in members:
+                target = self.clean(member.name, path)
+                if member.isdir():
+                    self.make_dirs(target)
+                elif member.issym():
+                    self.make_dirs(posixpath.dirname(target))
+                    self._home(target)[target] = FileNode("symlink", 0o777, self._now(), member.linkname.encode())
+                elif member.isfile():
+                    source = tar.extractfile(member)
+                    self.write(target, source.read() if source else b"", member.mode)
