@@ -24,7 +24,7 @@ def test_wrong_type_and_broken_file(tmp_path):
     with pytest.raises(BadInput, match="lease_s"):
         load_config({"RECESS_HOME": str(tmp_path), "RECESS_LEASE_S": "soon"})
     (tmp_path / "config.toml").write_text("= 5\n")
-    with pytest.raises(BadInput, match="config.toml"):
+    with pytest.raises(BadInput, match=r"config\.toml"):
         load_config({"RECESS_HOME": str(tmp_path)})
 
 
