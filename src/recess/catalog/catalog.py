@@ -1,0 +1,23 @@
+"""All tables of the catalog over one database. It must know nothing of what the rows stand for."""
+
+from __future__ import annotations
+
+from recess.catalog.agents import AgentRows
+from recess.catalog.machines import MachineRows
+from recess.catalog.nodes import NodeRows, TokenRows
+from recess.catalog.snapshots import SnapshotRows
+from recess.catalog.templates import TemplateRows
+from recess.db import Database
+
+
+class Catalog:
+    """`catalog.machines`, `.snapshots`, `.templates`, `.agents`, `.nodes`, `.tokens`; `db` was opened with SCHEMA."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+        self.machines = MachineRows(db)
+        self.snapshots = SnapshotRows(db)
+        self.templates = TemplateRows(db)
+        self.agents = AgentRows(db)
+        self.nodes = NodeRows(db)
+        self.tokens = TokenRows(db)

@@ -1,0 +1,210 @@
+"""One typed table: a frozen dataclass a row, JSON columns, found by id, name or unambiguous id prefix.
+
+Functions that end in `_in` work inside the caller's transaction, so that rows of several tables (of other rooms too) can
+change together. This module must know no particular table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from recess.catalog.names import check_name
+from recess.db import Database, Row, Tx, UniqueViolation
+from recess.errors import BadInput, Conflict, Corrupt, NameInUse, NotFound
+
+R = TypeVar("R")
+
+LIST_MAX = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Table(Generic[R]):
+    """A table's description. `record` has fields `id` and `name`; `json` names its JSON columns.
+
+    `holds_name` is SQL that tells whether a row keeps others from its name. `tagged` allows names like "base:v1".
+    """
+
+    name: str
+    record: type[R]
+    what: str
+    prefix: str
+    json: frozenset[str] = frozenset()
+    holds_name: str = "1"
+    tagged: bool = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The column names, which are the record's fields."""
+        return tuple(f.name for f in dataclasses.fields(self.record))  # type: ignore[arg-type]
+
+    def insert_in(self, tx: Tx, row: R) -> R:
+        """Add a row. Raises BadInput (illegal name), NameInUse, Conflict (the id exists)."""
+        values = self._values(row)
+        row_id, name = str(values["id"]), str(values["name"])
+        self._check_form(name)
+        marks = ", ".join("?" * len(values))
+        try:
+            tx.execute(f"INSERT INTO {self.name} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+        except UniqueViolation as exc:
+            raise self._taken_in(tx, row_id, name, exc) from exc
+        return row
+
+    def find_in(self, tx: Tx, row_id: str) -> R | None:
+        """Return the row of exactly this id, or None. Raises Corrupt."""
+        row = tx.one(f"SELECT * FROM {self.name} WHERE id = ?", (row_id,))
+        return None if row is None else self.decode(row)
+
+    def get_in(self, tx: Tx, ref: str) -> R:
+        """Return by id, name, or unambiguous id prefix (with or without its kind). Raises NotFound, BadInput, Corrupt."""
+        exact = self.find_in(tx, ref)
+        if exact is not None:
+            return exact
+        named = tx.one(
+            f"SELECT * FROM {self.name} WHERE name = ? AND name <> '' ORDER BY ({self.holds_name}) DESC, created DESC",
+            (ref,),
+        )
+        if named is not None:
+            return self.decode(named)
+        return self.decode(find_by_prefix(tx, self.name, self.what, self.prefix, ref))
+
+    def list_in(self, tx: Tx, where: str = "1", params: Sequence[object] = (), *, limit: int = LIST_MAX) -> list[R]:
+        """Return rows newest first; `where` is SQL of the caller's own, never a user's."""
+        sql = f"SELECT * FROM {self.name} WHERE {where} ORDER BY created DESC, id DESC LIMIT ?"
+        return [self.decode(row) for row in tx.execute(sql, (*params, limit))]
+
+    def update_in(self, tx: Tx, row_id: str, **changes: object) -> R:
+        """Change columns and return the row. Raises NotFound, NameInUse, BadInput for an unknown column."""
+        unknown = sorted(set(changes) - set(self.columns) | ({"id"} & set(changes)))
+        if unknown:
+            raise BadInput(f"{self.what}: no such column: {unknown[0]}")
+        if "name" in changes:
+            self._check_form(str(changes["name"]))
+        values = {name: _encode(value) if name in self.json else value for name, value in changes.items()}
+        sets = ", ".join(f"{name} = ?" for name in values) or "id = id"
+        try:
+            rows = tx.execute(
+                f"UPDATE {self.name} SET {sets} WHERE id = ? RETURNING {', '.join(self.columns)}",
+                (*values.values(), row_id),
+            )
+        except UniqueViolation as exc:
+            old = tx.one(f"SELECT name FROM {self.name} WHERE id = ?", (row_id,))
+            name = str(changes.get("name", old["name"] if old else ""))
+            raise self._taken_in(tx, row_id, name, exc) from exc
+        if not rows:
+            raise _not_found(self.what, row_id)
+        return self.decode(rows[0])
+
+    def delete_in(self, tx: Tx, row_id: str) -> bool:
+        """Remove a row; False if there was none."""
+        return bool(tx.execute(f"DELETE FROM {self.name} WHERE id = ? RETURNING id", (row_id,)))
+
+    def decode(self, row: Row) -> R:
+        """Return the record of a row. Raises Corrupt naming table, row and column."""
+        values: dict[str, Any] = {name: row[name] for name in self.columns}
+        try:
+            for name in self.json:
+                values[name] = msgspec.json.decode(values[name])
+            return msgspec.convert(values, self.record)
+        except (msgspec.MsgspecError, TypeError) as exc:
+            raise Corrupt(
+                f"catalog: {self.what} {values['id']!r} has an unreadable row: {exc}",
+                hint="the database was changed by something else; remove the row or restore a backup",
+                kind=self.what,
+                ref=str(values["id"]),
+            ) from exc
+
+    def _values(self, row: R) -> dict[str, object]:
+        return {name: _encode(getattr(row, name)) if name in self.json else getattr(row, name) for name in self.columns}
+
+    def _check_form(self, name: str) -> None:
+        if name:
+            check_name(name, self.what, tagged=self.tagged)
+
+    def _taken_in(self, tx: Tx, row_id: str, name: str, exc: UniqueViolation) -> Conflict:
+        """Say which of the unique columns it was."""
+        holder = tx.one(
+            f"SELECT id FROM {self.name} WHERE name = ? AND name <> '' AND id <> ? AND ({self.holds_name})",
+            (name, row_id),
+        )
+        if holder is not None:
+            return NameInUse(
+                f"the name {name!r} is in use by {self.what} {holder['id']}",
+                hint="choose another name, or remove that one first",
+                kind=self.what,
+                ref=str(holder["id"]),
+            )
+        why = "exists already" if self.find_in(tx, row_id) is not None else f"cannot be stored: {exc}"
+        return Conflict(f"{self.what} {row_id} {why}", kind=self.what, ref=row_id)
+
+
+class Rows(Generic[R]):
+    """A table with its database: every call one transaction, durable when it returns."""
+
+    def __init__(self, db: Database, table: Table[R]) -> None:
+        self.db = db
+        self.table = table
+
+    async def insert(self, row: R) -> R:
+        """Add a row (see `Table.insert_in`)."""
+        return await self.db.write(lambda tx: self.table.insert_in(tx, row))
+
+    async def get(self, ref: str) -> R:
+        """Return by id, name or unambiguous id prefix (see `Table.get_in`)."""
+        return await self.db.read(lambda tx: self.table.get_in(tx, ref))
+
+    async def find(self, row_id: str) -> R | None:
+        """Return the row of exactly this id, or None."""
+        return await self.db.read(lambda tx: self.table.find_in(tx, row_id))
+
+    async def list_all(self, *, limit: int = LIST_MAX) -> list[R]:
+        """Return all rows, newest first."""
+        return await self.db.read(lambda tx: self.table.list_in(tx, limit=limit))
+
+    async def update(self, row_id: str, **changes: object) -> R:
+        """Change columns and return the row (see `Table.update_in`)."""
+        return await self.db.write(lambda tx: self.table.update_in(tx, row_id, **changes))
+
+    async def change(self, row_id: str, fn: Callable[[R], Mapping[str, object]]) -> R:
+        """Read, decide and write in one transaction: `fn` gets the row, returns the changes or raises to change nothing."""
+
+        def run(tx: Tx) -> R:
+            row = self.table.find_in(tx, row_id)
+            if row is None:
+                raise _not_found(self.table.what, row_id)
+            return self.table.update_in(tx, row_id, **fn(row))
+
+        return await self.db.write(run)
+
+    async def delete(self, row_id: str) -> bool:
+        """Remove a row; False if there was none."""
+        return await self.db.write(lambda tx: self.table.delete_in(tx, row_id))
+
+
+def find_by_prefix(tx: Tx, table: str, what: str, prefix: str, ref: str) -> Row:
+    """Return the one row whose id begins with `ref` or `prefix_ref`. Raises NotFound, BadInput if there are several."""
+    for head in (ref, f"{prefix}_{ref}") if ref.isascii() and ref else ():
+        rows = tx.execute(f"SELECT * FROM {table} WHERE id >= ? AND id < ? LIMIT 2", (head, head + "~"))
+        if len(rows) == 1:
+            return rows[0]
+        if rows:
+            raise BadInput(f"{ref!r} is ambiguous: several {what}s begin with it", hint="give more of the id")
+    raise _not_found(what, ref)
+
+
+def _not_found(what: str, ref: str) -> NotFound:
+    return NotFound(f"no such {what}: {ref[:200]}", hint=f"list what there is with `recess {_LIST.get(what, 'ps')}`",
+                    kind=what, ref=ref[:200])  # fmt: skip
+
+
+_LIST = {"machine": "ps -a", "snapshot": "snapshots ls", "template": "images ls", "session": "session ls"}
+
+
+def _encode(value: object) -> str:
+    try:
+        return msgspec.json.encode(value, order="deterministic").decode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise BadInput(f"catalog: not JSON data: {exc}") from exc
