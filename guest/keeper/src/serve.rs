@@ -1,0 +1,309 @@
+//! The keeper's life: one loop over a few descriptors until the VMM is gone.
+//!
+//! It has no thread and no state on disk but what `Home` names. Whatever goes wrong with a client is that client's
+//! affair; whatever goes wrong with the keeper itself ends it, and with it (PR_SET_PDEATHSIG) the VMM.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use crate::memory::{Buffer, Ram};
+use crate::request::{self, Request, REQUEST_LIMIT};
+use crate::sys;
+use crate::tail::Tail;
+use crate::vmm::{End, Vmm};
+
+/// Connected clients at a time; the server needs one, a restarted one overlaps for a moment.
+const CLIENTS: usize = 8;
+/// Bytes of the VMM's output that go with the event of its death.
+const LAST_WORDS: usize = 3072;
+
+/// Names in the run folder, which the keeper owns: it is the working directory, and it is removed at the end.
+pub const SOCKET: &str = "keeper.sock";
+pub const MONITOR: &str = "qmp.sock";
+pub const PIDS: &str = "pids";
+pub const LOG: &str = "vmm.log";
+
+/// What the keeper was told to own.
+pub struct Home {
+    pub run_dir: PathBuf,
+    /// Where the VMM's end is recorded, outside the run folder.
+    pub record: Option<PathBuf>,
+}
+
+pub struct Keeper {
+    pub home: Home,
+    pub listener: OwnedFd,
+    pub sigterm: OwnedFd,
+    pub timer: OwnedFd,
+    pub vmm: Vmm,
+    pub ram: Ram,
+    pub log: Tail,
+    pub console: Option<Tail>,
+    pub clients: Vec<OwnedFd>,
+    pub deadline_ns: Option<u64>,
+    pub prepared: Option<Buffer>,
+    /// Why we ended the VMM, once we have.
+    pub reason: Option<&'static str>,
+}
+
+/// An answer: text, and a descriptor with it.
+type Answer = io::Result<(String, Option<OwnedFd>)>;
+
+impl Keeper {
+    /// Serve until the VMM is gone; then say so, record it and clean up.
+    pub fn run(mut self) {
+        let mut log_open = true;
+        loop {
+            let ready = self.poll(log_open);
+            if ready.log {
+                log_open = self.log.drain();
+            }
+            if ready.console && !self.console.as_mut().is_some_and(Tail::drain) {
+                self.console = None;
+            }
+            if ready.vmm {
+                break;
+            }
+            if ready.sigterm {
+                self.end("keeper was told to stop");
+            }
+            self.check_deadline();
+            for at in (0..self.clients.len()).rev() {
+                if ready.clients.get(at) == Some(&true) && !self.serve(at) {
+                    self.clients.swap_remove(at);
+                }
+            }
+            if ready.listener {
+                self.welcome();
+            }
+        }
+        self.bury();
+    }
+
+    fn poll(&self, log_open: bool) -> Ready {
+        let watch = |fd: i32| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        let console = self.console.as_ref().map_or(-1, |c| c.pipe.as_raw_fd());
+        let log = if log_open {
+            self.log.pipe.as_raw_fd()
+        } else {
+            -1
+        };
+        let mut fds = vec![
+            watch(self.listener.as_raw_fd()),
+            watch(self.sigterm.as_raw_fd()),
+            watch(self.timer.as_raw_fd()),
+            watch(self.vmm.pidfd.as_raw_fd()),
+            watch(log),
+            watch(console),
+        ];
+        let fixed = fds.len();
+        fds.extend(self.clients.iter().map(|c| watch(c.as_raw_fd())));
+        // SAFETY: the array is valid for its length. EINTR leaves all revents zero: one idle turn.
+        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        let hit: Vec<bool> = fds.iter().map(|f| f.revents != 0).collect();
+        Ready {
+            listener: hit[0],
+            sigterm: hit[1],
+            vmm: hit[3],
+            log: hit[4],
+            console: hit[5],
+            clients: hit[fixed..].to_vec(),
+        }
+    }
+
+    fn welcome(&mut self) {
+        let Ok(client) = sys::accept(&self.listener) else {
+            return;
+        };
+        // SAFETY: no pointers.
+        let me = unsafe { libc::geteuid() };
+        if self.clients.len() < CLIENTS && sys::peer_uid(&client).is_ok_and(|uid| uid == me) {
+            self.clients.push(client);
+        }
+    }
+
+    /// Answer one request. False: the client is gone or does not read, and is dropped.
+    fn serve(&mut self, at: usize) -> bool {
+        let mut buffer = [0u8; REQUEST_LIMIT];
+        let (count, fd) = match sys::receive(&self.clients[at], &mut buffer) {
+            Ok(None) => return true,
+            Ok(Some((0, _))) | Err(_) => return false,
+            Ok(Some(got)) => got,
+        };
+        let (text, fd) = match request::parse(&buffer[..count]) {
+            Err(why) => (format!("err bad-request {why}"), None),
+            Ok(request) => match self.answer(request, fd) {
+                Ok((text, fd)) => (text, fd),
+                Err(error) => (describe(&error), None),
+            },
+        };
+        sys::send(&self.clients[at], text.as_bytes(), fd.as_ref()).is_ok()
+    }
+
+    fn answer(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
+        let done = || Ok(("ok".to_string(), None));
+        match request {
+            Request::Status => Ok((self.status()?, None)),
+            Request::Kill => {
+                self.end("killed");
+                done()
+            }
+            Request::Deadline(from_now) => {
+                self.deadline_ns = from_now.map(|ms| sys::boottime_ns() + ms * 1_000_000);
+                sys::timer_set(&self.timer, self.deadline_ns.unwrap_or(0))?;
+                done()
+            }
+            Request::Prepare => {
+                self.prepared = None;
+                self.prepared = Some(self.ram.prepare_private()?);
+                done()
+            }
+            Request::Release => {
+                self.prepared = None;
+                done()
+            }
+            Request::CapturePrivate => {
+                let ready = self.prepared.take();
+                captured(self.ram.capture_private(ready, &self.stop()))
+            }
+            Request::CaptureFile { keep_zero } => {
+                captured(self.ram.capture_file(keep_zero, &self.stop()))
+            }
+            Request::Inject(count) => {
+                let source = fd.ok_or_else(|| {
+                    io::Error::new(io::ErrorKind::InvalidInput, "no descriptor came")
+                })?;
+                self.ram.inject(&source, count, &self.stop())?;
+                done()
+            }
+        }
+    }
+
+    /// What long work asks between slices: has the deadline passed?
+    fn stop(&self) -> impl Fn() -> io::Result<()> {
+        let deadline = self.deadline_ns;
+        move || match deadline {
+            Some(at) if sys::boottime_ns() >= at => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "deadline passed"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn status(&self) -> io::Result<String> {
+        let me = std::process::id() as libc::pid_t;
+        let left = self
+            .deadline_ns
+            .map(|at| at.saturating_sub(sys::boottime_ns()) / 1_000_000);
+        let left = left.map_or("none".to_string(), |ms| ms.to_string());
+        let (pid, start, keeper_start) = (self.vmm.pid, self.vmm.start, sys::start_time(me)?);
+        Ok(format!(
+            "ok pid={pid} start={start} keeper={me} keeper_start={keeper_start} deadline_ms={left}"
+        ))
+    }
+
+    fn check_deadline(&mut self) {
+        if self.deadline_ns.is_some_and(|at| sys::boottime_ns() >= at) {
+            self.end("deadline passed");
+            self.deadline_ns = None;
+            let _ = sys::timer_set(&self.timer, 0);
+        }
+    }
+
+    fn end(&mut self, why: &'static str) {
+        self.reason.get_or_insert(why);
+        self.vmm.kill();
+    }
+
+    /// The VMM is gone: collect it, tell the clients, record it, remove the run folder.
+    fn bury(mut self) {
+        let end = self.vmm.reap();
+        self.log.drain();
+        if let Some(console) = self.console.as_mut() {
+            console.drain();
+        }
+        let words = self.log.last(LAST_WORDS).unwrap_or_default();
+        let obituary = obituary(end, self.reason, &words);
+        if let Some(path) = &self.home.record {
+            let _ = write_whole(path, &obituary);
+        }
+        remove_folder(&self.home.run_dir);
+        for client in &self.clients {
+            let _ = sys::send(client, &obituary, None);
+        }
+    }
+}
+
+/// Which descriptors have something to say.
+struct Ready {
+    listener: bool,
+    sigterm: bool,
+    vmm: bool,
+    log: bool,
+    console: bool,
+    clients: Vec<bool>,
+}
+
+fn captured(done: io::Result<(Buffer, usize)>) -> Answer {
+    done.map(|(buffer, pages)| (format!("ok pages={pages}"), Some(buffer.fd)))
+}
+
+fn describe(error: &io::Error) -> String {
+    let code = match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::ENOMEM | libc::EDQUOT | libc::EMFILE) => "no-space",
+        _ if error.kind() == io::ErrorKind::InvalidInput => "bad-request",
+        _ => "failed",
+    };
+    format!("err {code} {error}")
+}
+
+fn obituary(end: End, reason: Option<&'static str>, words: &[u8]) -> Vec<u8> {
+    let mut text = format!("dead {end} {}\n", reason.unwrap_or("it ended by itself")).into_bytes();
+    text.extend_from_slice(words);
+    text
+}
+
+/// Temp name and rename: a reader sees all of it or nothing.
+pub fn write_whole(path: &Path, data: &[u8]) -> io::Result<()> {
+    let aside = path.with_extension("new");
+    std::fs::write(&aside, data)?;
+    std::fs::rename(&aside, path)
+}
+
+/// Remove a flat folder. What is not ours to remove stays, and then so does the folder.
+pub fn remove_folder(path: &Path) {
+    if let Ok(entries) = std::fs::read_dir(path) {
+        for entry in entries.flatten() {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+    let _ = std::fs::remove_dir(path);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_obituary_says_how_and_why() {
+        assert_eq!(
+            obituary(End::Exit(1), None, b"bad disk"),
+            b"dead exit:1 it ended by itself\nbad disk"
+        );
+        assert!(obituary(End::Signal(9), Some("deadline passed"), b"")
+            .starts_with(b"dead signal:9 deadline passed\n"));
+    }
+
+    #[test]
+    fn errors_have_codes() {
+        assert!(describe(&io::Error::from_raw_os_error(libc::ENOSPC)).starts_with("err no-space "));
+        assert!(describe(&io::Error::new(io::ErrorKind::InvalidInput, "x"))
+            .starts_with("err bad-request "));
+        assert!(describe(&io::Error::from_raw_os_error(libc::EPERM)).starts_with("err failed "));
+    }
+}
