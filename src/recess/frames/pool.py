@@ -1,0 +1,33 @@
+"""A few threads for compression, decompression and hashing, all of which release the GIL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class WorkPool:
+    """Runs short, independent, non-nesting tasks. Threads start on first use and end with `close` or the process."""
+
+    def __init__(self, threads: int = 2, name: str = "frames") -> None:
+        self.threads = threads
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    def each(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run all and return their results in order.
+
+        When one fails, the others are still waited for before its error is raised: tasks write into the caller's
+        buffers, and none may do so after this returned.
+        """
+        if len(tasks) <= 1:
+            return [task() for task in tasks]
+        futures = [self._executor.submit(task) for task in tasks]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """End the threads. May be called twice."""
+        self._executor.shutdown()

@@ -1,0 +1,190 @@
+"""Seekable files: random access, the standard tool, and every lie a file can tell."""
+
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from blake3 import blake3
+
+from recess.errors import Corrupt, Incompatible
+from recess.frames import FRAME_RAW_BYTES_MAX, FrameEncoder, SeekableReader, WorkPool, build_seekable, decode_frame
+from recess.frames.index_v1 import decode_index, encode_index, table_of
+
+KIND = b"TEST"
+RAWS = [bytes([i]) * (i * 37) + b"recess" for i in range(20)] + [b""]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = WorkPool()
+    yield pool
+    pool.close()
+
+
+def build(pool, raws=RAWS, extra=b"the extra"):
+    file = build_seekable(KIND, len(raws), raws.__getitem__, extra, level=1, pool=pool)
+    return file, b"".join(file.pieces)
+
+
+def open_bytes(data, index_hash, reads=None):
+    def read(offset, length):
+        if reads is not None:
+            reads.append((offset, length))
+        if offset < 0 or length < 0 or offset + length > len(data):
+            raise Corrupt("short")
+        return data[offset : offset + length]
+
+    return SeekableReader(read, len(data), index_hash, KIND, "test")
+
+
+def test_any_frame_in_any_order(pool):
+    file, data = build(pool)
+    assert file.size_bytes == len(data)
+    reader = open_bytes(data, file.index_hash)
+    assert reader.extra == b"the extra"
+    assert [reader.frame(i) for i in (20, 0, 7)] == [RAWS[20], RAWS[0], RAWS[7]]
+    found = {}
+    reader.frames(np.array([0, 1, 5, 6, 7, 19]), found.__setitem__, pool)
+    assert found == {i: RAWS[i] for i in (0, 1, 5, 6, 7, 19)}
+    assert reader.raw(pool, max_bytes=1 << 20) == b"".join(RAWS)
+    with pytest.raises(Corrupt):
+        reader.raw(pool, max_bytes=100)
+
+
+def test_neighbouring_frames_take_one_read(pool):
+    file, data = build(pool)
+    reads = []
+    reader = open_bytes(data, file.index_hash, reads)
+    assert len(reads) == 1
+    reader.frames(np.array([2, 3, 4]), lambda *_: None, pool)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("number", [-1, 21, 1 << 40])
+def test_a_frame_that_is_not_there(pool, number):
+    file, data = build(pool)
+    with pytest.raises(Corrupt):
+        open_bytes(data, file.index_hash).frames(np.array([number]), lambda *_: None, pool)
+
+
+def test_an_index_larger_than_the_first_read(pool):
+    extra = bytes(range(256)) * 1000
+    file, data = build(pool, extra=extra)
+    reads = []
+    reader = open_bytes(data, file.index_hash, reads)
+    assert reader.extra == extra
+    assert len(reads) == 2
+
+
+def test_no_frames_at_all(pool):
+    file, data = build(pool, raws=[])
+    assert open_bytes(data, file.index_hash).raw(pool, max_bytes=0) == b""
+
+
+def test_the_standard_tool_unpacks_it(pool, tmp_path):
+    tool = shutil.which("zstd")
+    if tool is None:
+        pytest.skip("the zstd program is not installed")
+    _, data = build(pool)
+    path = tmp_path / "file.zst"
+    path.write_bytes(data)
+    assert subprocess.run([tool, "-dc", path], capture_output=True, check=True).stdout == b"".join(RAWS)
+    listed = subprocess.run([tool, "-l", path], capture_output=True, check=True, text=True).stdout
+    assert listed.split("\n")[1].split()[:2] == [str(len(RAWS) + 2), "2"]
+
+
+def test_the_seek_table_is_the_standard_one(pool):
+    file, data = build(pool)
+    count, descriptor, magic = struct.unpack("<IBI", data[-9:])
+    assert (count, descriptor, magic) == (len(RAWS) + 1, 0, 0x8F92EAB1)
+    size = 8 * count + 9
+    assert struct.unpack("<II", data[-size - 8 : -size]) == (0x184D2A5E, size)
+    entries = struct.unpack(f"<{2 * count}I", data[-size:-9])
+    assert sum(entries[::2]) == len(data) - size - 8
+    assert list(entries[1::2]) == [*map(len, RAWS), 0]
+
+
+def test_every_flipped_byte_and_every_truncation_is_noticed(pool):
+    raws = [b"a" * 300, b"bc" * 50, b""]
+    file, data = build(pool, raws=raws, extra=b"xyz")
+
+    def all_of(damaged):
+        open_bytes(damaged, file.index_hash).raw(pool, max_bytes=1 << 20)
+
+    all_of(data)
+    for at in range(len(data)):
+        damaged = bytearray(data)
+        damaged[at] ^= 1 << (at % 8)
+        with pytest.raises(Corrupt):
+            all_of(bytes(damaged))
+    for size in range(len(data)):
+        with pytest.raises(Corrupt):
+            all_of(data[:size])
+    with pytest.raises(Corrupt):
+        all_of(data + b"\0")
+
+
+def test_another_files_hash_is_refused(pool):
+    _, data = build(pool)
+    with pytest.raises(Corrupt):
+        open_bytes(data, blake3(b"other").hexdigest())
+
+
+def test_an_index_of_another_kind_or_version():
+    table = table_of([FrameEncoder(1).encode(b"x")])
+    good = encode_index(KIND, table, b"e")
+    assert decode_index(good, KIND, "n")[1] == b"e"
+    with pytest.raises(Corrupt):
+        decode_index(good, b"LAYR", "n")
+    with pytest.raises(Incompatible):
+        decode_index(good[:8] + b"\x02\0" + good[10:], KIND, "n")
+    for at in (0, 10, 16, 20):  # magic, reserved, counts
+        with pytest.raises(Corrupt):
+            decode_index(good[:at] + b"\xff" + good[at + 1 :], KIND, "n")
+    huge = replace(table, raw=np.array([FRAME_RAW_BYTES_MAX + 1], np.uint32))
+    with pytest.raises(Corrupt):
+        decode_index(encode_index(KIND, huge, b""), KIND, "n")
+
+
+@pytest.mark.parametrize("claim", [0, 99, 101, 1000])
+def test_a_frame_that_lies_about_its_size(claim):
+    frame = FrameEncoder(1).encode(b"a" * 100)
+    with pytest.raises(Corrupt):
+        decode_frame(frame.data, claim, frame.hash, "n")
+
+
+def test_a_bomb_is_stopped_at_the_claimed_size():
+    frame = FrameEncoder(1).encode(bytes(FRAME_RAW_BYTES_MAX))
+    with pytest.raises(Corrupt):
+        decode_frame(frame.data, 4096, frame.hash, "n")
+
+
+@pytest.mark.parametrize("junk", [b"", b"not zstd at all", b"\x28\xb5\x2f\xfd"])
+def test_junk_with_a_right_hash(junk):
+    with pytest.raises(Corrupt):
+        decode_frame(junk, 5, blake3(junk).digest(), "n")
+
+
+def test_bytes_after_the_frame():
+    data = FrameEncoder(1).encode(b"abc").data + b"more"
+    with pytest.raises(Corrupt):
+        decode_frame(data, 3, blake3(data).digest(), "n")
+
+
+def test_a_frame_over_the_cap_is_not_written():
+    with pytest.raises(ValueError, match="at most"):
+        FrameEncoder(1).encode(bytes(FRAME_RAW_BYTES_MAX + 1))
+
+
+def test_when_one_task_fails_the_others_have_ended(pool):
+    done = []
+
+    def fail():
+        raise Corrupt("no")
+
+    with pytest.raises(Corrupt):
+        pool.each([fail, *[lambda i=i: done.append(i) for i in range(20)]])
+    assert sorted(done) == list(range(20))
