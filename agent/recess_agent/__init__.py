@@ -1,1 +1,28 @@
-"""In-guest SDK of Recess: standard library only, knows nothing of the host package."""
+"""In-guest SDK of Recess: an agent is an ordinary Python loop; standard library only, Python 3.9 or later.
+
+It knows the session protocol (docs/internals/agent-protocol.md) and nothing of the host package: no database, no
+machine, no credentials. Everything durable goes through the session socket, and the host stamps it.
+"""
+
+from recess_agent.app import Agent, agent
+from recess_agent.openai import ModelError, openai_chat
+from recess_agent.session import Session, Turn
+from recess_agent.stream import Reply, ToolCall
+from recess_agent.tools import Call, Tool, tool
+from recess_agent.wire import SessionClosed, SessionError
+
+__all__ = [
+    "Agent",
+    "Call",
+    "ModelError",
+    "Reply",
+    "Session",
+    "SessionClosed",
+    "SessionError",
+    "Tool",
+    "ToolCall",
+    "Turn",
+    "agent",
+    "openai_chat",
+    "tool",
+]

@@ -1,0 +1,83 @@
+"""`@agent`: the loop of one agent with its settings and hooks. It knows nothing of sockets or of the log."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Awaitable, Callable, Dict, List, Optional, Sequence, Union
+
+from recess_agent.tools import Tool, as_tool
+
+AgentLoop = Callable[..., Awaitable[None]]
+Hook = Callable[..., Any]
+HOOKS = ("suspend", "resume", "fork", "upgrade")
+
+
+class Agent:
+    """An agent: `loop` is the user's coroutine function, taking one `Session`.
+
+    Hooks are set with `@my_agent.on_resume` and its sisters; each takes one dict and may be async. They must be
+    quick: a suspend hook has two seconds, then the machine is frozen anyway.
+    """
+
+    def __init__(self, loop: AgentLoop, *, image: str, idle: str, tools: Sequence[Tool], settings: Dict[str, Any]) -> None:
+        self.loop = loop
+        self.name = getattr(loop, "__name__", "agent")
+        self.image = image
+        self.idle = idle
+        self.tools = {one.name: one for one in tools}
+        self.settings = settings
+        self.hooks: Dict[str, Hook] = {}
+        self.__doc__ = loop.__doc__
+
+    def on_suspend(self, hook: Hook) -> Hook:
+        """Run before the machine is frozen, at most two seconds: {}."""
+        self.hooks["suspend"] = hook
+        return hook
+
+    def on_resume(self, hook: Hook) -> Hook:
+        """Run when this very process continues in a thawed machine: {"rung", "why", "stale"}."""
+        self.hooks["resume"] = hook
+        return hook
+
+    def on_fork(self, hook: Hook) -> Hook:
+        """Run when this process finds itself in a fork: {"parent", "session", "at"}."""
+        self.hooks["fork"] = hook
+        return hook
+
+    def on_upgrade(self, hook: Hook) -> Hook:
+        """Run once in the first process of a new version, before its first turn: {"old", "new"}."""
+        self.hooks["upgrade"] = hook
+        return hook
+
+    async def run_hook(self, name: str, info: Dict[str, Any]) -> None:
+        """Call a hook if it is set; its exceptions are the caller's."""
+        hook = self.hooks.get(name)
+        if hook is None:
+            return
+        result = hook(info)
+        if inspect.isawaitable(result):
+            await result
+
+
+def agent(
+    loop: Optional[AgentLoop] = None,
+    *,
+    image: str = "base",
+    idle: str = "30s",
+    tools: Sequence[Union[Tool, Callable[..., Any]]] = (),
+    **settings: Any,
+) -> Any:
+    """Declare the agent of this file: `@agent(image="base", idle="30s", tools=[...])`.
+
+    `image`, `idle` and the other settings (memory, cpus, disk, network, allow, routes, upgrade) are read from the
+    source by `recess deploy` without running it, so write them as literals.
+    """
+
+    def wrap(function: AgentLoop) -> Agent:
+        found: List[Tool] = [as_tool(one) for one in tools]
+        names = [one.name for one in found]
+        if len(set(names)) != len(names):
+            raise TypeError("two tools have the same name: " + ", ".join(sorted(names)))
+        return Agent(function, image=image, idle=idle, tools=found, settings=dict(settings))
+
+    return wrap if loop is None else wrap(loop)

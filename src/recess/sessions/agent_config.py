@@ -1,0 +1,117 @@
+"""What a deployed agent asks of its machine and its supervisor: read from the source without running it, checked once.
+
+`@agent(image="base", idle="30s", ...)` in the entry file gives defaults; the deploy's own config wins. Pure.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from recess.errors import BadInput
+from recess.machines.service import MachineSpec
+from recess.sessions.decisions import POLICIES
+from recess.units import parse_duration, parse_size
+
+ENTRY = "agent.py"
+_KEYS = frozenset(
+    {"image", "memory", "cpus", "disk", "idle", "policy", "env", "allow", "routes", "network", "entry", "upgrade"}
+)
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """A checked configuration. `idle_s` None: the server's default. `env` is the agent process's."""
+
+    entry: str = ENTRY
+    image: str = "base"
+    idle_s: float | None = None
+    policy: str = "turn"
+    memory_bytes: int = 512 << 20
+    cpus: int = 1
+    disk_bytes: int = 4 << 30
+    network: str = "broker"
+    allow: tuple[str, ...] = ()
+    routes: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def machine_spec(self, session: str) -> MachineSpec:
+        """Return the machine a session of this agent runs in."""
+        return MachineSpec(
+            image=self.image, memory_bytes=self.memory_bytes, cpus=self.cpus, disk_bytes=self.disk_bytes,
+            network=self.network, allow=self.allow, routes=dict(self.routes), labels={"session": session},
+        )  # fmt: skip
+
+
+def config_from_source(source: str) -> dict[str, Any]:
+    """Return the literal keyword arguments of the file's `@agent(...)`. Raises BadInput if the file does not parse."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError) as exc:
+        raise BadInput(f"agent code: {exc}") from exc
+    found: dict[str, Any] = {}
+    for node in tree.body:
+        if isinstance(node, ast.AsyncFunctionDef):
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and _name(decorator.func) == "agent":
+                    found.update(_literals(decorator))
+    return found
+
+
+def _name(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _literals(call: ast.Call) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for keyword in call.keywords:
+        if keyword.arg in _KEYS:
+            try:
+                out[keyword.arg] = ast.literal_eval(keyword.value)
+            except ValueError as exc:
+                raise BadInput(f"@agent: {keyword.arg} must be a literal, it is read without running the file") from exc
+    return out
+
+
+def check_config(config: Mapping[str, Any]) -> AgentConfig:
+    """Return the configuration as typed data. Raises BadInput naming the key that is wrong."""
+    unknown = sorted(set(config) - _KEYS)
+    if unknown:
+        raise BadInput(f"agent config: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(_KEYS))}")
+    policy = str(config.get("policy") or config.get("upgrade") or "turn")
+    if policy not in POLICIES:
+        raise BadInput(f"agent config: policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+    default = AgentConfig()
+    return AgentConfig(
+        entry=str(config.get("entry") or ENTRY),
+        image=str(config.get("image") or default.image),
+        idle_s=parse_duration(config["idle"]) if config.get("idle") else None,
+        policy=policy,
+        memory_bytes=parse_size(config["memory"]) if config.get("memory") else default.memory_bytes,
+        cpus=_count(config.get("cpus", default.cpus)),
+        disk_bytes=parse_size(config["disk"]) if config.get("disk") else default.disk_bytes,
+        network=str(config.get("network") or default.network),
+        allow=tuple(_strings("allow", config.get("allow") or [])),
+        routes=_pairs("routes", config.get("routes") or {}),
+        env=_pairs("env", config.get("env") or {}),
+    )
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
+        raise BadInput(f"agent config: cpus must be 1 to 64, not {value!r}")
+    return value
+
+
+def _strings(name: str, value: object) -> list[str]:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise BadInput(f"agent config: {name} must be a list of strings")
+    return list(value)
+
+
+def _pairs(name: str, value: object) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(k, str) and isinstance(v, str) for k, v in value.items()):
+        raise BadInput(f"agent config: {name} must map strings to strings")
+    return dict(value)

@@ -1,0 +1,214 @@
+"""Every decision about a session as a pure function over frozen data. No clock, no log, no machine in here.
+
+The supervisor looks (`View`), asks `decide`, and carries out the one `Move` it gets. So the whole behaviour can be
+read, and searched by property tests, without a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+ATTEMPTS_MAX = 3
+POLICIES = ("pin", "turn", "now")
+
+
+class Act(StrEnum):
+    """What the supervisor does next."""
+
+    WAIT = "wait"  # for a signal, at most Move.seconds
+    END_TURN = "end_turn"  # the agent came back for more: its turn is done
+    REDELIVER = "redeliver"  # the open turn, to an agent that does not have it
+    START_TURN = "start_turn"  # the next message of the inbox
+    UPGRADE = "upgrade"  # swap the agent process
+    CUT_FOR_UPGRADE = "cut_for_upgrade"  # policy "now": not even the turn's end is awaited
+    PARK = "park"
+    FREEZE = "freeze"
+    UNPARK = "unpark"
+    RESTART_AGENT = "restart_agent"
+    FAIL_TURN = "fail_turn"
+    RECOVER = "recover"  # the machine is gone
+
+
+@dataclass(frozen=True)
+class View:
+    """All that `decide` may know. Times in seconds."""
+
+    state: str  # running | parked
+    machine_alive: bool
+    agent_alive: bool  # its process; False: it has ended or was never started
+    waiting: bool  # it asked for the next turn
+    done: int  # the turn it says it has finished (0: none)
+    turn: int
+    turn_open: bool
+    turn_cut: bool
+    cuts: int  # how often the open turn was cut by a crash
+    calls_open: int
+    inbox: bool
+    holds: int
+    idle_s: float  # since the last activity
+    idle_timeout_s: float
+    park_s: float  # between parked and frozen
+    suspend_wanted: bool
+    freeze_blocked_s: float  # the last freeze failed: not again before this
+    upgrade_to: str  # a deployed version that is not ours, or ""
+    policy: str
+
+
+@dataclass(frozen=True)
+class Move:
+    """One decision and why; `seconds` bounds a WAIT (None: until a signal)."""
+
+    act: Act
+    why: str
+    seconds: float | None = None
+
+
+def decide(view: View) -> Move:
+    """Return the next move."""
+    if not view.machine_alive:
+        return Move(Act.RECOVER, "the machine is gone")
+    if view.state == "parked":
+        return _parked(view)
+    if view.upgrade_to and view.policy == "now" and view.turn_open and not view.turn_cut:
+        return Move(Act.CUT_FOR_UPGRADE, "policy now")
+    if view.upgrade_to and view.policy == "now" and not view.turn_open:
+        return Move(Act.UPGRADE, "policy now")
+    if not view.agent_alive:
+        return _without_agent(view)
+    if not view.waiting:
+        return Move(Act.WAIT, "the agent is at work")
+    if view.turn_open:
+        if view.done >= view.turn:
+            return Move(Act.END_TURN, "the agent asks for the next turn")
+        if view.cuts >= ATTEMPTS_MAX:
+            return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
+        return Move(Act.REDELIVER, "the agent does not have the open turn")
+    if view.inbox:
+        if view.upgrade_to and view.policy == "turn":
+            return Move(Act.UPGRADE, "a turn's boundary")
+        return Move(Act.START_TURN, "a message waits")
+    return _idle(view)
+
+
+def _without_agent(view: View) -> Move:
+    if view.turn_open and view.cuts >= ATTEMPTS_MAX:
+        return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
+    if view.turn_open or view.inbox:
+        if view.inbox and not view.turn_open and view.upgrade_to and view.policy == "turn":
+            return Move(Act.UPGRADE, "a turn's boundary")
+        return Move(Act.RESTART_AGENT, "there is work and no agent process")
+    return _idle(view)
+
+
+def _parked(view: View) -> Move:
+    if view.inbox or view.turn_open or view.holds:
+        return Move(Act.UNPARK, "there is work")
+    left = max(view.idle_timeout_s + view.park_s - view.idle_s, view.freeze_blocked_s)
+    if view.suspend_wanted or left <= 0:
+        return Move(Act.FREEZE, "suspend was asked for" if view.suspend_wanted else "idle")
+    return Move(Act.WAIT, "parked", left)
+
+
+def _idle(view: View) -> Move:
+    if view.suspend_wanted and not view.calls_open:
+        return Move(Act.FREEZE, "suspend was asked for")
+    if view.holds:
+        return Move(Act.WAIT, "held")
+    if view.calls_open:
+        return Move(Act.WAIT, "a tool is open")
+    if view.freeze_blocked_s > 0:
+        return Move(Act.WAIT, "the last freeze failed", view.freeze_blocked_s)
+    left = view.idle_timeout_s - view.idle_s
+    if left > 0:
+        return Move(Act.WAIT, "idle", left)
+    if view.park_s > 0:
+        return Move(Act.PARK, "idle")
+    return Move(Act.FREEZE, "idle")
+
+
+class Rung(StrEnum):
+    """How a machine is brought back, warmest first."""
+
+    REATTACH = "reattach"  # it runs already: a restarted server takes it over (rung 1)
+    UNPAUSE = "unpause"  # rung 1
+    RESUME = "resume"  # from its own newest snapshot (rung 2, or 3 from a remote store)
+    RESTORE = "restore"  # from a snapshot that is not the machine's newest state (rung 2 or 3)
+    CREATE = "create"  # a fresh machine; the log is what is left (rung 5)
+
+
+@dataclass(frozen=True)
+class WakePlan:
+    """The steps of the ladder to try, in this order, and whether to end the old VM first."""
+
+    steps: tuple[tuple[Rung, str], ...]  # (rung, snapshot id or "")
+    kill_first: bool
+    why: str
+
+
+def plan_wake(
+    *,
+    state: str,
+    machine_state: str,
+    machine_snapshot: str,
+    machine_epoch: int,
+    epoch_before: int,
+    snapshot: str,
+    older_snapshots: Sequence[str] = (),
+) -> WakePlan:
+    """Choose the rungs. `machine_state` is "" when there is no such machine; `epoch_before` is the log's epoch before
+    this claim, `machine_epoch` the one under which this node last drove the machine: when they differ, somebody else
+    owned the session in between and the machine's memory is older than the log."""
+    tail = [(Rung.RESTORE, one) for one in dict.fromkeys([snapshot, *older_snapshots]) if one]
+    ladder = (*tail, (Rung.CREATE, ""))
+    current = machine_epoch == epoch_before
+    if machine_state == "running":
+        if current and state in ("running", "parked"):
+            return WakePlan(((Rung.REATTACH, ""), *ladder), False, "the machine runs on")
+        return WakePlan(ladder, True, "the running machine is older than the log")
+    if machine_state == "paused":
+        if current:
+            return WakePlan(((Rung.UNPAUSE, ""), *ladder), False, "parked in memory")
+        return WakePlan(ladder, True, "the paused machine is older than the log")
+    if machine_state == "suspended" and snapshot and machine_snapshot == snapshot:
+        return WakePlan(((Rung.RESUME, snapshot), *ladder), False, "frozen")
+    if not machine_state and not tail:
+        return WakePlan(ladder, False, "first start")
+    why = "frozen" if state == "frozen" else f"its machine is {machine_state or 'gone'}"
+    return WakePlan(ladder, False, why)
+
+
+def keeps_agent(rung: Rung, *, snapshot_position: int, last_work: int, turn_open: bool, turn_started: int) -> bool:
+    """Tell whether the agent process in this machine's memory may go on: its memory equals the log.
+
+    A re-attached or unpaused machine has missed nothing. A snapshot is as good when no work came after it and it was
+    not taken in the middle of the turn that is open now (its connections of that moment are gone).
+    """
+    if rung in (Rung.REATTACH, Rung.UNPAUSE):
+        return True
+    if rung is Rung.CREATE or last_work > snapshot_position:
+        return False
+    return not turn_open or turn_started > snapshot_position
+
+
+def upgrade_target(current: str, deployed: str, policy: str) -> str:
+    """Return the version to move to, or "" to stay."""
+    return deployed if policy != "pin" and deployed and deployed != current else ""
+
+
+def snapshot_for(position: int, snapshots: Sequence[tuple[str, int]]) -> tuple[str, int]:
+    """Return the newest (id, position) that is not newer than `position`, or ("", 0)."""
+    fitting = [one for one in snapshots if one[1] <= position]
+    return max(fitting, key=lambda one: one[1], default=("", 0))
+
+
+def keeper_deadline_s(lease_left_s: float, *, margin_s: float, embedded: bool, orphan_s: float) -> float:
+    """Return how long the keeper lets the machine live without news from us.
+
+    In a cluster: until shortly before the lease ends, so that a fenced copy is dead before another node may start one.
+    Embedded: the lock on the home is what proves an owner dead, nobody else can take the session, and a restarted
+    server wants to find its machines alive; so an orphan gets `orphan_s`, and only the broker is cut at the lease's end.
+    """
+    until_lease = max(0.0, lease_left_s - margin_s)
+    return max(until_lease, orphan_s) if embedded else until_lease

@@ -1,0 +1,72 @@
+"""What the sessions room is given: the effects and the settings, injected once by the node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from recess.catalog import AgentVersion
+from recess.clock import Clock
+from recess.contextlog.contract import ContextLog, Entry
+from recess.machines.service import Machines
+
+
+class AgentStore(Protocol):
+    """Deployed agent code; `recess.catalog.AgentRows` is one. Raises NotFound, BadInput, Corrupt."""
+
+    async def deploy(
+        self, agent: str, files: Mapping[str, bytes], config: Mapping[str, Any], *, now: float
+    ) -> AgentVersion:
+        """Store code and make it the agent's current version."""
+        ...
+
+    async def current(self, agent: str) -> AgentVersion:
+        """Return the version deployed last."""
+        ...
+
+    async def get(self, agent: str, version: str) -> AgentVersion:
+        """Return one version."""
+        ...
+
+    async def files(self, agent: str, version: str) -> dict[str, bytes]:
+        """Return the files of exactly this version."""
+        ...
+
+
+class SessionLog(ContextLog, Protocol):
+    """The log with what an agent's first copy of it needs."""
+
+    async def tail(self, session: str) -> list[Entry]:
+        """Return the newest system entry and everything after the newest compaction on this branch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Durations in seconds. `owner` names this server in leases."""
+
+    owner: str
+    agent_package: Path  # the folder that holds recess_agent/
+    embedded: bool = True  # the lock on the home proves other owners dead: claim by force
+    lease_s: float = 15.0
+    margin_s: float = 2.0  # we stop this much before the lease ends
+    orphan_s: float = 600.0  # embedded: how long a machine lives after its server died
+    idle_timeout_s: float = 30.0
+    park_s: float = 0.0  # paused in memory for this long before it is frozen
+    freeze_retry_s: float = 30.0
+    term_s: float = 10.0  # from SIGTERM to SIGKILL of an agent process
+    hook_s: float = 2.0
+    max_text_bytes: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Deps:
+    """The effects."""
+
+    log: SessionLog
+    machines: Machines
+    agents: AgentStore
+    clock: Clock
+    settings: Settings
