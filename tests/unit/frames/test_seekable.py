@@ -97,7 +97,7 @@ def test_the_standard_tool_unpacks_it(pool, tmp_path):
 
 
 def test_the_seek_table_is_the_standard_one(pool):
-    file, data = build(pool)
+    _, data = build(pool)
     count, descriptor, magic = struct.unpack("<IBI", data[-9:])
     assert (count, descriptor, magic) == (len(RAWS) + 1, 0, 0x8F92EAB1)
     size = 8 * count + 9
