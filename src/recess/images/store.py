@@ -1,0 +1,202 @@
+"""Root images by name: content-addressed files, one small metadata file per name, no database.
+
+    names/NAME.json          name -> root hash, packages, size, created (NAME percent-quoted)
+    roots/HASH/root.erofs    the image (HASH: BLAKE3-256 of the file), with root.erofs.pages beside it
+
+Publish order: root, then name; a name therefore never points at nothing, and a crash in between leaves a root that
+no name uses, which the next `remove` or `create` sweeps. Two processes may create images at once; of the same name
+the last one wins. This module must know nothing of machines or snapshots: who still needs a root is told to it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+from recess.errors import BadInput, Corrupt, HasDependents, NameInUse, NotFound
+from recess.images import debian
+from recess.images.files import build_dir, hash_file, publish_dir, read_json, write_json
+from recess.images.pages import FilePages
+from recess.images.tools import Progress
+
+BASE_IMAGE = "base"
+_VERSION = 1
+_NAME = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,127}")
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """One image. `root_hash` is BLAKE3-256 hex of the file at `root_path`; `created` in wall seconds."""
+
+    name: str
+    root_path: Path
+    root_hash: str
+    packages: tuple[str, ...]
+    size_bytes: int
+    created: float
+
+
+def _silent(_line: str) -> None:
+    return
+
+
+class ImageStore:
+    """The images below one folder. All calls are synchronous; only `create` is slow (minutes, network)."""
+
+    def __init__(self, images_dir: Path) -> None:
+        self._dir = images_dir
+        self._names = images_dir / "names"
+        self._roots = images_dir / "roots"
+
+    def create(
+        self,
+        name: str,
+        packages: Sequence[str] = (),
+        progress: Progress = _silent,
+        *,
+        with_base: bool = True,
+        replace: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> ImageInfo:
+        """Build an image of Debian packages and give it a name. Nothing is left behind unless it returns.
+
+        `with_base=False` leaves out Python, git and the other packages of `base`. Raises BadInput, NameInUse
+        (without `replace`), MissingTool, Unavailable, OutOfSpace; KeyboardInterrupt when cancelled.
+        """
+        path = self._name_path(name)
+        wanted = debian.check_packages([*packages, *(debian.BASE_PACKAGES if with_base else ())])
+        if path.exists() and not replace:
+            raise NameInUse(f"an image named {name!r} exists", hint="remove it first, or use another name")
+        with build_dir(self._dir) as work:
+            root = debian.build_root(wanted, work, progress, cancel=cancel)
+            progress("indexing the root image")
+            folder = work / "new"
+            folder.mkdir()
+            digest = hash_file(root)
+            root.chmod(0o444)
+            root = root.rename(folder / "root.erofs")
+            FilePages.open(root, digest).close()
+            publish_dir(folder, self._roots / digest)
+        size = (self._roots / digest / "root.erofs").stat().st_size
+        write_json(
+            path,
+            {
+                "version": _VERSION,
+                "name": name,
+                "root_hash": digest,
+                "packages": list(wanted),
+                "size_bytes": size,
+                "created": time.time(),
+            },
+        )
+        return self.get(name)
+
+    def ensure_base(self, progress: Progress = _silent) -> ImageInfo:
+        """Return the image `base`, building it first if it is not there. Errors as `create`."""
+        try:
+            return self.get(BASE_IMAGE)
+        except NotFound:
+            return self.create(BASE_IMAGE, (), progress, replace=True)
+
+    def get(self, name: str) -> ImageInfo:
+        """Return one image. Raises NotFound with the names there are, Corrupt for damaged metadata or a lost root."""
+        path = self._name_path(name)
+        try:
+            found = read_json(path, _VERSION)
+        except FileNotFoundError:
+            known = ", ".join(self._known()[:8])
+            hint = f"there are: {known}" if known else "recess images create base"
+            raise NotFound(f"no image named {name!r}", hint=hint, kind="image", ref=name) from None
+        info = self._parse(name, found, path)
+        try:
+            size = info.root_path.stat().st_size
+        except FileNotFoundError:
+            raise Corrupt(f"image {name!r}: its root is missing", hint=f"recess images rm {name}, create it") from None
+        if size != info.size_bytes:
+            raise Corrupt(f"image {name!r}: its root has {size} bytes, not {info.size_bytes}", hint="create it again")
+        return info
+
+    inspect = get
+
+    def list_images(self) -> list[ImageInfo]:
+        """Return all images by name. Raises Corrupt as `get`."""
+        return [self.get(name) for name in self._known()]
+
+    def verify(self, name: str) -> None:
+        """Re-hash an image's root. Raises Corrupt when it is not what was built."""
+        info = self.get(name)
+        if hash_file(info.root_path) != info.root_hash:
+            raise Corrupt(f"image {name!r}: its root is damaged", hint=f"recess images rm {name}, then create it")
+
+    def root(self, root_hash: str) -> Path:
+        """Return the root file of a content hash, also of an image whose name is gone. Raises NotFound."""
+        path = self._roots / root_hash / "root.erofs"
+        if not re.fullmatch(r"[0-9a-f]{64}", root_hash) or not path.is_file():
+            raise NotFound(f"no root image {root_hash[:12]}", kind="root", ref=root_hash)
+        return path
+
+    def pages(self, root_hash: str) -> FilePages:
+        """Return the page source of a root; the caller closes it. Raises NotFound."""
+        return FilePages.open(self.root(root_hash), root_hash)
+
+    def remove(self, name: str, *, in_use: Collection[str] = ()) -> None:
+        """Forget a name, and delete the root if no other name has it.
+
+        `in_use`: root hashes that machines, templates or snapshots still need. Raises NotFound, HasDependents.
+        Works on an image whose metadata is damaged, too.
+        """
+        path = self._name_path(name)
+        if not path.exists():
+            self.get(name)
+        digest = self._hash_of(path)
+        if digest in in_use:
+            raise HasDependents(f"image {name!r} is in use", hint="remove its machines and snapshots first", ref=name)
+        path.unlink(missing_ok=True)
+        self.sweep(in_use=in_use)
+
+    def sweep(self, *, in_use: Collection[str] = ()) -> int:
+        """Delete roots that no name and nobody in `in_use` refers to; return the bytes freed."""
+        named = {self._hash_of(self._name_path(n)) for n in self._known()}
+        freed = 0
+        for folder in self._roots.iterdir() if self._roots.is_dir() else ():
+            if folder.name not in named and folder.name not in in_use:
+                freed += sum(p.stat().st_size for p in folder.iterdir())
+                shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def _known(self) -> list[str]:
+        if not self._names.is_dir():
+            return []
+        return sorted(unquote(p.name.removesuffix(".json")) for p in self._names.glob("[!.]*.json"))
+
+    def _name_path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise BadInput(f"not an image name: {name!r}", hint="small letters, digits and . _ - / :")
+        return self._names / f"{quote(name, safe='')}.json"
+
+    def _hash_of(self, path: Path) -> str:
+        try:
+            return str(read_json(path, _VERSION).get("root_hash", ""))
+        except (Corrupt, FileNotFoundError):
+            return ""
+
+    def _parse(self, name: str, found: dict[str, object], path: Path) -> ImageInfo:
+        digest, packages = found.get("root_hash"), found.get("packages")
+        size, created = found.get("size_bytes"), found.get("created")
+        if (
+            not isinstance(digest, str)
+            or not re.fullmatch(r"[0-9a-f]{64}", digest)
+            or not isinstance(packages, list)
+            or not isinstance(size, int)
+            or not isinstance(created, int | float)
+            or found.get("name") != name
+        ):
+            raise Corrupt(f"image {name!r}: damaged metadata in {path}", hint=f"recess images rm {name}, create it")
+        root = self._roots / digest / "root.erofs"
+        return ImageInfo(name, root, digest, tuple(str(p) for p in packages), size, float(created))
