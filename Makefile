@@ -15,6 +15,7 @@ demo: setup ## the main job: an agent that goes to lunch and comes back
 	@$(VENV)/bin/recess demo $(DEMO_ARGS)
 
 check: ## the gate: format, lint, types, import contracts, unit and tidy tests
+	@tools/setup.sh gate
 	@tools/check.sh
 
 test: setup ## all tests, real machines included
