@@ -1,1 +1,27 @@
-"""Room `contextlog` (see docs/architecture.md)."""
+"""Room `contextlog`: what was said and done in a session, append-only, on SQLite or in memory.
+
+It imports none of machines, snapshots or images, and none of them imports it.
+"""
+
+from recess.contextlog.bodies import BodyStore, DirectoryBodies, MemoryBodies
+from recess.contextlog.contract import INBOX_KINDS, Appended, ContextLog, Delta, Draft, Entry, SessionRow
+from recess.contextlog.memory import MemoryLog
+from recess.contextlog.migrations import SCHEMA
+from recess.contextlog.sqlite import SqliteLog, freeze_in
+
+__all__ = [
+    "INBOX_KINDS",
+    "SCHEMA",
+    "Appended",
+    "BodyStore",
+    "ContextLog",
+    "Delta",
+    "DirectoryBodies",
+    "Draft",
+    "Entry",
+    "MemoryBodies",
+    "MemoryLog",
+    "SessionRow",
+    "SqliteLog",
+    "freeze_in",
+]

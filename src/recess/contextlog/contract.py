@@ -129,7 +129,7 @@ class ContextLog(Protocol):
         ...
 
     async def renew(self, session: str, epoch: int, lease_s: float, *, now: float) -> None:
-        """Extend; Fenced if the epoch is stale."""
+        """Extend; Fenced if the epoch is stale, or if the lease was given back (as every owner call)."""
         ...
 
     async def append(self, session: str, epoch: int, drafts: Sequence[Draft]) -> list[Appended]:
@@ -154,7 +154,10 @@ class ContextLog(Protocol):
     ) -> bool:
         """The check-and-set that makes a lost wake-up impossible, in one transaction: if the inbox holds anything
         after `consumed`, change nothing and return False; else append `drafts`, set state=frozen, the snapshot and
-        its position (the head after `drafts`, when `position` is -1), release the lease, and return True."""
+        its position (the head after `drafts`, when `position` is -1), release the lease, and return True.
+
+        After a freeze, as after a release, the epoch may not write any more: what must be recorded goes into `drafts`
+        or an `update` before."""
         ...
 
     async def release(self, session: str, epoch: int, *, state: str) -> None:
@@ -165,12 +168,17 @@ class ContextLog(Protocol):
         """Return entries in order, lineage included; bodies over INLINE_BYTES_MAX are resolved from their blob."""
         ...
 
+    async def tail(self, session: str) -> list[Entry]:
+        """Return what `transcript.messages` needs, in order: the newest system entry on the branch and everything after
+        what the newest compaction stands for. Costs the tail, whatever the age of the session."""
+        ...
+
     async def inbox_after(self, session: str, position: int) -> list[Entry]:
         """Return the inbox entries (user, answer, cancel) after a position."""
         ...
 
     async def put_delta(self, session: str, epoch: int, delta: Delta) -> None:
-        """Keep a piece of a streaming reply, relaxed durability."""
+        """Keep a piece of a streaming reply, relaxed durability; `n = 0` starts the reply (turn, part) afresh."""
         ...
 
     async def deltas(self, session: str) -> list[Delta]:
@@ -178,13 +186,25 @@ class ContextLog(Protocol):
         ...
 
     async def fork(self, session: str, *, at: int | None = None, name: str = "", session_id: str = "") -> SessionRow:
-        """Make a child that shares the parent's entries up to `at` (default: head), O(1): only lineage ranges copied."""
+        """Make a child that shares the parent's entries up to `at` (default: head), O(1): only lineage ranges copied.
+
+        The child is cold, epoch 0, with the parent's agent, code version and labels, no meta, no keys, no deltas; its
+        turn and `consumed` are as they were at `at` (from `turn.start` entries); it refers to the parent's snapshot if
+        that is not newer than `at`. A closed session may be forked. BadInput for a position outside the log.
+        """
         ...
 
     async def close(self, session: str, epoch: int | None = None) -> None:
-        """End the session for good; reading stays possible."""
+        """End the session for good; reading stays possible. Its owner is fenced. A closed one may be closed again."""
         ...
 
-    async def wait(self, session: str, after: int, timeout_s: float) -> bool:
-        """Return True as soon as head > after (also for deltas: any change wakes), False on timeout."""
+    def ticket(self, session: str) -> int:
+        """Return a number that changes with every change of the session (in this process); see `wait`."""
+        ...
+
+    async def wait(self, session: str, after: int, timeout_s: float, *, ticket: int | None = None) -> bool:
+        """Return True as soon as head > after, or the session changes in any way (deltas, state); False on timeout.
+
+        With a `ticket` that was taken before reading, changes between the reading and this call count too.
+        """
         ...

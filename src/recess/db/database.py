@@ -14,7 +14,7 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,10 @@ class Row(Protocol):
 
     def __getitem__(self, key: str | int, /) -> Any:
         """Return the value of a column."""
+        ...
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the values in column order."""
         ...
 
     def keys(self) -> list[str]:

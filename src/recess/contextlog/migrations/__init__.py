@@ -1,0 +1,8 @@
+"""The log's schema, forward only. A text that ran anywhere is never edited: add a migration."""
+
+from recess.contextlog.migrations.m0001_first import FIRST
+from recess.db import RoomSchema
+
+SCHEMA = RoomSchema("contextlog", (FIRST,))
+
+__all__ = ["SCHEMA"]

@@ -1,0 +1,308 @@
+"""The log's transactions in SQL: functions over a `Tx`, so that they can share one transaction with other rooms' rows.
+
+All decisions are in `rules`; this module fetches what they need and writes what they say. It must not know event loops,
+waiters or body stores: bodies come packed, blobs written already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from recess.catalog.table import find_by_prefix
+from recess.contextlog import lineage, rules
+from recess.contextlog.branch import Mark
+from recess.contextlog.contract import Appended, Delta, SessionRow
+from recess.contextlog.lineage import Range
+from recess.contextlog.rules import Packed
+from recess.db import Row, Tx, UniqueViolation
+from recess.errors import Conflict, Corrupt, NameInUse, NotFound
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(SessionRow))
+_JSON = frozenset({"labels", "meta"})
+_MARKS_AT_ONCE = 64
+_ENTRY = "session, position, kind, turn, ref, key, epoch, code_version, ts, schema, size, blob, body"
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """A session's row and the ranges it inherited."""
+
+    row: SessionRow
+    inherited: tuple[Range, ...]
+
+    @property
+    def ranges(self) -> list[Range]:
+        """All ranges that make up its log."""
+        return lineage.ranges_of(self.row.id, self.inherited, self.row.fork_position, self.row.head)
+
+
+def load(tx: Tx, session: str) -> SessionState:
+    """Return a session by its exact id. Raises NotFound, Corrupt."""
+    row = tx.one("SELECT * FROM log_session WHERE id = ?", (session,))
+    if row is None:
+        raise NotFound(f"no such session: {session[:200]}", hint="list them: recess session ls", kind="session",
+                       ref=session[:200])  # fmt: skip
+    return _decode_session(row)
+
+
+def find(tx: Tx, ref: str) -> SessionRow:
+    """Return by id, name (a live session's first), or unambiguous id prefix. Raises NotFound, BadInput, Corrupt."""
+    row = tx.one("SELECT * FROM log_session WHERE id = ?", (ref,)) or tx.one(
+        "SELECT * FROM log_session WHERE name = ? AND name <> '' ORDER BY state = 'closed', seq DESC", (ref,)
+    )
+    return _decode_session(row or find_by_prefix(tx, "log_session", "session", "ses", ref)).row
+
+
+def list_rows(tx: Tx, states: Sequence[str], limit: int) -> list[SessionRow]:
+    """Return sessions newest first, in any of these states (all without)."""
+    where = f"WHERE state IN ({', '.join('?' * len(states))})" if states else ""
+    rows = tx.execute(f"SELECT * FROM log_session {where} ORDER BY seq DESC LIMIT ?", (*states, limit))
+    return [_decode_session(row).row for row in rows]
+
+
+def insert_session(tx: Tx, row: SessionRow, inherited: Sequence[Range] = ()) -> SessionRow:
+    """Add a session. Raises NameInUse (also for an id that exists)."""
+    values = {name: _column(name, getattr(row, name)) for name in _FIELDS}
+    values["lineage"] = msgspec.json.encode(lineage.encode(inherited)).decode()
+    marks = ", ".join("?" * len(values))
+    try:
+        tx.execute(f"INSERT INTO log_session ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+    except UniqueViolation as exc:
+        raise _taken(tx, row.id, row.name) from exc
+    return row
+
+
+def set_columns(tx: Tx, session: str, changes: Mapping[str, Any]) -> SessionRow:
+    """Change columns (checked by the caller) and return the row. Raises NameInUse."""
+    sets = ", ".join(f"{name} = ?" for name in changes) or "id = id"
+    values = tuple(_column(name, value) for name, value in changes.items())
+    try:
+        tx.execute(f"UPDATE log_session SET {sets} WHERE id = ?", (*values, session))
+    except UniqueViolation as exc:
+        raise _taken(tx, "", str(changes.get("name", ""))) from exc
+    return load(tx, session).row
+
+
+def claim_in(tx: Tx, session: str, owner: str, lease_until: float, *, now: float, force: bool) -> SessionRow:
+    """Take the lease and raise the epoch (see the contract)."""
+    row = load(tx, session).row
+    rules.check_claim(row, owner, now, force=force)
+    return set_columns(tx, session, {"epoch": row.epoch + 1, "owner": owner, "lease_until": lease_until})
+
+
+def owned_in(tx: Tx, session: str, epoch: int) -> SessionRow:
+    """Return the session if it is owned under this epoch. Raises Fenced, NotFound."""
+    row = load(tx, session).row
+    rules.check_owner(row, epoch)
+    return row
+
+
+def append_in(tx: Tx, session: str, epoch: int, packed: Sequence[Packed], *, ts: float) -> list[Appended]:
+    """The owner append: check the epoch and the keys, take the next positions, insert. Raises Fenced, KeyReused."""
+    return _append(tx, owned_in(tx, session, epoch), packed, ts)
+
+
+def append_inbox_in(tx: Tx, session: str, packed: Packed, *, ts: float) -> Appended:
+    """The inbox append. A known key gets its old position even from a closed session. Raises KeyReused, IllegalState."""
+    row = load(tx, session).row
+    known = rules.place([packed], row.head, lambda key: _known(tx, session, key))[0]
+    if known.replayed:
+        return known.appended
+    rules.check_open(row)
+    return _append(tx, row, [packed], ts)[0]
+
+
+def freeze_in(
+    tx: Tx,
+    session: str,
+    epoch: int,
+    *,
+    consumed: int,
+    snapshot: str,
+    position: int,
+    packed: Sequence[Packed] = (),
+    ts: float,
+) -> bool:
+    """The check-and-set of `ContextLog.freeze` inside the caller's transaction: False, and nothing changed, if the inbox
+    holds anything after `consumed`. The check and the state change are one transaction and inbox appends are
+    transactions too, so a message is either seen here or finds the session frozen and wakes it: none is lost."""
+    state = load(tx, session)
+    rules.check_owner(state.row, epoch)
+    if next(_inbox(tx, state, consumed, 1), None) is not None:
+        return False
+    _append(tx, state.row, packed, ts)
+    head = load(tx, session).row.head
+    changes = {
+        "state": rules.FROZEN,
+        "consumed": consumed,
+        "snapshot": snapshot,
+        "snapshot_position": head if position < 0 else position,
+        "owner": "",
+        "lease_until": 0.0,
+    }
+    set_columns(tx, session, changes)
+    return True
+
+
+def close_in(tx: Tx, session: str, epoch: int | None) -> None:
+    """End a session: its epoch is raised, so that whoever owned it is fenced. Closing a closed one does nothing."""
+    row = load(tx, session).row
+    if epoch is not None:
+        rules.check_owner(row, epoch)
+    if row.state == rules.CLOSED:
+        return
+    set_columns(tx, session, {"state": rules.CLOSED, "epoch": row.epoch + 1, "owner": "", "lease_until": 0.0})
+    tx.execute("DELETE FROM log_delta WHERE session = ?", (session,))
+
+
+def turn_at(tx: Tx, state: SessionState, at: int) -> tuple[int, int]:
+    """Return (turn, consumed) as they were when `at` was the head, read from the newest turn.start up to there."""
+    for part in reversed(lineage.clip(state.ranges, 0, at)):
+        row = tx.one(
+            "SELECT turn, json_extract(body, '$.inbox') AS inbox FROM log_entry WHERE session = ? "
+            "AND position BETWEEN ? AND ? AND kind = 'turn.start' ORDER BY position DESC",
+            (part.owner, part.first, part.last),
+        )
+        if row is not None:
+            inbox = row["inbox"] if isinstance(row["inbox"], int) else state.row.consumed
+            return int(row["turn"]), min(inbox, at)
+    return 0, 0
+
+
+def put_delta_in(tx: Tx, session: str, epoch: int, delta: Delta) -> None:
+    """Keep a piece of a reply; `n = 0` drops what an earlier try of the same reply left. Raises Fenced."""
+    owned_in(tx, session, epoch)
+    if delta.n == 0:
+        tx.execute(
+            "DELETE FROM log_delta WHERE session = ? AND turn = ? AND part = ?", (session, delta.turn, delta.part)
+        )
+    tx.execute(
+        "INSERT INTO log_delta (session, turn, part, n, text) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (session, turn, part, n) DO UPDATE SET text = excluded.text",
+        (session, delta.turn, delta.part, delta.n, delta.text),
+    )
+
+
+def deltas_in(tx: Tx, session: str) -> list[Delta]:
+    """Return the session's deltas in order. Raises NotFound."""
+    load(tx, session)
+    rows = tx.execute("SELECT turn, part, n, text FROM log_delta WHERE session = ? ORDER BY turn, part, n", (session,))
+    return [Delta(int(r["turn"]), int(r["part"]), int(r["n"]), str(r["text"])) for r in rows]
+
+
+def entries_in(tx: Tx, state: SessionState, after: int, to: int, limit: int) -> list[Row]:
+    """Return entry rows with after < position <= to, lineage included, at most `limit`."""
+    rows: list[Row] = []
+    for part in lineage.clip(state.ranges, after, to):
+        if len(rows) >= limit:
+            break
+        rows += tx.execute(
+            f"SELECT {_ENTRY} FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? ORDER BY position LIMIT ?",
+            (part.owner, part.first, part.last, limit - len(rows)),
+        )
+    return rows
+
+
+def inbox_in(tx: Tx, state: SessionState, after: int) -> list[Row]:
+    """Return the inbox entry rows after a position, lineage included."""
+    return list(_inbox(tx, state, after, -1))
+
+
+def marks_in(tx: Tx, state: SessionState) -> Iterator[Mark]:
+    """Yield the marks newest first, a few at a time."""
+    for part in reversed(state.ranges):
+        last = part.last
+        while last >= part.first:
+            rows = tx.execute(
+                "SELECT position, kind, mark FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? "
+                "AND mark IS NOT NULL ORDER BY position DESC LIMIT ?",
+                (part.owner, part.first, last, _MARKS_AT_ONCE),
+            )
+            for row in rows:
+                yield Mark(int(row["position"]), str(row["kind"]), int(row["mark"]))
+            if len(rows) < _MARKS_AT_ONCE:
+                break
+            last = int(rows[-1]["position"]) - 1
+
+
+def _append(tx: Tx, row: SessionRow, packed: Sequence[Packed], ts: float) -> list[Appended]:
+    placed = rules.place(packed, row.head, lambda key: _known(tx, row.id, key))
+    for item in placed:
+        _drop_deltas(tx, row.id, item.packed)
+        if not item.replayed:
+            _insert(tx, row, item.packed, item.position, ts)
+    head = max((p.position for p in placed if not p.replayed), default=row.head)
+    if head != row.head:
+        tx.execute("UPDATE log_session SET head = ? WHERE id = ?", (head, row.id))
+    return [item.appended for item in placed]
+
+
+def _insert(tx: Tx, row: SessionRow, p: Packed, position: int, ts: float) -> None:
+    tx.execute(
+        f"INSERT INTO log_entry ({_ENTRY}, mark) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            row.id, position, p.kind, p.turn, p.ref, p.key, row.epoch, row.code_version, ts, p.schema,
+            len(p.body), p.blob, None if p.blob else p.body.decode(), p.mark,
+        ),
+    )  # fmt: skip
+    if p.key:
+        tx.execute(
+            "INSERT INTO log_key (session, key, position, digest) VALUES (?, ?, ?, ?)",
+            (row.id, p.key, position, p.digest),
+        )
+
+
+def _drop_deltas(tx: Tx, session: str, packed: Packed) -> None:
+    ended = rules.ends_deltas(packed)
+    if ended is None:
+        return
+    turn, part = ended
+    where, params = ("", ()) if part is None else (" AND part = ?", (part,))
+    tx.execute(f"DELETE FROM log_delta WHERE session = ? AND turn = ?{where}", (session, turn, *params))
+
+
+def _known(tx: Tx, session: str, key: str) -> tuple[int, bytes] | None:
+    row = tx.one("SELECT position, digest FROM log_key WHERE session = ? AND key = ?", (session, key))
+    return None if row is None else (int(row["position"]), bytes(row["digest"]))
+
+
+def _inbox(tx: Tx, state: SessionState, after: int, limit: int) -> Iterator[Row]:
+    for part in lineage.clip(state.ranges, after, state.row.head):
+        yield from tx.execute(
+            f"SELECT {_ENTRY} FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? "
+            "AND kind IN ('user', 'answer', 'cancel') ORDER BY position LIMIT ?",
+            (part.owner, part.first, part.last, limit),
+        )
+
+
+def _column(name: str, value: object) -> object:
+    return msgspec.json.encode(value, order="deterministic").decode() if name in _JSON else value
+
+
+def _decode_session(row: Row) -> SessionState:
+    try:
+        values: dict[str, Any] = {name: row[name] for name in _FIELDS}
+        for name in _JSON:
+            values[name] = msgspec.json.decode(values[name])
+        session = msgspec.convert(values, SessionRow)
+        return SessionState(session, tuple(lineage.decode(msgspec.json.decode(row["lineage"]))))
+    except (msgspec.MsgspecError, TypeError, ValueError) as exc:
+        raise Corrupt(
+            f"context log: session {row['id']!r} has an unreadable row: {exc}",
+            hint="the database was changed by something else: restore a backup",
+            session=str(row["id"]),
+        ) from exc
+
+
+def _taken(tx: Tx, session: str, name: str) -> Conflict:
+    holder = tx.one("SELECT id FROM log_session WHERE id = ?", (session,))
+    if holder is not None:
+        return NameInUse(f"the session id {session} is in use", hint="leave it out to get a new one", ref=session)
+    row = tx.one("SELECT id FROM log_session WHERE name = ? AND state <> 'closed'", (name,))
+    other = str(row["id"]) if row else "another"
+    return NameInUse(f"the name {name!r} is in use by session {other}", hint="choose another name", ref=other)
