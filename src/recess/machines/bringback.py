@@ -1,0 +1,207 @@
+"""Bringing machines back: resume a suspended one, restore a snapshot under a new or the old identity, fork a living one.
+
+Which page comes from where was resolved when the snapshot was written; here are only two reads and one driver call.
+A fork does not wait for the disk: children start from the captured pages while the same pages are being compressed
+and stored, and are announced only when that snapshot is durable too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from recess.catalog.machines import MachineRecord
+from recess.errors import BadInput, Unsupported
+from recess.machines.capture import Taken
+from recess.machines.contract import RestoreParts
+from recess.machines.fleet import Fleet
+from recess.machines.identity import child_name
+from recess.machines.launching import Launcher
+from recess.machines.live import Live
+from recess.machines.parts import Parts
+from recess.machines.records import spec_from_json
+from recess.machines.service import MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.snapshots import StoredSnapshots
+from recess.machines.snapshotting import SnapshotTaker
+from recess.machines.starting import Origin, finish
+from recess.machines.states import SUSPENDED, next_state
+
+FORK_MAX = 64
+FORK_AT_ONCE = 4
+LOCAL_RUNG = 2
+
+
+def child_spec(spec: MachineSpec) -> MachineSpec:
+    """Return the spec of a new machine made from an older one's memory: published ports move to free host ports."""
+    return replace(spec, ports=tuple((ip, 0, guest) for ip, _, guest in spec.ports))
+
+
+class BringBack:
+    """Restores and forks. Calls that name a record expect its lock to be held."""
+
+    def __init__(
+        self, parts: Parts, fleet: Fleet, launcher: Launcher, taker: SnapshotTaker, stored: StoredSnapshots
+    ) -> None:
+        self._parts = parts
+        self._fleet = fleet
+        self._launcher = launcher
+        self._taker = taker
+        self._stored = stored
+
+    async def resume(self, record: MachineRecord, epoch: int) -> ResumeReport:
+        """Bring back a suspended machine from its newest snapshot."""
+        next_state(record.state, "resume", f"machine {record.name}")
+        row = await self._stored.get(record.snapshot)
+        _, report = await self._again(record, row, epoch)
+        return report
+
+    async def restore_as(
+        self, record: MachineRecord, row: SnapshotRow, epoch: int
+    ) -> tuple[MachineRecord, ResumeReport]:
+        """Bring a suspended, exited or dead machine back from this snapshot under its own identity."""
+        next_state(record.state, "restore", f"machine {record.name}")
+        return await self._again(record, row, epoch)
+
+    async def _again(self, record: MachineRecord, row: SnapshotRow, epoch: int) -> tuple[MachineRecord, ResumeReport]:
+        began = time.monotonic()
+        await self._fleet.end(record.id, "it comes back from a snapshot")  # what lingers after an exit
+        origin, _, _ = await self._stored.open(row.id)
+        skip = {int(k): int(v) for k, v in dict(row.figures.get("output", {})).items()}
+        own = row.machine == record.id
+        why = _why(record, row)
+        record, _, timings = await self._launcher.launch(
+            record, origin, epoch=epoch, skip=skip if own else None, status=why
+        )
+        return record, self._report(row, origin, timings, began, why)
+
+    async def restore_new(
+        self, row: SnapshotRow, *, name: str, session: str, epoch: int
+    ) -> tuple[MachineRecord, ResumeReport]:
+        """Make a new machine from a snapshot. Raises Unsupported for one that was taken without guestd's consent."""
+        _check_forkable(row)
+        began = time.monotonic()
+        origin, spec, _ = await self._stored.open(row.id)
+        note = {"origin": {"snapshot": row.id, "machine": row.machine}}
+        record = await self._launcher.claim(child_spec(spec), name=name, session=session, meta=note)
+        async with self._fleet.lock(record.id):
+            try:
+                record, _, timings = await self._launcher.launch(record, origin, epoch=epoch)
+            except BaseException:
+                await self._launcher.abandon(record)
+                raise
+        return record, self._report(row, origin, timings, began, f"restored from {row.name or row.id[:16]}")
+
+    def _report(
+        self, row: SnapshotRow, origin: Origin, timings: Mapping[str, float], began: float, why: str
+    ) -> ResumeReport:
+        return ResumeReport(
+            LOCAL_RUNG, why, time.monotonic() - began, snapshot=row.id, log_position=row.log_position,
+            bytes_read=origin.bytes_read, timings_s=timings,
+        )  # fmt: skip
+
+    # --- fork --------------------------------------------------------------------------------------------------
+
+    async def fork(self, record: MachineRecord, count: int, names: Sequence[str], session: str) -> list[MachineRecord]:
+        """Make children of a machine; all of them or none. A suspended parent is forked from its snapshot."""
+        if not 1 <= count <= FORK_MAX:
+            raise BadInput(f"fork: from 1 to {FORK_MAX} children, got {count}")
+        if names and len(names) != count:
+            raise BadInput(f"fork: {len(names)} names for {count} children")
+        if not self._parts.driver.capabilities.fork:
+            raise Unsupported(f"the driver {self._parts.driver.name} cannot fork")
+        if record.state == SUSPENDED:
+            row = await self._stored.get(record.snapshot)
+            _check_forkable(row)
+            origin, _, _ = await self._stored.open(row.id)
+            return await self._children(record, origin, count, names, session)
+        live, taken = await self._taker.capture(record, resume=True)
+        try:
+            return await self._fork_live(record, live, taken, count, names, session)
+        finally:
+            taken.capture.close()
+
+    async def _fork_live(
+        self, record: MachineRecord, live: Live, taken: Taken, count: int, names: Sequence[str], session: str
+    ) -> list[MachineRecord]:
+        if not taken.forkable:
+            raise Unsupported(
+                f"machine {record.name} cannot be forked: guestd did not freeze its workload", hint="try again"
+            )
+        storing = asyncio.create_task(
+            self._taker.store(record, live, taken, why="fork", state=record.state), name="store-fork"
+        )
+        capture = taken.capture
+        parts = RestoreParts(live.template.ref, capture.memory, capture.disk, capture.vmstate)
+        children: list[MachineRecord] = []
+        try:
+            children = await self._children(record, Origin(live.template, parts, live.parent), count, names, session)
+            row = await storing
+        except BaseException:
+            await finish(self._undo(storing, children))
+            raise
+        for number, child in enumerate(children):
+            note = {**child.meta, "parent": row.id, "origin": {"snapshot": row.id, "machine": record.id}}
+            children[number] = await self._parts.catalog.machines.update(child.id, meta=note)
+            own = self._fleet.find(child.id)
+            if own is not None:
+                own.parent = row.id
+        return children
+
+    async def _undo(self, storing: asyncio.Task[SnapshotRow], children: list[MachineRecord]) -> None:
+        await asyncio.wait({storing})
+        await self._drop_all(children)
+
+    async def _drop_all(self, children: Sequence[MachineRecord]) -> None:
+        for child in children:
+            async with self._fleet.lock(child.id):
+                await self._fleet.end(child.id, "its fork failed")
+                await self._fleet.forget(child.id)
+
+    async def _children(
+        self, record: MachineRecord, origin: Origin, count: int, names: Sequence[str], session: str
+    ) -> list[MachineRecord]:
+        spec = child_spec(spec_from_json(record.spec, f"machine {record.id}"))
+        room = asyncio.Semaphore(FORK_AT_ONCE)
+        note: dict[str, Any] = {"origin": {"snapshot": origin.parent, "machine": record.id}}
+
+        born: dict[int, MachineRecord] = {}
+
+        async def one(number: int) -> None:
+            name = names[number] if names else child_name(record.name, number + 1)
+            child = await self._launcher.claim(spec, name=name, session=session, meta=note)
+            async with room, self._fleet.lock(child.id):
+                try:
+                    child, _, _ = await self._launcher.launch(child, origin, epoch=0)
+                except BaseException:
+                    await self._launcher.abandon(child)
+                    raise
+            born[number] = child
+
+        try:
+            failed = [e for e in await asyncio.gather(*map(one, range(count)), return_exceptions=True) if e]
+            if failed:
+                raise failed[0]
+        except BaseException:
+            await finish(self._drop_all(list(born.values())))
+            raise
+        return [born[number] for number in range(count)]
+
+
+def _check_forkable(row: SnapshotRow) -> None:
+    if not row.figures.get("forkable", True):
+        raise Unsupported(
+            f"snapshot {row.name or row.id[:16]} can only bring back its own machine: guestd did not answer when it "
+            "was taken",
+            hint="take another snapshot once the machine answers",
+        )
+
+
+def _why(record: MachineRecord, row: SnapshotRow) -> str:
+    if record.state == SUSPENDED and not record.status:
+        return "it was suspended; its snapshot is on this node"
+    if record.status:
+        return f"{record.status}; restored from snapshot {row.id[:16]}"
+    return f"restored from snapshot {row.id[:16]}"

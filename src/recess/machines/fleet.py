@@ -1,0 +1,236 @@
+"""The VMs of this node while they live: the table, their watchers, their ends, and taking them over after a restart.
+
+Rows are the durable truth; this is what stands behind them in memory. One lock per machine orders everything that
+changes it. A VM that ends without having been asked is noticed here and its row falls (`states.after_loss`) before
+anybody who waits for the end is woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from recess.catalog.machines import MachineRecord
+from recess.errors import IllegalState, RecessError
+from recess.guestlink.link import GuestLink
+from recess.machines.contract import Vm
+from recess.machines.incoming import Incoming
+from recess.machines.live import Live
+from recess.machines.parts import Parts
+from recess.machines.records import spec_from_json
+from recess.machines.starting import Starter, finish
+from recess.machines.states import EXITED, PAUSED, RUNNING, WITH_VM, after_loss, next_state
+from recess.machines.templates import Templates
+
+LINGER_S = 5.0
+"""How long a VM outlives its main process, so that a client that attaches a moment later still gets all the output."""
+
+ADOPT_AT_ONCE = 8
+
+
+class Fleet:
+    """Every VM that this server holds."""
+
+    def __init__(self, parts: Parts, templates: Templates) -> None:
+        self._parts = parts
+        self._templates = templates
+        self._live: dict[str, Live] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._aside: set[asyncio.Task[None]] = set()
+        self.incoming = Incoming()
+        self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
+        self.linger_s = LINGER_S
+
+    def lock(self, machine_id: str) -> asyncio.Lock:
+        """Return the lock that orders the changes of one machine."""
+        return self._locks.setdefault(machine_id, asyncio.Lock())
+
+    def find(self, machine_id: str) -> Live | None:
+        """Return the machine's VM, if it has one here."""
+        return self._live.get(machine_id)
+
+    def need(self, machine_id: str) -> Live:
+        """Return the machine's VM; raises IllegalState when it is gone (its row is about to say so)."""
+        live = self._live.get(machine_id)
+        if live is None:
+            raise IllegalState(f"machine {machine_id} has no VM at this moment", hint="recess ps -a")
+        return live
+
+    def all(self) -> list[Live]:
+        """Return every VM."""
+        return list(self._live.values())
+
+    def link_of(self, machine_id: str) -> Callable[[], Awaitable[GuestLink]]:
+        """Return a function that gives the machine's current link."""
+
+        async def link() -> GuestLink:
+            return self.need(machine_id).link
+
+        return link
+
+    def admit(self, live: Live) -> None:
+        """Take a VM into the table and watch it."""
+        self._live[live.id] = live
+        live.watcher = asyncio.create_task(self._watch(live), name=f"watch-{live.id}")
+
+    def aside(self, work: Awaitable[None]) -> None:
+        """Run something that belongs to no caller; it is awaited when the node closes."""
+        task = asyncio.ensure_future(work)
+        self._aside.add(task)
+        task.add_done_callback(self._aside.discard)
+
+    # --- ends ------------------------------------------------------------------------------------------------
+
+    async def _watch(self, live: Live) -> None:
+        reason = await live.vm.wait_dead()
+        live.reason = live.ending or reason
+        await self._drop(live)
+        if not live.ending:
+            await self._fall(live.id, reason)
+        live.gone.set()
+
+    async def _drop(self, live: Live) -> None:
+        if self._live.get(live.id) is live:
+            del self._live[live.id]
+        await live.let_go()
+        if self._parts.egress is not None:
+            self._parts.egress.unregister(live.id)
+
+    async def _fall(self, machine_id: str, reason: str) -> None:
+        def decide(row: MachineRecord) -> dict[str, object]:
+            if row.state not in WITH_VM:
+                return {}
+            state, status = after_loss(row.state, row.snapshot, reason)
+            return {"state": state, "status": status}
+
+        if await self._parts.catalog.machines.find(machine_id) is not None:
+            await self._parts.catalog.machines.change(machine_id, decide)
+
+    async def end(self, machine_id: str, why: str) -> None:
+        """End a VM on purpose; the row is the caller's. Returns when nothing of it is left; no VM is fine."""
+        live = self._live.get(machine_id)
+        if live is None:
+            return
+        live.ending = live.ending or why
+        await finish(live.vm.kill())
+        await live.gone.wait()
+
+    async def fail(self, live: Live, reason: str) -> None:
+        """End a VM that cannot be served any more; its row falls as if the VM had died by itself."""
+        await self.end(live.id, reason)
+        await self._fall(live.id, reason)
+
+    async def main_exited(self, machine_id: str, code: int) -> None:
+        """Note that a main process ended; the VM follows a moment later."""
+        self.aside(self._exited(machine_id, code))
+
+    async def _exited(self, machine_id: str, code: int) -> None:
+        def decide(row: MachineRecord) -> dict[str, object]:
+            if row.state not in (RUNNING, PAUSED):
+                return {}
+            return {"state": next_state(row.state, "exit"), "exit_code": code, "status": f"exited ({code})"}
+
+        async with self.lock(machine_id):
+            live = self._live.get(machine_id)
+            if live is None:
+                return
+            row = await self._parts.catalog.machines.change(machine_id, decide)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.linger_s):
+                await live.gone.wait()
+        async with self.lock(machine_id):
+            await self.end(machine_id, "its main process ended")
+            if live.spec.remove_on_exit and row.state == EXITED:
+                await self.forget(machine_id)
+
+    async def forget(self, machine_id: str) -> None:
+        """Drop the row, the folder and the handlers of a machine without a VM."""
+        await self._parts.catalog.machines.delete(machine_id)
+        self.starter.forget_files(machine_id)
+        self.incoming.forget(machine_id)
+
+    # --- servers come and go -----------------------------------------------------------------------------------
+
+    async def recover(self) -> dict[str, int]:
+        """Take over what an earlier server left: adopt VMs that live, let the rows of the others fall, kill strays.
+
+        Safe to run after a crash at any point: it looks only at rows and at what really runs.
+        """
+        records = await self._parts.catalog.machines.list_in_states(WITH_VM)
+        room = asyncio.Semaphore(ADOPT_AT_ONCE)
+
+        async def one(record: MachineRecord) -> bool:
+            async with room:
+                return await self._recover_one(record)
+
+        adopted = sum(await asyncio.gather(*(one(record) for record in records)))
+        strays = [vm_id for vm_id in self._parts.driver.list_leftovers() if vm_id not in self._live]
+        for vm_id in strays:
+            await self._kill_stray(vm_id)
+        for record in await self._parts.catalog.machines.list_in_states([EXITED]):
+            if spec_from_json(record.spec, f"machine {record.id}").remove_on_exit:
+                await self.forget(record.id)
+        return {"adopted": adopted, "lost": len(records) - adopted, "strays": len(strays)}
+
+    async def _kill_stray(self, vm_id: str) -> None:
+        vm = await self._parts.driver.adopt(vm_id, self._parts.directory(vm_id))
+        if vm is not None:
+            await vm.kill()
+
+    async def _recover_one(self, record: MachineRecord) -> bool:
+        if record.state not in (RUNNING, PAUSED):
+            await self._kill_stray(record.id)
+            await self._fall(record.id, "the server stopped while it was being made")
+            return False
+        reason = "it was gone when the server came back"
+        try:
+            vm = await self._parts.driver.adopt(record.id, self._parts.directory(record.id))
+            if vm is not None:
+                try:
+                    await self._reattach(record, vm)
+                except BaseException:
+                    self._live.pop(record.id, None)
+                    await finish(vm.kill())
+                    raise
+                return True
+        except RecessError as exc:
+            reason = f"it could not be taken over: {exc.message}"
+        await self._fall(record.id, reason)
+        return False
+
+    async def _reattach(self, record: MachineRecord, vm: Vm) -> None:
+        spec = spec_from_json(record.spec, f"machine {record.id}")
+        epoch = int(record.meta.get("epoch", 0))
+        live = Live(record.id, vm, spec, await self._templates.by_id(record.template), epoch)
+        live.parent = str(record.meta.get("parent", ""))
+        live.thaw = self.starter.thaw_maker(record, epoch)
+        self.starter.let_out(live)
+        await vm.unpause()
+        if record.state == PAUSED:
+            # The server may have died between the vCPUs and the row: bring it to exactly the state the row names.
+            await live.link.freeze(timeout_s=5.0)
+            await vm.pause()
+            live.workload_frozen, live.paused_since = True, self._parts.clock.monotonic_s()
+        elif (await live.link.info()).get("frozen"):
+            await live.link.thaw(live.thaw())  # a snapshot was being taken when the server died
+        ports = await self.starter.open_ports(live, fall_back=True)
+        self.admit(live)
+        await self._parts.catalog.machines.update(record.id, meta={**record.meta, "ports": [list(p) for p in ports]})
+        if record.state == RUNNING:
+            await self.starter.attach_main(live, self.starter.logged(record.id))
+
+    async def detach(self) -> None:
+        """Let go of every VM; they run on under their keepers for the next server."""
+        for live in self.all():
+            live.detached = True
+            if live.watcher is not None:
+                live.watcher.cancel()
+                await asyncio.gather(live.watcher, return_exceptions=True)
+            await live.let_go()
+            with contextlib.suppress(RecessError):
+                await live.link.close()
+        self._live.clear()
+        for task in list(self._aside):
+            task.cancel()
+        await asyncio.gather(*self._aside, return_exceptions=True)

@@ -1,0 +1,113 @@
+"""Published ports: a listener on the host, a connection through the guest link for each client. No NIC is needed.
+
+The link is asked for anew for every connection, so a forwarder outlives pause, resume and re-adoption of its machine.
+It must know nothing of machine states; what cannot be reached is a closed connection, as with any dead server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import Awaitable, Callable, Sequence
+
+from recess.errors import Conflict, InvalidSpec, RecessError
+from recess.guestlink.link import ByteStream, GuestLink
+
+CONNECTIONS_MAX = 256  # per machine; more wait in the listener's backlog
+_PIECE = 65536
+
+LinkOf = Callable[[], Awaitable[GuestLink]]
+Port = tuple[str, int, int]  # host ip, host port, guest port
+
+
+class Forwarder:
+    """The published ports of one machine."""
+
+    def __init__(self, link_of: LinkOf) -> None:
+        self._link_of = link_of
+        self._servers: list[asyncio.Server] = []
+        self._open: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Semaphore(CONNECTIONS_MAX)
+        self.ports: list[Port] = []
+
+    async def start(self, ports: Sequence[Port], *, fall_back: bool = False) -> list[Port]:
+        """Listen; returns the ports as they are (0 replaced by the port that was found).
+
+        With `fall_back` a host port that is taken is replaced by a free one (a machine coming back must not fail
+        for it); without, it raises Conflict and nothing is left open.
+        """
+        try:
+            for ip, host_port, guest_port in ports:
+                self.ports.append(await self._listen(ip, host_port, guest_port, fall_back))
+        except BaseException:
+            await self.stop()
+            raise
+        return list(self.ports)
+
+    async def _listen(self, ip: str, host_port: int, guest_port: int, fall_back: bool) -> Port:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            if task is not None:
+                self._open.add(task)
+                task.add_done_callback(self._open.discard)
+            await self._serve(reader, writer, guest_port)
+
+        try:
+            server = await asyncio.start_server(serve, ip, host_port, limit=_PIECE)
+        except OSError as exc:
+            if exc.errno == errno.EADDRINUSE and fall_back:
+                return await self._listen(ip, 0, guest_port, False)
+            if exc.errno == errno.EADDRINUSE:
+                raise Conflict(f"port {ip}:{host_port} is in use on this host", hint="publish another port") from exc
+            raise InvalidSpec(f"cannot listen on {ip}:{host_port}: {exc.strerror or exc}") from exc
+        self._servers.append(server)
+        return ip, int(server.sockets[0].getsockname()[1]), guest_port
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest_port: int) -> None:
+        async with self._room:
+            stream: ByteStream | None = None
+            try:
+                stream = await (await self._link_of()).dial(guest_port)
+                await _both_ways(reader, writer, stream)
+            except (RecessError, OSError):
+                pass  # to the client this is a server that hung up
+            finally:
+                if stream is not None:
+                    with contextlib.suppress(RecessError):
+                        await stream.close()
+                writer.close()
+                with contextlib.suppress(OSError):
+                    await writer.wait_closed()
+
+    async def stop(self) -> None:
+        """Close listeners and connections; may be called twice."""
+        for server in self._servers:
+            server.close()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+        self._servers.clear()
+        self.ports.clear()
+
+
+async def _both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: ByteStream) -> None:
+    async def inward() -> None:
+        while data := await reader.read(_PIECE):
+            await stream.write(data)
+        await stream.close_write()
+
+    async def outward() -> None:
+        while data := await stream.read(_PIECE):
+            writer.write(data)
+            await writer.drain()
+        if writer.can_write_eof():
+            writer.write_eof()
+
+    tasks = [asyncio.create_task(inward()), asyncio.create_task(outward())]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,101 @@
+"""From a row to a served machine: claim a name, start the VM, open its ports, start or find its main process.
+
+The row comes first (state "creating", which claims the name) and says "running" last, so that a crash in between
+leaves something that the next start recognises and cleans up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from recess.catalog.machines import MachineRecord
+from recess.crashpoints import crash_point
+from recess.errors import NameInUse, NotFound
+from recess.ids import new_id
+from recess.machines.fleet import Fleet
+from recess.machines.identity import new_name
+from recess.machines.live import Live
+from recess.machines.parts import Parts
+from recess.machines.records import spec_to_json
+from recess.machines.service import MachineSpec
+from recess.machines.starting import Origin, finish
+from recess.machines.states import CREATING, RUNNING
+
+_NAME_TRIES = 8
+
+
+class Launcher:
+    """Starts machines that have a row."""
+
+    def __init__(self, parts: Parts, fleet: Fleet) -> None:
+        self._parts = parts
+        self._fleet = fleet
+
+    async def claim(
+        self, spec: MachineSpec, *, name: str, session: str, template: str = "", meta: Mapping[str, Any] | None = None
+    ) -> MachineRecord:
+        """Insert a row in state "creating". Raises NameInUse, BadInput; without a name one is made up."""
+        record = MachineRecord(
+            id=new_id("mch"), name=name or new_name(), state=CREATING, spec=spec_to_json(spec),
+            driver=self._parts.driver.name, created=self._parts.clock.wall_s(), template=template, session=session,
+            meta=dict(meta or {}),
+        )  # fmt: skip
+        for last in (n == _NAME_TRIES - 1 for n in range(_NAME_TRIES)):
+            try:
+                return await self._parts.catalog.machines.insert(record)
+            except NameInUse:
+                if name or last:
+                    raise
+                record = replace(record, name=new_name())
+        raise AssertionError("unreachable")
+
+    async def abandon(self, record: MachineRecord) -> None:
+        """Forget a claimed machine that was never started."""
+        await finish(self._fleet.forget(record.id))
+
+    async def launch(
+        self,
+        record: MachineRecord,
+        origin: Origin,
+        *,
+        epoch: int,
+        fresh: bool = False,
+        skip: Mapping[int, int] | None = None,
+        status: str = "",
+        note: Mapping[str, Any] | None = None,
+    ) -> tuple[MachineRecord, Live, dict[str, float]]:
+        """Start the VM of a row and serve it; returns the row in state "running".
+
+        `fresh`: a new machine, whose main process is started; else it is looked for (`skip`: output that is logged
+        already). `note` goes into the row's meta. On any error, cancellation too, no VM is left; the row is the
+        caller's.
+        """
+        live, timings = await self._fleet.starter.start(record, origin, epoch=epoch)
+        try:
+            ports = await self._fleet.starter.open_ports(live, fall_back=not fresh)
+            crash_point("machines.started")
+            self._fleet.admit(live)
+            meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
+            meta |= dict(note or {})
+            if fresh:
+                await self._fleet.starter.start_main(live)
+            record = await self._parts.catalog.machines.update(
+                record.id, state=RUNNING, exit_code=None, status=status, template=origin.template.id, meta=meta
+            )
+            if not fresh:
+                await self._fleet.starter.attach_main(live, skip)
+        except BaseException:
+            await finish(self._undo(live))
+            raise
+        return record, live, timings
+
+    async def _undo(self, live: Live) -> None:
+        if self._fleet.find(live.id) is live:
+            await self._fleet.end(live.id, "its start failed")
+            return
+        await live.let_go()
+        with contextlib.suppress(NotFound):
+            await live.vm.kill()

@@ -1,0 +1,71 @@
+"""Machines that have a VM on this node right now: the objects behind a row, and the one place they are kept.
+
+A `Live` is dropped exactly once, when its VM is gone; whoever waits for that waits on `gone`. It must know nothing of
+rows or states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from recess.guestlink.link import GuestLink, Thaw
+from recess.machines.contract import Vm
+from recess.machines.forward import Forwarder
+from recess.machines.mainjob import MainJob
+from recess.machines.service import MachineSpec
+from recess.machines.templates import Template
+
+DRIFT_MAX_S = 0.1
+"""How far a guest's clock may fall behind through pauses before a wake-up sets it (a thaw) instead of only unfreezing."""
+
+
+def needs_clock(drift_s: float, pause_s: float) -> bool:
+    """Decide whether waking after this pause must also set the guest's clock."""
+    return drift_s + pause_s > DRIFT_MAX_S
+
+
+@dataclass
+class Live:
+    """One running or paused VM. `parent` is the snapshot its memory stems from. Times are monotonic seconds."""
+
+    id: str
+    vm: Vm
+    spec: MachineSpec
+    template: Template
+    epoch: int
+    parent: str = ""
+    workload_frozen: bool = False
+    paused_since: float = 0.0  # 0.0: the vCPUs run
+    drift_s: float = 0.0
+    ending: str = ""  # why an end that we asked for comes; empty: nobody asked
+    detached: bool = False
+    reason: str = ""
+    forwarder: Forwarder | None = None
+    main: MainJob | None = None
+    watcher: asyncio.Task[None] | None = None
+    thaw: Callable[[], Thaw] | None = None  # makes the message that sets its clock and identity again
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def link(self) -> GuestLink:
+        """The guest link of the VM."""
+        return self.vm.link
+
+    async def wake(self, stood_still_s: float) -> None:
+        """Let the workload run again after a pause in place. Raises GuestFailed, Timeout: then do not serve it."""
+        if self.thaw is not None and needs_clock(self.drift_s, stood_still_s):
+            await self.link.thaw(self.thaw())
+            self.drift_s = 0.0
+        else:
+            await self.link.unfreeze()
+            self.drift_s += stood_still_s
+        self.workload_frozen = False
+
+    async def let_go(self) -> None:
+        """Close what belongs to this server (ports, log copy), not to the VM. May be called twice."""
+        if self.main is not None:
+            await self.main.stop()
+        if self.forwarder is not None:
+            await self.forwarder.stop()

@@ -1,0 +1,315 @@
+"""The machines service: every act on a machine, each under the machine's lock, each checked against the state table.
+
+It implements `recess.machines.service.Machines` over the parts it is given (driver, snapshot store, images, catalog,
+broker). Effects are ordered so that a crash anywhere leaves a row that `recover` can read: a name is claimed by a row
+in state "creating" before anything is started, a snapshot is durable before its row, a row says "suspended" before
+its VM is ended. It must never know of the context log: a log position is a number here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from recess.broker import build_policy
+from recess.catalog.machines import MachineRecord
+from recess.errors import GuestFailed, RecessError, Timeout
+from recess.guestlink.link import GuestLink, IncomingHandler
+from recess.machines.bringback import BringBack
+from recess.machines.fleet import Fleet
+from recess.machines.launching import Launcher
+from recess.machines.live import Live
+from recess.machines.mainjob import JOB_ID
+from recess.machines.outputlog import read_output
+from recess.machines.parts import Parts
+from recess.machines.records import check_spec, machine_row, vm_spec
+from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.snapshots import StoredSnapshots
+from recess.machines.snapshotting import SnapshotTaker
+from recess.machines.starting import finish, template_origin
+from recess.machines.states import CREATING, DEAD, PAUSED, RUNNING, WITH_VM, next_state
+from recess.machines.templates import Templates
+
+EXIT_KILLED = 137
+STATS_S = 2.0
+
+
+class Manager:
+    """See the module. `recover` must run before anything else is asked of it, `close` ends its part."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.templates = Templates(parts)
+        self._fleet = Fleet(parts, self.templates)
+        self._launcher = Launcher(parts, self._fleet)
+        self._taker = SnapshotTaker(parts, self._fleet)
+        self._stored = StoredSnapshots(parts, self.templates)
+        self._back = BringBack(parts, self._fleet, self._launcher, self._taker, self._stored)
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    async def get(self, ref: str) -> MachineRow:
+        """Return one machine."""
+        return machine_row(await self._record(ref))
+
+    async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
+        """Return those that have a VM (or all), newest first."""
+        rows = self._parts.catalog.machines
+        found = await (rows.list_all() if everything else rows.list_in_states(WITH_VM))
+        return [machine_row(record) for record in found]
+
+    async def link(self, machine_id: str) -> GuestLink:
+        """Return the guest link of a running machine (also of one whose main process has ended a moment ago)."""
+        live = self._fleet.find(machine_id)
+        if live is not None and live.paused_since == 0.0:
+            return live.link
+        record = await self._record(machine_id)
+        next_state(record.state, "use", f"machine {record.name}")
+        return self._fleet.need(record.id).link
+
+    async def stats(self, ref: str) -> dict[str, Any]:
+        """Return numbers of the VM's processes and, when guestd answers in time, of the guest."""
+        record = await self._record(ref)
+        live = self._fleet.need(record.id)
+        out: dict[str, Any] = asdict(await live.vm.stats())
+        if live.paused_since == 0.0:
+            try:
+                async with asyncio.timeout(STATS_S):
+                    out["guest"] = dict(await live.link.stats())
+            except (TimeoutError, GuestFailed, Timeout):
+                out["guest"] = None
+        return out
+
+    async def job(self, ref: str) -> str:
+        """Return the id of the machine's main job, "" if it has none."""
+        return JOB_ID if (await self.get(ref)).spec.argv else ""
+
+    async def logs(self, ref: str) -> bytes:
+        """Return what is kept of the main process's output; it outlives the VM."""
+        record = await self._record(ref)
+        return await asyncio.to_thread(read_output, self._parts.directory(record.id))
+
+    async def console(self, ref: str) -> bytes:
+        """Return the tail of the serial console of a machine that has a VM."""
+        return self._fleet.need((await self._record(ref)).id).vm.console_tail()
+
+    async def _record(self, ref: str) -> MachineRecord:
+        return await self._parts.catalog.machines.get(ref)
+
+    # --- life --------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
+        """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either."""
+        check_spec(spec, self._parts.driver.capabilities)
+        build_policy(spec.allow, spec.routes)
+        boot = await self._parts.images.boot_files(spec.image)
+        record = await self._launcher.claim(spec, name=name, session=session)
+        async with self._fleet.lock(record.id):
+            try:
+                template = await self.templates.ensure(spec.image, vm_spec(spec, boot))
+                record, _, _ = await self._launcher.launch(record, template_origin(template), epoch=epoch, fresh=True)
+            except BaseException:
+                await self._launcher.abandon(record)
+                raise
+        return machine_row(record)
+
+    async def pause(self, ref: str) -> None:
+        """Freeze the workload, then stop the vCPUs. If the guest does not freeze, it runs on and GuestFailed says so."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            after = next_state(record.state, "pause", f"machine {record.name}")
+            live = self._fleet.need(record.id)
+            await live.link.freeze(sync=True, timeout_s=10.0)
+            live.workload_frozen = True
+            try:
+                await live.vm.pause()
+                live.paused_since = self._parts.clock.monotonic_s()
+                await self._parts.catalog.machines.update(record.id, state=after)
+            except BaseException:
+                await finish(self._taker.wake(live))
+                raise
+
+    async def unpause(self, ref: str) -> None:
+        """Let a paused machine run again, its clock set."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            after = next_state(record.state, "unpause", f"machine {record.name}")
+            await self._taker.wake(self._fleet.need(record.id))
+            await self._parts.catalog.machines.update(record.id, state=after)
+
+    async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
+        """SIGTERM the main process, wait, then end the VM: state exited. One that has exited may be stopped again."""
+        record = await self._record(ref)
+        live = self._fleet.find(record.id)
+        code: int | None = None
+        if live is not None and record.state == RUNNING:
+            code = await self._terminate(live, timeout_s)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            after = next_state(record.state, "stop", f"machine {record.name}")
+            if record.state in (RUNNING, PAUSED):
+                code = code if code is not None else (EXIT_KILLED if record.spec.get("argv") else 0)
+                await self._parts.catalog.machines.update(
+                    record.id, state=after, exit_code=code, status=f"stopped ({code})"
+                )
+            elif record.state != after:
+                await self._parts.catalog.machines.update(record.id, state=after, status="stopped while suspended")
+            await self._fleet.end(record.id, "stopped")
+            if live is not None and live.spec.remove_on_exit:
+                await self._fleet.forget(record.id)
+
+    async def _terminate(self, live: Live, timeout_s: float) -> int | None:
+        if live.main is None or live.main.job is None:
+            return None
+        try:
+            await live.main.job.signal(15)
+            async with asyncio.timeout(timeout_s):
+                return await live.main.job.wait()
+        except (TimeoutError, RecessError):
+            return None  # it does not listen: the VM is ended all the same
+
+    async def kill(self, ref: str, *, why: str) -> None:
+        """End the VM at once, whatever else is going on with it; state dead. A dead machine may be killed again."""
+        record = await self._record(ref)
+        if record.state != CREATING:
+            await self._fleet.end(record.id, why)  # without the lock: what holds it fails quickly now
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            after = next_state(record.state, "kill", f"machine {record.name}")
+            if record.state != DEAD:
+                await self._parts.catalog.machines.update(record.id, state=after, status=why)
+            await self._fleet.end(record.id, why)
+
+    async def remove(self, ref: str, *, force: bool = False) -> None:
+        """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay."""
+        record = await self._record(ref)
+        if force and record.state in WITH_VM:
+            await self.kill(record.id, why="removed")
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            next_state(record.state, "remove", f"machine {record.name}")
+            await self._fleet.end(record.id, "removed")
+            await self._fleet.forget(record.id)
+
+    # --- snapshots ---------------------------------------------------------------------------------------------
+
+    async def snapshot(
+        self,
+        ref: str,
+        *,
+        name: str = "",
+        why: str = "manual",
+        log_position: int = 0,
+        epoch: int = 0,
+        resume: bool = True,
+    ) -> SnapshotRow:
+        """Take and store a snapshot; see `SnapshotTaker.snapshot`."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            return await self._taker.snapshot(
+                record, name=name, why=why, log_position=log_position, epoch=epoch, resume=resume
+            )
+
+    async def evict(self, ref: str, *, snapshot: str) -> None:
+        """End the VM of a paused machine whose snapshot is stored: state suspended."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            await self._taker.evict(await self._record(record.id), snapshot)
+
+    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+        """Put a machine away under its identity."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            return await self._taker.suspend(await self._record(record.id), why)
+
+    async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
+        """Bring back a paused (rung 1) or suspended machine (rung 2)."""
+        record = await self._record(ref)
+        began = self._parts.clock.monotonic_s()
+        if record.state == PAUSED:
+            await self.unpause(record.id)
+            return ResumeReport(1, "it was parked in memory", self._parts.clock.monotonic_s() - began)
+        async with self._fleet.lock(record.id):
+            return await self._back.resume(await self._record(record.id), epoch)
+
+    async def restore(
+        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+    ) -> tuple[MachineRow, ResumeReport]:
+        """Make a machine from a snapshot, or bring `machine_id` back from it under its own identity."""
+        row = await self._stored.get(snapshot)
+        if not machine_id:
+            record, report = await self._back.restore_new(row, name=name, session=session, epoch=epoch)
+            return machine_row(record), report
+        known = await self._record(machine_id)
+        async with self._fleet.lock(known.id):
+            record, report = await self._back.restore_as(await self._record(known.id), row, epoch)
+        return machine_row(record), report
+
+    async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
+        """Make `count` children of a machine, each with an identity of its own; the parent goes on."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            children = await self._back.fork(await self._record(record.id), count, names, session)
+        return [machine_row(child) for child in children]
+
+    async def list_snapshots(self) -> list[SnapshotRow]:
+        """Return all snapshots, newest first."""
+        return await self._stored.list_all()
+
+    async def get_snapshot(self, ref: str) -> SnapshotRow:
+        """Return a snapshot by id, name or unambiguous id prefix."""
+        return await self._stored.get(ref)
+
+    async def remove_snapshot(self, ref: str) -> None:
+        """Forget a snapshot; HasDependents when something stands on it."""
+        await self._stored.remove(ref)
+
+    async def verify_snapshot(self, ref: str) -> Mapping[str, Any]:
+        """Re-hash a snapshot and its template; Corrupt names the blob."""
+        return await self._stored.verify(ref)
+
+    async def collect(self, **options: float) -> Mapping[str, int]:
+        """Sweep blobs nobody needs; options as `StoredSnapshots.collect`."""
+        return await self._stored.collect(**options)
+
+    # --- watching ----------------------------------------------------------------------------------------------
+
+    async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
+        """The keeper kills the VM unless this is called again in time."""
+        await self._fleet.need(machine_id).vm.set_deadline(seconds)
+
+    async def wait_dead(self, machine_id: str) -> str:
+        """Return the reason when the VM is gone; at once if there is none."""
+        live = self._fleet.find(machine_id)
+        if live is None:
+            return (await self._record(machine_id)).status or "it has no VM"
+        await live.gone.wait()
+        return live.reason
+
+    def set_incoming(self, machine_id: str, service: str, handler: IncomingHandler | None) -> None:
+        """Route streams that the guest opens for this service; survives link renewals."""
+        self._fleet.incoming.set(machine_id, service, handler)
+
+    # --- the server comes and goes -----------------------------------------------------------------------------
+
+    async def recover(self) -> dict[str, int]:
+        """Take over what an earlier server left; returns counts: adopted, lost, strays."""
+        self.templates.sweep()
+        return await self._fleet.recover()
+
+    async def close(self, *, detach: bool = True) -> None:
+        """Let go of the VMs (`detach`: they run on for the next server) or put every machine away first."""
+        if not detach:
+            await asyncio.gather(*(self._put_away(live.id) for live in self._fleet.all()), return_exceptions=True)
+        await self._fleet.detach()
+
+    async def _put_away(self, machine_id: str) -> None:
+        try:
+            await self.suspend(machine_id, why="stop")
+        except RecessError as exc:
+            await self.kill(machine_id, why=f"the server stopped and it could not be put away: {exc.message}")

@@ -1,0 +1,104 @@
+"""Between a driver's pages and the snapshot store's: mapped template files, page sets, raw parts. No copies.
+
+Pure translation plus read-only mappings; it must know nothing of machines' states or names.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recess.errors import Corrupt
+from recess.machines.contract import Capture, PageSet, TemplateRef
+from recess.snapshots.contract import Overlay, PageData, PageIndices, RawPart
+from recess.units import PAGE_BYTES
+
+MEMORY = "memory"
+DISK = "disk0"
+
+
+def to_part(name: str, pages: PageSet, pages_total: int) -> RawPart:
+    """Return a driver's page set as the store takes it; the buffers stay the driver's."""
+    indices: PageIndices = np.frombuffer(pages.indices, dtype="<u4")
+    data: PageData = np.frombuffer(pages.data, dtype=np.uint8).reshape(-1, PAGE_BYTES)
+    if len(indices) != len(data):
+        raise Corrupt(f"capture: {len(indices)} page numbers for {len(data)} pages of {name}")
+    return RawPart(name, pages_total, indices, data)
+
+
+def capture_parts(capture: Capture) -> list[RawPart]:
+    """Return both parts of a capture."""
+    return [
+        to_part(MEMORY, capture.memory, capture.memory_pages_total),
+        to_part(DISK, capture.disk, capture.disk_blocks_total),
+    ]
+
+
+def to_pages(overlay: Overlay) -> PageSet:
+    """Return the store's overlay as a driver takes it."""
+    indices = np.ascontiguousarray(overlay.indices, dtype="<u4")
+    data = np.ascontiguousarray(overlay.data, dtype=np.uint8)
+    return PageSet(_bytes_view(indices), _bytes_view(data))
+
+
+def _bytes_view(array: NDArray[Any]) -> memoryview:
+    # A memoryview of an array with a zero in its shape cannot be cast: an empty one is spelled out.
+    return array.data.cast("B") if array.size else memoryview(b"")
+
+
+class MappedTemplate:
+    """A template's RAM and disk files as arrays of pages; fulfils `recess.snapshots.contract.TemplatePages`."""
+
+    def __init__(self, ref: TemplateRef) -> None:
+        self._id = ref.id
+        self._maps: list[mmap.mmap] = []
+        self._parts = {MEMORY: self._map(ref.ram), DISK: self._map(ref.disk)}
+
+    def _map(self, path: Path) -> PageData:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0 or size % PAGE_BYTES:
+                raise Corrupt(f"template file {path.name} has {size} bytes, not whole pages")
+            mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+        self._maps.append(mapping)
+        return np.frombuffer(mapping, dtype=np.uint8).reshape(-1, PAGE_BYTES)
+
+    @property
+    def template_id(self) -> str:
+        """The template's manifest id."""
+        return self._id
+
+    def part(self, name: str) -> PageData:
+        """Return all pages of a part, read-only."""
+        return self._parts[name]
+
+
+def file_part(name: str, path: Path) -> RawPart:
+    """Return every non-zero page of a sparse file, holes skipped, as a raw part."""
+    numbers: list[NDArray[np.uint32]] = []
+    pieces: list[NDArray[np.uint8]] = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size % PAGE_BYTES:
+            raise Corrupt(f"{path.name} has {size} bytes, not whole pages")
+        at = 0
+        while at < size:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:  # ENXIO: only a hole is left
+                break
+            at = min(-(-os.lseek(file.fileno(), start, os.SEEK_HOLE) // PAGE_BYTES) * PAGE_BYTES, size)
+            start -= start % PAGE_BYTES
+            pages = np.frombuffer(os.pread(file.fileno(), at - start, start), dtype=np.uint8).reshape(-1, PAGE_BYTES)
+            used = np.nonzero(pages.view(np.uint64).any(axis=1))[0]
+            if len(used):
+                numbers.append((used + start // PAGE_BYTES).astype("<u4"))
+                pieces.append(pages[used])
+    indices: PageIndices = np.concatenate(numbers) if numbers else np.empty(0, dtype="<u4")
+    data: PageData = np.concatenate(pieces) if pieces else np.empty((0, PAGE_BYTES), dtype=np.uint8)
+    return RawPart(name, size // PAGE_BYTES, indices, data)

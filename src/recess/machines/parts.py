@@ -1,0 +1,74 @@
+"""What the machines room is given from outside, as narrow interfaces, and the small value types its files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from recess.broker import Policy
+from recess.catalog import Catalog
+from recess.clock import Clock
+from recess.guestlink.link import IncomingHandler
+from recess.machines.contract import BootFiles, Driver, PageSet
+from recess.snapshots.contract import PageSource, SnapshotStore
+
+Progress = Callable[[str], None]
+
+NO_PAGES = PageSet(memoryview(b""), memoryview(b""))
+
+
+class ImageFiles(Protocol):
+    """The files that machines boot from. Calls may block for long (a kernel fetched, an index built) but not the loop."""
+
+    async def boot_files(self, image: str) -> BootFiles:
+        """Return the files for a new machine of this image. Raises NotFound, MissingTool, Unavailable, Corrupt."""
+        ...
+
+    async def boot_files_by_hash(self, root_hash: str, kernel_hash: str, initrd_hash: str) -> BootFiles:
+        """Return exactly these files again, for a template that is rebuilt. Raises NotFound naming what is missing."""
+        ...
+
+    async def sources(self, boot: BootFiles) -> list[PageSource]:
+        """Return the page sources of these files (root first, then kernel); the same list every time."""
+        ...
+
+    async def blank_disk(self, size_bytes: int, target: Path) -> None:
+        """Put a formatted, empty writable disk at `target`."""
+        ...
+
+
+class Egress(Protocol):
+    """The broker, as this room uses it: who may go out, under which epoch."""
+
+    def register(self, machine_id: str, epoch: int, policy: Policy) -> None:
+        """Let a machine out under this policy."""
+        ...
+
+    def unregister(self, machine_id: str) -> None:
+        """Cut what it has open; refuse what comes."""
+        ...
+
+    def handler(self, machine_id: str) -> IncomingHandler:
+        """Return the handler of its "proxy" streams."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything injected into the room. `run_dir` is shared memory (template caches); `machines_dir` is on disk."""
+
+    driver: Driver
+    store: SnapshotStore
+    images: ImageFiles
+    catalog: Catalog
+    clock: Clock
+    machines_dir: Path
+    run_dir: Path
+    egress: Egress | None = None
+    progress: Progress = lambda _line: None
+
+    def directory(self, machine_id: str) -> Path:
+        """Return the machine's own folder: disk, console, log of its main process."""
+        return self.machines_dir / machine_id

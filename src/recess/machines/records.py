@@ -1,0 +1,91 @@
+"""Rows of the catalog to the records of this room and back. Pure translation; a row that lies is Corrupt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from recess.catalog.machines import MachineRecord
+from recess.catalog.snapshots import SnapshotRecord
+from recess.errors import Corrupt, InvalidSpec, Unsupported
+from recess.machines.contract import BootFiles, Capabilities, VmSpec
+from recess.machines.service import MachineRow, MachineSpec, SnapshotRow
+from recess.units import MIB, PAGE_BYTES
+
+MEMORY_BYTES_MIN = 64 * MIB
+MEMORY_BYTES_MAX = 64 << 30
+DISK_BYTES_MIN = 64 * MIB
+DISK_BYTES_MAX = 1 << 40
+CPUS_MAX = 64
+PORTS_MAX = 64
+
+
+def spec_to_json(spec: MachineSpec) -> dict[str, Any]:
+    """Return a machine spec as plain JSON data."""
+    data = msgspec.to_builtins(asdict(spec))
+    return dict(data)
+
+
+def spec_from_json(data: Mapping[str, Any], where: str) -> MachineSpec:
+    """Return the spec of a row or a manifest; raises Corrupt naming `where`."""
+    try:
+        return msgspec.convert(dict(data), MachineSpec)
+    except (msgspec.ValidationError, TypeError) as exc:
+        raise Corrupt(f"{where}: unreadable machine spec: {exc}") from exc
+
+
+def machine_row(record: MachineRecord) -> MachineRow:
+    """Return a machine as this room shows it."""
+    return MachineRow(
+        id=record.id, name=record.name, state=record.state, spec=spec_from_json(record.spec, f"machine {record.id}"),
+        driver=record.driver, template=record.template, snapshot=record.snapshot, session=record.session,
+        created=record.created, exit_code=record.exit_code, status=record.status, meta=dict(record.meta),
+    )  # fmt: skip
+
+
+def snapshot_row(record: SnapshotRecord) -> SnapshotRow:
+    """Return a snapshot as this room shows it."""
+    return SnapshotRow(
+        id=record.id, name=record.name, machine=record.machine, session=record.session,
+        log_position=record.log_position, epoch=record.epoch, why=record.why, created=record.created,
+        template=record.template, parent=record.parent, figures=dict(record.figures),
+    )  # fmt: skip
+
+
+def check_spec(spec: MachineSpec, can: Capabilities) -> None:
+    """Refuse a spec that no machine can have. Raises InvalidSpec, Unsupported; nothing was changed."""
+    _between("memory", spec.memory_bytes, MEMORY_BYTES_MIN, MEMORY_BYTES_MAX)
+    _between("disk", spec.disk_bytes, DISK_BYTES_MIN, DISK_BYTES_MAX)
+    if not 1 <= spec.cpus <= CPUS_MAX:
+        raise InvalidSpec(f"cpus: from 1 to {CPUS_MAX}, got {spec.cpus}")
+    if spec.memory_bytes % MIB or spec.disk_bytes % PAGE_BYTES:
+        raise InvalidSpec("memory: whole mebibytes; disk: whole 4 KiB blocks")
+    if spec.network not in ("broker", "none", "full"):
+        raise InvalidSpec(f"network: broker, none or full, got {spec.network!r}")
+    if spec.network == "full" and not can.network_full:
+        raise Unsupported("this driver gives machines no network card", hint="use --net broker with --allow")
+    if len(spec.ports) > PORTS_MAX:
+        raise InvalidSpec(f"ports: at most {PORTS_MAX}")
+    for ip, host, guest in spec.ports:
+        if not ip or not 0 <= host < 65536 or not 0 < guest < 65536:
+            raise InvalidSpec(f"port {ip}:{host}:{guest}: a guest port is 1 to 65535, a host port 0 to 65535")
+    for key in spec.env:
+        if not key or "=" in key or "\0" in key or "\n" in key:
+            raise InvalidSpec(f"env: not a variable name: {key!r}")
+    if any("\0" in word for word in (*spec.argv, *spec.env.values(), spec.cwd)):
+        raise InvalidSpec("argv, env and cwd must not hold NUL bytes")
+    if not spec.cwd.startswith("/"):
+        raise InvalidSpec(f"cwd: an absolute path is needed, got {spec.cwd!r}")
+
+
+def _between(what: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise InvalidSpec(f"{what}: from {low // MIB} MiB to {high // MIB} MiB, got {value} bytes")
+
+
+def vm_spec(spec: MachineSpec, boot: BootFiles) -> VmSpec:
+    """Return what the driver needs of a machine's spec."""
+    return VmSpec(spec.memory_bytes, spec.cpus, spec.disk_bytes, boot, spec.network)

@@ -1,0 +1,145 @@
+"""Taking snapshots and putting machines away: what a machine's own snapshots mean for its row.
+
+On any failure (a full disk, a dying VMM, a silent guest) a machine that ran runs on, and the snapshot it had before
+stays its newest. A snapshot is durable in the store before its row exists; the row and the machine's new state are
+written in one transaction.
+"""
+
+from __future__ import annotations
+
+from recess.catalog.machines import MachineRecord
+from recess.catalog.machines import update_in as update_machine_in
+from recess.catalog.names import check_name
+from recess.catalog.snapshots import SnapshotRecord
+from recess.catalog.snapshots import insert_in as insert_snapshot_in
+from recess.crashpoints import crash_point
+from recess.db import Tx
+from recess.errors import GuestFailed, IllegalState, NameInUse, NotFound, Timeout
+from recess.machines.capture import Taken, figures, snapshot_meta, store_capture, take
+from recess.machines.fleet import Fleet
+from recess.machines.live import Live
+from recess.machines.parts import Parts
+from recess.machines.records import snapshot_row
+from recess.machines.service import SnapshotRow
+from recess.machines.starting import finish
+from recess.machines.states import PAUSED, RUNNING, next_state
+from recess.machines.templates import vm_json
+
+
+class SnapshotTaker:
+    """Snapshots of machines that have a VM. Every call expects the machine's lock to be held."""
+
+    def __init__(self, parts: Parts, fleet: Fleet) -> None:
+        self._parts = parts
+        self._fleet = fleet
+
+    async def check_free(self, name: str) -> None:
+        """Raise NameInUse or BadInput before anything costly, when a snapshot cannot get this name."""
+        if not name:
+            return
+        check_name(name, "snapshot", tagged=True)
+        try:
+            holder = await self._parts.catalog.snapshots.get(name)
+        except NotFound:
+            return
+        if holder.name == name:
+            raise NameInUse(
+                f"the name {name!r} is in use by snapshot {holder.id[:16]}", hint="remove it first, or choose another"
+            )
+
+    async def capture(self, record: MachineRecord, *, resume: bool) -> tuple[Live, Taken]:
+        """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended."""
+        next_state(record.state, "snapshot", f"machine {record.name}")
+        live = self._fleet.need(record.id)
+        go_on = resume and record.state == RUNNING
+        try:
+            return live, await take(live, self._parts.clock, resume=go_on, sync=not resume)
+        except (GuestFailed, Timeout) as exc:
+            await self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc.message}")
+            raise
+
+    async def store(
+        self,
+        record: MachineRecord,
+        live: Live,
+        taken: Taken,
+        *,
+        name: str = "",
+        why: str = "manual",
+        log_position: int = 0,
+        epoch: int = 0,
+        state: str,
+    ) -> SnapshotRow:
+        """Write a capture durably, then its row together with the machine's (`state`, newest snapshot)."""
+        clock, catalog = self._parts.clock, self._parts.catalog
+        meta = snapshot_meta(
+            taken,
+            spec={"vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id},
+            log_position=log_position, epoch=epoch, session=record.session, machine=record.id, why=why,
+            origin={"parent": live.parent}, created=clock.wall_s(),
+        )  # fmt: skip
+        report = await store_capture(self._parts.store, live, taken, meta, parent=live.parent)
+        costs = figures(taken, report, clock.monotonic_s() - taken.began)
+        costs = {**costs, "output": {str(k): v for k, v in self._fleet.starter.logged(record.id).items()}}
+        row = SnapshotRecord(
+            id=report.snapshot_id, name=name, machine=record.id, created=meta.created, session=record.session,
+            log_position=log_position, epoch=epoch, why=why, template=live.template.id, parent=live.parent,
+            figures=costs,
+        )  # fmt: skip
+
+        def write(tx: Tx) -> None:
+            insert_snapshot_in(tx, row)
+            changed = {**record.meta, "parent": row.id}
+            update_machine_in(tx, record.id, snapshot=row.id, state=state, meta=changed)
+
+        await catalog.db.write(write)
+        live.parent = row.id
+        crash_point("machines.snapshot_row")
+        return snapshot_row(row)
+
+    async def snapshot(
+        self, record: MachineRecord, *, name: str, why: str, log_position: int, epoch: int, resume: bool
+    ) -> SnapshotRow:
+        """Capture and store; on an error the machine is as it was before."""
+        await self.check_free(name)
+        live, taken = await self.capture(record, resume=resume)
+        state = record.state if resume else PAUSED
+        try:
+            return await self.store(
+                record, live, taken, name=name, why=why, log_position=log_position, epoch=epoch, state=state
+            )
+        except BaseException:
+            if record.state == RUNNING and state == PAUSED:
+                await finish(self.wake(live))
+            raise
+        finally:
+            taken.capture.close()
+
+    async def wake(self, live: Live) -> None:
+        """Let a paused VM and its workload run. When the workload cannot be woken the machine is ended."""
+        stood_still = self._parts.clock.monotonic_s() - live.paused_since if live.paused_since else 0.0
+        try:
+            await live.vm.unpause()
+            live.paused_since = 0.0
+            await live.wake(stood_still)
+        except (GuestFailed, Timeout) as exc:
+            await self._fleet.fail(live, f"guestd did not wake its workload: {exc.message}")
+            raise
+
+    async def evict(self, record: MachineRecord, snapshot: str) -> None:
+        """End a paused machine whose snapshot is stored. The row says "suspended" before the VM goes, so that a crash
+        in between leaves a stray VM (killed at the next start), never a machine that seems lost."""
+        after = next_state(record.state, "evict", f"machine {record.name}")
+        row = await self._parts.catalog.snapshots.get(snapshot)
+        if row.machine != record.id:
+            raise IllegalState(f"snapshot {row.id[:16]} is not one of machine {record.name}")
+        await self._parts.catalog.machines.update(record.id, state=after, snapshot=row.id, status="")
+        crash_point("machines.evicted")
+        await self._fleet.end(record.id, "put away")
+
+    async def suspend(self, record: MachineRecord, why: str) -> SnapshotRow:
+        """Snapshot and evict."""
+        next_state(record.state, "suspend", f"machine {record.name}")
+        row = await self.snapshot(record, name="", why=why, log_position=0, epoch=0, resume=False)
+        await self.evict(await self._parts.catalog.machines.get(record.id), row.id)
+        return row

@@ -1,0 +1,153 @@
+"""Bringing a VM to life and to service: restore by the driver, thaw by guestd, ports, main process.
+
+The thaw contract: a machine is served only after `link.thaw` succeeded; anything that goes wrong before ends its VM.
+So a fork whose random numbers were not reseeded, or whose clock and name are its parent's, is never reachable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+
+from recess.broker import build_policy
+from recess.catalog.machines import MachineRecord
+from recess.errors import RecessError
+from recess.guestlink.link import Thaw
+from recess.machines.contract import RestoreParts
+from recess.machines.forward import Forwarder, LinkOf
+from recess.machines.identity import guest_env, make_thaw
+from recess.machines.incoming import Incoming
+from recess.machines.live import Live
+from recess.machines.mainjob import MainJob
+from recess.machines.outputlog import OutputLog
+from recess.machines.parts import NO_PAGES, Parts
+from recess.machines.records import spec_from_json
+from recess.machines.templates import Template
+
+THAW_S = 15.0
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a VM is made from. `parent`: the snapshot whose pages these are ("" for a plain fork of the template)."""
+
+    template: Template
+    parts: RestoreParts
+    parent: str = ""
+    bytes_read: int = 0
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+
+
+def template_origin(template: Template) -> Origin:
+    """Return the origin of a new machine: the template, nothing over it."""
+    return Origin(template, RestoreParts(template.ref, NO_PAGES, NO_PAGES, template.vmstate))
+
+
+class Starter:
+    """Starts and re-attaches VMs. `on_exit(machine_id, code)` is told when a main process ended."""
+
+    def __init__(
+        self, parts: Parts, incoming: Incoming, link_of: Callable[[str], LinkOf],
+        on_exit: Callable[[str, int], Awaitable[None]],
+    ) -> None:  # fmt: skip
+        self._parts = parts
+        self._incoming = incoming
+        self._link_of = link_of
+        self._on_exit = on_exit
+
+    async def start(self, record: MachineRecord, origin: Origin, *, epoch: int) -> tuple[Live, dict[str, float]]:
+        """Restore a VM and thaw it; returns it served but for ports and main process, and what took how long.
+
+        On any error (cancellation too) the VM and its disk are gone.
+        """
+        spec = spec_from_json(record.spec, f"machine {record.id}")
+        directory = self._parts.directory(record.id)
+        build_policy(spec.allow, spec.routes)  # before anything costly: raises BadInput
+        began = time.monotonic()
+        vm = await self._parts.driver.restore(record.id, origin.template.spec, origin.parts, directory)
+        restored = time.monotonic()
+        try:
+            live = Live(record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True)
+            live.thaw = self.thaw_maker(record, epoch)
+            await self._thaw(live)
+        except BaseException as exc:
+            if isinstance(exc, RecessError):
+                exc.details.setdefault("console", vm.console_tail(2000).decode(errors="replace"))
+            await finish(vm.kill())
+            raise
+        timings = {**origin.timings_s, "restore": restored - began, "thaw": time.monotonic() - restored}
+        return live, timings
+
+    def thaw_maker(self, record: MachineRecord, epoch: int) -> Callable[[], Thaw]:
+        """Return what makes this machine's thaw messages, each with fresh entropy and generation."""
+        spec = spec_from_json(record.spec, f"machine {record.id}")
+        env = guest_env(record.id, record.name, record.session, spec)
+        return lambda: make_thaw(record.id, record.name, epoch, env, self._parts.clock.wall_s())
+
+    async def _thaw(self, live: Live) -> None:
+        # The handler and the policy come first: a workload that wakes up may call out in its first millisecond.
+        self.let_out(live)
+        if live.thaw is not None:
+            await live.link.thaw(live.thaw(), timeout_s=THAW_S)
+        live.workload_frozen = False
+
+    def let_out(self, live: Live) -> None:
+        """Serve the streams that the guest opens, and register it with the broker if it may go out at all."""
+        egress = self._parts.egress
+        if egress is not None and live.spec.network != "none":
+            egress.register(live.id, live.epoch, build_policy(live.spec.allow, live.spec.routes))
+            self._incoming.set(live.id, "proxy", egress.handler(live.id))
+        live.link.serve_incoming(self._incoming.router(live.id))
+
+    async def open_ports(self, live: Live, *, fall_back: bool) -> list[tuple[str, int, int]]:
+        """Listen on the machine's published ports; returns them as they are. Raises Conflict without `fall_back`."""
+        live.forwarder = Forwarder(self._link_of(live.id))
+        return await live.forwarder.start(live.spec.ports, fall_back=fall_back)
+
+    def _main(self, live: Live) -> MainJob:
+        async def ended(code: int) -> None:
+            await self._on_exit(live.id, code)
+
+        return MainJob(OutputLog(self._parts.directory(live.id)), ended)
+
+    async def start_main(self, live: Live) -> None:
+        """Start the main process, if the spec has one. Raises NotFound (no such command), GuestFailed."""
+        if live.spec.argv:
+            live.main = self._main(live)
+            await live.main.start(live.link, live.spec)
+
+    async def attach_main(self, live: Live, skip: Mapping[int, int] | None = None) -> None:
+        """Find the main process again after a restore; `skip` as in MainJob.attach (None: nothing is logged yet)."""
+        if live.spec.argv:
+            live.main = self._main(live)
+            if not await live.main.attach(live.link, skip or {1: 0, 2: 0}):
+                live.main = None
+
+    def logged(self, machine_id: str) -> dict[int, int]:
+        """Return how many bytes of each stream the machine's log holds."""
+        return OutputLog(self._parts.directory(machine_id)).totals
+
+    def forget_files(self, machine_id: str) -> None:
+        """Remove the machine's folder."""
+        shutil.rmtree(self._parts.directory(machine_id), ignore_errors=True)
+
+
+async def finish(work: Awaitable[None]) -> None:
+    """Run clean-up to its end even if the caller is cancelled meanwhile, and only then pass the cancellation on: Ctrl-C
+    at any moment leaves nothing behind."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+        except BaseException:
+            break  # the work's own failure: raised below
+    if cancelled is not None and not task.cancelled():
+        task.exception()  # looked at: the cancellation matters more
+        raise cancelled
+    task.result()

@@ -1,0 +1,80 @@
+"""The state machine of machines: one table, and a guard that says what was illegal and why. Pure.
+
+creating   its VM is being started; nothing is served yet
+running    thawed and served
+paused     vCPUs stopped, memory held (a session's parked state)
+suspended  no VM; its newest snapshot brings it back under its identity
+exited     its main process has ended, or it was stopped
+dead       lost or killed; only a restore from a snapshot brings it back
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from recess.errors import IllegalState
+
+CREATING: Final = "creating"
+RUNNING: Final = "running"
+PAUSED: Final = "paused"
+SUSPENDED: Final = "suspended"
+EXITED: Final = "exited"
+DEAD: Final = "dead"
+
+STATES: Final = (CREATING, RUNNING, PAUSED, SUSPENDED, EXITED, DEAD)
+WITH_VM: Final = (CREATING, RUNNING, PAUSED)
+
+MOVES: Final[Mapping[str, Mapping[str, str]]] = {
+    "start": {CREATING: RUNNING},
+    "use": {RUNNING: RUNNING},
+    "pause": {RUNNING: PAUSED},
+    "unpause": {PAUSED: RUNNING},
+    "snapshot": {RUNNING: RUNNING, PAUSED: PAUSED},
+    "suspend": {RUNNING: SUSPENDED, PAUSED: SUSPENDED},
+    "evict": {PAUSED: SUSPENDED},
+    "resume": {PAUSED: RUNNING, SUSPENDED: RUNNING},
+    "restore": {SUSPENDED: RUNNING, EXITED: RUNNING, DEAD: RUNNING},
+    "exit": {RUNNING: EXITED, PAUSED: EXITED},
+    "stop": {RUNNING: EXITED, PAUSED: EXITED, SUSPENDED: EXITED, EXITED: EXITED},
+    "kill": {CREATING: DEAD, RUNNING: DEAD, PAUSED: DEAD, SUSPENDED: DEAD, EXITED: DEAD, DEAD: DEAD},
+    "remove": {SUSPENDED: "", EXITED: "", DEAD: ""},
+}
+
+_HINTS: Final[Mapping[tuple[str, str], str]] = {
+    ("remove", RUNNING): "stop it first, or use --force",
+    ("remove", PAUSED): "stop it first, or use --force",
+    ("remove", CREATING): "it is being made; wait, or use --force",
+    ("use", SUSPENDED): "bring it back first: recess resume",
+    ("use", PAUSED): "bring it back first: recess resume",
+    ("use", DEAD): "restore one of its snapshots: recess restore",
+    ("resume", DEAD): "it has no snapshot to resume from; restore one of another machine",
+    ("resume", RUNNING): "it runs already",
+}
+
+
+def next_state(state: str, move: str, who: str = "the machine") -> str:
+    """Return the state after a move ("" : the row is gone). Raises IllegalState naming machine, state and move."""
+    after = MOVES[move].get(state)
+    if after is None:
+        allowed = ", ".join(MOVES[move])
+        raise IllegalState(
+            f"{who} is {state}: cannot {move}",
+            hint=_HINTS.get((move, state), f"possible when it is {allowed}"),
+            state=state,
+            move=move,
+        )
+    return after
+
+
+def after_loss(state: str, snapshot: str, reason: str) -> tuple[str, str]:
+    """Decide where a machine falls whose VM is gone without anybody having asked: (state, one line that says it).
+
+    With a snapshot of its own it is suspended, so that `resume` brings it back, and the line says that what came
+    after that snapshot is lost; without one it is dead. A machine that was still being made is dead.
+    """
+    if state == CREATING:
+        return DEAD, f"it was never finished: {reason}"
+    if snapshot:
+        return SUSPENDED, f"its VM is gone ({reason}); what came after snapshot {snapshot[:16]} is lost"
+    return DEAD, f"its VM is gone ({reason}) and it had no snapshot"

@@ -1,0 +1,233 @@
+"""Templates: an image booted once, pre-warmed, frozen and kept; every machine of that image and size is its fork.
+
+A template is a snapshot (manifest, layers, a row that keeps it alive) plus three files in shared memory that forks
+map: RAM, disk, device state. The files are a cache. After a host reboot, or when somebody deleted them, they are
+rebuilt byte for byte from the store; the store's hashes make a silently different template impossible.
+
+Publish order: files in a temporary folder -> snapshot in the store -> folder renamed to the manifest's id -> row. A crash
+leaves a folder or blobs that nothing names, which the next start removes and the garbage collector sweeps.
+Two builders of one template wait for each other (a lock per key; another server on this home is shut out by its lock).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recess.catalog.templates import TemplateRecord
+from recess.crashpoints import crash_point
+from recess.errors import Corrupt, NotFound, RecessError
+from recess.ids import new_id
+from recess.machines import warmup
+from recess.machines.contract import DISK_NAME, BootFiles, Fingerprint, TemplateRef, VmSpec
+from recess.machines.identity import make_thaw
+from recess.machines.mapped import DISK, MEMORY, MappedTemplate, file_part
+from recess.machines.parts import Parts
+from recess.snapshots.contract import PageSource, SnapshotMeta
+from recess.units import format_duration
+
+_FILES = ("ram", "disk", "vmstate")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A template that is ready to fork. `pages` maps its files; `sources` are the blocks its snapshots may refer to."""
+
+    id: str  # manifest id
+    ref: TemplateRef
+    spec: VmSpec
+    pages: MappedTemplate
+    sources: list[PageSource]
+    vmstate: bytes
+
+
+def fingerprint_json(fingerprint: Fingerprint) -> dict[str, Any]:
+    """Return a fingerprint as the JSON data that manifests hold."""
+    return {**asdict(fingerprint), "cpu_flags": list(fingerprint.cpu_flags)}
+
+
+def vm_json(spec: VmSpec) -> dict[str, Any]:
+    """Return what a manifest says of the VM: sizes, and the files by hash (paths are a node's own business)."""
+    return {
+        "memory_bytes": spec.memory_bytes, "cpus": spec.cpus, "disk_bytes": spec.disk_bytes, "network": spec.network,
+        "root": spec.boot.root_hash, "kernel": spec.boot.kernel_hash, "initrd": spec.boot.initrd_hash,
+        "cmdline_extra": spec.boot.cmdline_extra,
+    }  # fmt: skip
+
+
+def vm_from_json(data: Mapping[str, Any], boot: BootFiles) -> VmSpec:
+    """Return the VM spec of a manifest with this node's files. Raises Corrupt."""
+    try:
+        return VmSpec(
+            int(data["memory_bytes"]), int(data["cpus"]), int(data["disk_bytes"]),
+            replace(boot, cmdline_extra=str(data["cmdline_extra"])), str(data["network"]),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as exc:
+        raise Corrupt(f"manifest: unreadable VM spec: {exc}") from exc
+
+
+def template_key(spec: VmSpec, fingerprint: Fingerprint) -> str:
+    """Return the key that tells one template from another: everything that shapes its memory, disk and devices."""
+    network = "full" if spec.network == "full" else "serial"  # broker and none differ only above the machine
+    shape = vm_json(spec) | {
+        "network": network,
+        "warm-up": warmup.VERSION,
+        "fingerprint": fingerprint_json(fingerprint),
+    }
+    return hashlib.blake2b(json.dumps(shape, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+class Templates:
+    """All templates of a node. Calls may be made at once; equal ones share the work."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._dir = parts.run_dir / "templates"
+        self._loaded: dict[str, Template] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def sweep(self) -> None:
+        """Remove half-built folders of a server that died. Call before anything else."""
+        for folder in self._dir.glob("new-*") if self._dir.is_dir() else ():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def ensure(self, image: str, spec: VmSpec) -> Template:
+        """Return the template for this VM shape, made and announced if there is none yet."""
+        key = template_key(spec, await self._parts.driver.fingerprint(spec))
+        async with self._lock(key):
+            row = await self._parts.catalog.templates.by_key(key)
+            if row is not None:
+                try:
+                    template = await self._load(row.manifest, spec)
+                    await self._parts.catalog.templates.touch(row.id, now=self._parts.clock.wall_s())
+                    return template
+                except (NotFound, Corrupt) as exc:
+                    self._parts.progress(f"the template of {image} is damaged ({exc.message}): making it again")
+            return await self._build(image, key, spec)
+
+    async def by_id(self, template_id: str) -> Template:
+        """Return the template that a snapshot names. Raises NotFound, Corrupt."""
+        if template_id in self._loaded and self._cached(template_id):
+            return self._loaded[template_id]
+        manifest = await asyncio.to_thread(self._parts.store.manifest, template_id)
+        vm = manifest_vm(manifest)
+        boot = await self._parts.images.boot_files_by_hash(str(vm["root"]), str(vm["kernel"]), str(vm["initrd"]))
+        async with self._lock(template_id):
+            return await self._load(template_id, vm_from_json(vm, boot))
+
+    def _lock(self, key: str) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
+
+    def _folder(self, template_id: str) -> Path:
+        return self._dir / template_id[-32:]  # a unix path is short, and 128 bits are plenty
+
+    def _cached(self, template_id: str) -> bool:
+        folder = self._folder(template_id)
+        return all((folder / name).is_file() for name in _FILES)
+
+    async def _load(self, template_id: str, spec: VmSpec) -> Template:
+        known = self._loaded.get(template_id)
+        if known is not None and self._cached(template_id):
+            return known
+        sources = await self._parts.images.sources(spec.boot)
+        if not self._cached(template_id):
+            self._parts.progress("rebuilding the template's memory from its layers")
+            await asyncio.to_thread(self._rebuild, template_id, sources)
+        folder = self._folder(template_id)
+        ref = TemplateRef(template_id, folder / "ram", folder / "disk", folder / "vmstate")
+        if ref.ram.stat().st_size != spec.memory_bytes or ref.disk.stat().st_size != spec.disk_bytes:
+            raise Corrupt(f"template {template_id[:16]}: its cached files have the wrong size")
+        template = Template(template_id, ref, spec, MappedTemplate(ref), sources, ref.vmstate.read_bytes())
+        self._loaded[template_id] = template
+        return template
+
+    def _rebuild(self, template_id: str, sources: list[PageSource]) -> None:
+        self._dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        target = self._folder(template_id)
+        shutil.rmtree(target, ignore_errors=True)
+        temp = self._dir / f"new-{new_id('tpl')}"
+        temp.mkdir(mode=0o700)
+        try:
+            self._parts.store.materialise(template_id, MEMORY, temp / "ram", sources=sources)
+            self._parts.store.materialise(template_id, DISK, temp / "disk", sources=sources)
+            (temp / "vmstate").write_bytes(self._parts.store.vmstate(template_id))
+            temp.rename(target)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+
+    async def _build(self, image: str, key: str, spec: VmSpec) -> Template:
+        parts = self._parts
+        started = parts.clock.monotonic_s()
+        parts.progress(f"making the template of {image}: booting it (once per image and machine size)")
+        vm_id = new_id("tpl")
+        temp = self._dir / f"new-{vm_id}"
+        temp.mkdir(parents=True, mode=0o700)
+        try:
+            ref = await self._boot_and_freeze(vm_id, spec, temp)
+            parts.progress("storing the template")
+            sources = await parts.images.sources(spec.boot)
+            fingerprint = await parts.driver.fingerprint(spec)
+            meta = SnapshotMeta(
+                fingerprint=fingerprint_json(fingerprint), spec={"vm": vm_json(spec), "image": image, "template": ""},
+                machine=vm_id, why="template", created=parts.clock.wall_s(),
+            )  # fmt: skip
+            vmstate = ref.vmstate.read_bytes()
+            report = await asyncio.to_thread(
+                lambda: parts.store.write(
+                    [file_part(MEMORY, ref.ram), file_part(DISK, ref.disk)], vmstate, meta, sources=sources
+                )
+            )
+            crash_point("templates.stored")
+            target = self._folder(report.snapshot_id)
+            shutil.rmtree(target, ignore_errors=True)
+            temp.rename(target)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
+            shutil.rmtree(parts.directory(vm_id), ignore_errors=True)
+        await parts.catalog.templates.put(
+            TemplateRecord(
+                id=vm_id,
+                image=image,
+                spec_key=key,
+                manifest=report.snapshot_id,
+                created=meta.created,
+                last_used=meta.created,
+                meta={"vm": vm_json(spec), "new_bytes": report.new_bytes},
+            )
+        )
+        took = format_duration(parts.clock.monotonic_s() - started)
+        parts.progress(f"the template of {image} is ready ({took}, {report.new_bytes / 1e6:.1f} MB stored)")
+        return await self._load(report.snapshot_id, spec)
+
+    async def _boot_and_freeze(self, vm_id: str, spec: VmSpec, temp: Path) -> TemplateRef:
+        """Boot, thaw (guestd serves a booted machine like any other), warm up, freeze, and take the files."""
+        parts = self._parts
+        directory = parts.directory(vm_id)
+        await parts.images.blank_disk(spec.disk_bytes, directory / DISK_NAME)
+        vm = await parts.driver.boot(vm_id, spec, directory, for_template=True)
+        try:
+            env = {"RECESS_NETWORK": "none"}
+            await vm.link.thaw(make_thaw(vm_id, "template", 0, env, parts.clock.wall_s()))
+            await warmup.warm_up(vm.link, parts.progress)
+            await vm.link.freeze(sync=True, timeout_s=10.0)
+            return await vm.export_template(temp)
+        except RecessError as exc:
+            exc.details.setdefault("console", vm.console_tail(2000).decode(errors="replace"))
+            raise
+        finally:
+            await vm.kill()
+
+
+def manifest_vm(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the VM part of a manifest's spec. Raises Corrupt."""
+    spec = manifest.get("spec")
+    vm = spec.get("vm") if isinstance(spec, Mapping) else None
+    if not isinstance(vm, Mapping):
+        raise Corrupt("manifest: it holds no VM spec")
+    return vm
