@@ -89,6 +89,7 @@ def _build(now: Situation) -> Answer:
                 WantedCall("remember", {"key": "port", "value": str(SITE_PORT)}),
             ),
         ),
+        _call("recall"),
         Answer(f"The site is up on port {SITE_PORT}: a teal page with the lunch menu, served by tinysite."),
     ]
     return _next(steps, now)

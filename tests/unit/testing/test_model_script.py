@@ -37,7 +37,7 @@ def called(messages: list) -> list[str]:
 
 def test_the_building_task_from_start_to_end() -> None:
     messages, answer = play([say(f"Build me a small site from {URL}")], lambda call: "ok")
-    assert called(messages) == ["sh", "write_file", "sh", "start_server", "remember", "remember"]
+    assert called(messages) == ["sh", "write_file", "sh", "start_server", "remember", "remember", "recall"]
     assert "8000" in answer.text
     assert URL in json.dumps(messages[1])
 

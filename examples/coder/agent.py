@@ -1,0 +1,144 @@
+"""A coding agent: an ordinary loop around a model, in its own machine.
+
+The model is reached at a route of the machine's broker, which adds the key: no secret is in this process. Everything
+here that lives in memory (MEMORY, the counters, the dev server's process) is frozen, thawed and forked with the
+machine; what must survive the machine itself is in the log, which `session` writes.
+"""
+
+import asyncio
+import json
+import os
+import secrets
+import subprocess
+import time
+import urllib.error
+import urllib.request
+
+from recess_agent import agent, openai_chat, tool
+
+VERSION = 1
+WORKDIR = "/root"
+BASE_URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:3128/route/llm")
+PAY_URL = os.environ.get("PAY_URL", "http://127.0.0.1:3128/route/pay")
+OUTPUT_MAX = 20_000
+PROMPT = (
+    "You are a coding agent. You work in your own Linux machine with the tools you are given; the working folder is "
+    f"{WORKDIR}. Messages that begin with [recess] come from the system you run on and tell what happened to your "
+    "machine: believe them, and tell the user what was lost."
+)
+
+MEMORY = {}  # plain memory: survives freeze, fork and thaw
+LIFE = {"version": VERSION, "pid": os.getpid(), "nonce": secrets.token_hex(8), "turns": 0}
+
+
+@tool
+def sh(cmd: str) -> str:
+    """Run a shell command in the working folder; returns its output and, if it failed, its exit code."""
+    done = subprocess.run(
+        ["sh", "-c", cmd], cwd=WORKDIR, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=600, check=False,
+    )  # fmt: skip
+    text = done.stdout.decode(errors="replace")
+    if len(text) > OUTPUT_MAX:
+        text = text[:OUTPUT_MAX] + f"\n... {len(text) - OUTPUT_MAX} more characters"
+    return text if done.returncode == 0 else f"{text}\n[exit code {done.returncode}]"
+
+
+@tool(effect="pure")
+def read_file(path: str) -> str:
+    """Return a text file."""
+    with open(os.path.join(WORKDIR, path), encoding="utf-8", errors="replace") as file:
+        return file.read(OUTPUT_MAX)
+
+
+@tool
+def write_file(path: str, text: str) -> str:
+    """Write a text file, making its folders."""
+    full = os.path.join(WORKDIR, path)
+    os.makedirs(os.path.dirname(full), exist_ok=True)
+    with open(full, "w", encoding="utf-8") as file:
+        file.write(text)
+    return f"wrote {len(text)} characters to {full}"
+
+
+@tool
+async def start_server(cmd: str, port: int) -> str:
+    """Start a server that keeps running (also after this turn, a freeze and an upgrade); waits until it listens."""
+    log = f"/tmp/server-{port}.log"
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec {cmd}"], cwd=WORKDIR, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except OSError:
+            await asyncio.sleep(0.05)
+            continue
+        writer.close()
+        return f"listening on port {port}, pid {process.pid}"
+    with open(log, encoding="utf-8", errors="replace") as out:
+        raise RuntimeError(f"the server does not listen on port {port}: {out.read(2000)}")
+
+
+@tool
+def remember(key: str, value: str) -> str:
+    """Keep a fact in memory (not on disk)."""
+    MEMORY[key] = value
+    return f"{len(MEMORY)} facts in memory"
+
+
+@tool
+def recall() -> dict:
+    """Return all facts kept in memory, and which process keeps them."""
+    return {"memory": MEMORY, "process": LIFE}
+
+
+def _pay(method: str, path: str, body=None, key: str = ""):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(PAY_URL + path, data=data, method=method)
+    request.add_header("Content-Type", "application/json")
+    if key:
+        request.add_header("Idempotency-Key", key)
+    with urllib.request.urlopen(request, timeout=600) as answer:
+        return json.load(answer)
+
+
+def already_paid(call):
+    """Used only after a crash: the charge that this call made, or None if it was never made."""
+    try:
+        return _pay("GET", f"/charges?key={call.key}")
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+
+
+@tool(effect="once", verify=already_paid)
+def charge(cents: int, *, call) -> dict:
+    """Charge the customer's card."""
+    return _pay("POST", "/charges", {"cents": cents}, key=call.key)
+
+
+@agent(
+    image="base",
+    idle="30s",
+    tools=[sh, read_file, write_file, start_server, remember, recall, charge],
+    routes={"llm": "https://api.openai.com/v1"},
+)
+async def coder(session):
+    turns = 0  # a local variable of this coroutine: it goes on counting after every thaw
+    async for turn in session:
+        turns += 1
+        LIFE["turns"] = turns
+        print(f"turn {turn.number}: {turn.text[:80]}", flush=True)
+        while True:
+            messages = [{"role": "system", "content": PROMPT}, *session.messages()]
+            reply = await session.stream(openai_chat(messages, session.tools, base_url=BASE_URL))
+            if not reply.tool_calls:
+                break
+            await session.run_tools(reply)

@@ -1,0 +1,58 @@
+"""Reading a session's entries for the story: which tool said what, what was answered, what happened to the machine. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from recess.sdk.transport import Json
+
+
+def of_kind(entries: Sequence[Json], kind: str) -> list[Json]:
+    """Return the entries of a kind, in order."""
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def tool_outputs(entries: Sequence[Json]) -> list[tuple[str, str]]:
+    """Return (tool, output) for each call that has an outcome, in the order of the calls."""
+    outcomes = {
+        entry["ref"]: str(entry["body"].get("output", ""))
+        for entry in entries
+        if entry["kind"] in ("tool.result", "tool.settled")
+    }
+    starts = of_kind(entries, "tool.start")
+    return [(str(e["body"]["name"]), outcomes[e["ref"]]) for e in starts if e["ref"] in outcomes]
+
+
+def output_of(entries: Sequence[Json], tool: str) -> str:
+    """Return the newest output of a tool, "" if it has none."""
+    return next((output for name, output in reversed(tool_outputs(entries)) if name == tool), "")
+
+
+def last_text(entries: Sequence[Json]) -> str:
+    """Return the text of the newest reply that asks for nothing more."""
+    replies = [entry for entry in of_kind(entries, "assistant") if not entry["body"].get("tool_calls")]
+    return str(replies[-1]["body"].get("text", "")) if replies else ""
+
+
+def open_calls(entries: Sequence[Json]) -> list[str]:
+    """Return the tools of calls that were started and have no outcome."""
+    done = {e["ref"] for e in entries if e["kind"] in ("tool.result", "tool.settled", "tool.doubt")}
+    return [str(e["body"]["name"]) for e in of_kind(entries, "tool.start") if e["ref"] not in done]
+
+
+def said(entry: Json) -> tuple[object, ...]:
+    """Return what must be equal in a fork's copy of an entry."""
+    return entry["position"], entry["kind"], entry["turn"], entry["ref"], repr(entry["body"])
+
+
+def snapshot_figures(entry: Json) -> dict[str, float | int | str]:
+    """Return a machine.snapshot entry's figures under the story's names."""
+    figures = dict(entry["body"].get("figures") or {})
+    names = {"standstill_s": "standstill_s", "durable_s": "durable_s", "stored_bytes": "new_bytes"}
+    return {ours: figures[theirs] for ours, theirs in names.items() if theirs in figures}
+
+
+def restore_figures(entry: Json) -> dict[str, float | int | str]:
+    """Return a machine.restore entry's figures under the story's names."""
+    body = entry["body"]
+    return {"rung": int(body["rung"]), "restore_s": float(body.get("seconds", 0.0))}

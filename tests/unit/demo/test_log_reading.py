@@ -1,0 +1,38 @@
+from recess.demo import log_reading as read
+
+
+def entry(position: int, kind: str, ref: str = "", **body: object) -> dict:
+    return {"position": position, "kind": kind, "ref": ref, "turn": 1, "body": body}
+
+
+LOG = [
+    entry(1, "user", text="hi"),
+    entry(2, "assistant", text="", tool_calls=[{"id": "a"}, {"id": "b"}]),
+    entry(3, "tool.start", "a", name="sh"),
+    entry(4, "tool.start", "b", name="charge"),
+    entry(5, "tool.result", "a", output="one"),
+    entry(6, "tool.settled", "b", output="paid", by="verify"),
+    entry(7, "tool.start", "c", name="sh"),
+    entry(8, "assistant", text="done", tool_calls=[]),
+    entry(9, "machine.snapshot", figures={"standstill_s": 0.02, "new_bytes": 7, "durable_s": 0.1, "pages": 3}),
+    entry(10, "machine.restore", rung=2, seconds=0.2),
+]
+
+
+def test_outputs_are_joined_with_their_calls() -> None:
+    assert read.tool_outputs(LOG) == [("sh", "one"), ("charge", "paid")]
+    assert read.output_of(LOG, "charge") == "paid"
+    assert read.output_of(LOG, "recall") == ""
+    assert read.open_calls(LOG) == ["sh"]
+
+
+def test_texts_and_figures() -> None:
+    assert read.last_text(LOG) == "done"
+    assert read.last_text(LOG[:3]) == ""
+    assert read.snapshot_figures(LOG[8]) == {"standstill_s": 0.02, "stored_bytes": 7, "durable_s": 0.1}
+    assert read.restore_figures(LOG[9]) == {"rung": 2, "restore_s": 0.2}
+
+
+def test_equal_entries_say_the_same() -> None:
+    assert read.said(LOG[0]) == read.said({**LOG[0], "session": "other", "ts": 5.0})
+    assert read.said(LOG[0]) != read.said(entry(1, "user", text="ho"))

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+import pytest
+
+from recess.demo.processes import kill_all, processes_of, wait_gone
+
+
+@pytest.fixture
+def sleeper(tmp_path):
+    """A process that names a file of tmp_path in its command line and lives until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()", str(tmp_path / "m" / "vm")], stdin=subprocess.PIPE
+    )
+    yield process
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
+async def test_found_by_folder_killed_and_gone(tmp_path, sleeper) -> None:
+    found = processes_of(tmp_path)
+    assert [one.pid for one in found] == [sleeper.pid]
+    assert found[0].pss_bytes > 0
+    assert processes_of(tmp_path / "other") == []
+    assert await wait_gone([sleeper.pid], 0.05) == [sleeper.pid]
+    kill_all([sleeper.pid])
+    assert await wait_gone([sleeper.pid], 10.0) == []
+    sleeper.wait()
+    kill_all([sleeper.pid])  # gone already: no error
+    assert await wait_gone([sleeper.pid], 1.0) == []
+    assert processes_of(tmp_path) == []
+
+
+async def test_nothing_to_wait_for() -> None:
+    assert await wait_gone([], 1.0) == []
