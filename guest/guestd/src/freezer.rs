@@ -1,0 +1,166 @@
+//! Stop the workload as one and let it go again.
+//!
+//! In a machine: the cgroup v2 freezer. Jobs and all their children live in one cgroup; `cgroup.freeze` stops them at
+//! one point and `cgroup.events` tells when it is reached. As an ordinary process on a host (tests, the process
+//! driver) without a cgroup of its own: SIGSTOP to each job's process group, which misses children that left it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use crate::fail::{Fail, Outcome};
+use crate::sys;
+
+enum Means {
+    Cgroup { dir: PathBuf, procs: File },
+    Signals,
+}
+
+pub struct Freezer {
+    means: Means,
+    pub frozen: bool,
+}
+
+impl Freezer {
+    /// Make (or take over) the workload's cgroup.
+    pub fn cgroup(dir: &Path) -> Outcome<Self> {
+        let fail = |e: std::io::Error| Fail::io(&dir.display().to_string(), &e);
+        fs::create_dir_all(dir).map_err(fail)?;
+        let procs = OpenOptions::new().write(true).open(dir.join("cgroup.procs")).map_err(fail)?;
+        fs::metadata(dir.join("cgroup.freeze")).map_err(fail)?;
+        Ok(Freezer { means: Means::Cgroup { dir: dir.to_path_buf(), procs }, frozen: false })
+    }
+
+    pub fn signals() -> Self {
+        Freezer { means: Means::Signals, frozen: false }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self.means {
+            Means::Cgroup { .. } => "cgroup",
+            Means::Signals => "signals",
+        }
+    }
+
+    /// The file a new process writes "0" to, to be part of the workload.
+    pub fn procs(&self) -> Option<&File> {
+        match &self.means {
+            Means::Cgroup { procs, .. } => Some(procs),
+            Means::Signals => None,
+        }
+    }
+
+    /// Freeze; when the bound is over everything runs again and an error says so.
+    pub fn freeze(&mut self, groups: &[i32], timeout_ms: u64) -> Outcome<()> {
+        if self.frozen {
+            return Ok(());
+        }
+        let deadline = sys::monotonic_ms() + timeout_ms;
+        let done = match &self.means {
+            Means::Cgroup { dir, .. } => write_freeze(dir, b"1").and_then(|()| await_events(dir, "frozen 1", deadline)),
+            Means::Signals => stop_groups(groups, deadline),
+        };
+        match done {
+            Ok(true) => {
+                self.frozen = true;
+                Ok(())
+            }
+            other => {
+                let _ = self.release(groups); // the error below is the news; a failed release shows in the next call
+                other?;
+                Err(Fail::new("timeout", format!("the workload did not freeze in {timeout_ms} ms")))
+            }
+        }
+    }
+
+    /// Let the workload run.
+    pub fn unfreeze(&mut self, groups: &[i32]) -> Outcome<()> {
+        if self.frozen {
+            self.release(groups)?;
+            self.frozen = false;
+        }
+        Ok(())
+    }
+
+    fn release(&self, groups: &[i32]) -> Outcome<()> {
+        match &self.means {
+            Means::Cgroup { dir, .. } => write_freeze(dir, b"0"),
+            Means::Signals => {
+                for g in groups {
+                    let _ = sys::kill_group(*g, libc::SIGCONT); // a group that is gone needs nothing
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Kill all of the workload (process mode's end).
+    pub fn destroy(&mut self, groups: &[i32]) {
+        for g in groups {
+            let _ = sys::kill_group(*g, libc::SIGKILL); // gone already is as good
+        }
+        if let Means::Cgroup { dir, .. } = &self.means {
+            let _ = fs::write(dir.join("cgroup.kill"), "1"); // since Linux 5.14; the groups above cover the rest
+            let _ = write_freeze(dir, b"0"); // killed while frozen: let them die
+            let until = sys::monotonic_ms() + 2000;
+            let _ = await_events(dir, "populated 0", until); // then the folder can go; a leftover is harmless
+            let _ = fs::remove_dir(dir);
+        }
+    }
+}
+
+fn write_freeze(dir: &Path, value: &[u8]) -> Outcome<()> {
+    let path = dir.join("cgroup.freeze");
+    OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .and_then(|mut f| f.write_all(value))
+        .map_err(|e| Fail::io("cgroup.freeze", &e))
+}
+
+/// Wait for a line in cgroup.events; the kernel raises POLLPRI at each change.
+fn await_events(dir: &Path, line: &str, deadline: u64) -> Outcome<bool> {
+    let fail = |e: std::io::Error| Fail::io("cgroup.events", &e);
+    let mut f = File::open(dir.join("cgroup.events")).map_err(fail)?;
+    loop {
+        let mut text = String::new();
+        f.seek(SeekFrom::Start(0)).map_err(fail)?;
+        f.read_to_string(&mut text).map_err(fail)?;
+        if text.lines().any(|l| l == line) {
+            return Ok(true);
+        }
+        let left = deadline.saturating_sub(sys::monotonic_ms());
+        if left == 0 {
+            return Ok(false);
+        }
+        sys::poll_one(f.as_raw_fd(), libc::POLLPRI, left as i32).map_err(fail)?;
+    }
+}
+
+/// SIGSTOP every group and wait until each leader has stopped or died.
+fn stop_groups(groups: &[i32], deadline: u64) -> Outcome<bool> {
+    for g in groups {
+        let _ = sys::kill_group(*g, libc::SIGSTOP); // a group that is gone needs nothing
+    }
+    for g in groups {
+        while !stopped(*g) {
+            if sys::monotonic_ms() >= deadline {
+                return Ok(false);
+            }
+            // A stop has no descriptor to wait on (pidfds tell of exits only): look again each millisecond.
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
+    Ok(true)
+}
+
+fn stopped(pid: i32) -> bool {
+    // SAFETY: siginfo_t is plain data, valid when zeroed; WNOWAIT leaves the state for the reaper.
+    unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let flags = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+        let ret = libc::waitid(libc::P_PID, pid as libc::id_t, &mut info, flags);
+        ret < 0 || info.si_pid() != 0
+    }
+}

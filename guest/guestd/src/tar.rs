@@ -1,0 +1,358 @@
+//! Unpack a tar stream below a folder: ustar, pax and GNU long names; files, folders, links. Our own, because the
+//! archive may be anybody's: every path is resolved by the kernel with the folder as its root, so that neither ".."
+//! nor a link, old or from the archive itself, leads out. Owners are not taken over: all belongs to guestd's user.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+
+use crate::fail::{Fail, Outcome};
+use crate::json::{obj, Value};
+use crate::streams::Sink;
+use crate::sys;
+
+const BLOCK: usize = 512;
+const MAX_META: u64 = 64 * 1024;
+const MAX_DEPTH: usize = 128;
+
+/// One member's header, as the format has it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Member {
+    pub name: String,
+    pub link: String,
+    pub size: u64,
+    pub mode: u32,
+    pub mtime: i64,
+    pub kind: u8,
+}
+
+/// Parse a header block; None for the zero block that ends an archive.
+pub fn header(b: &[u8; BLOCK]) -> Outcome<Option<Member>> {
+    if b.iter().all(|x| *x == 0) {
+        return Ok(None);
+    }
+    let sum: u64 = b.iter().enumerate().map(|(i, x)| if (148..156).contains(&i) { 32 } else { u64::from(*x) }).sum();
+    if number(&b[148..156]) != Some(sum) {
+        return Err(Fail::bad("tar: bad header checksum"));
+    }
+    let size = number(&b[124..136]).ok_or_else(|| Fail::bad("tar: bad size"))?;
+    let mut name = text(&b[..100])?;
+    if &b[257..262] == b"ustar" && b[263] != b' ' && b[345] != 0 {
+        name = format!("{}/{name}", text(&b[345..500])?);
+    }
+    Ok(Some(Member {
+        name,
+        link: text(&b[157..257])?,
+        size,
+        mode: number(&b[100..108]).unwrap_or(0o644) as u32 & 0o7777,
+        mtime: number(&b[136..148]).unwrap_or(0).min(i64::MAX as u64) as i64,
+        kind: b[156],
+    }))
+}
+
+fn text(b: &[u8]) -> Outcome<String> {
+    let end = b.iter().position(|x| *x == 0).unwrap_or(b.len());
+    String::from_utf8(b[..end].to_vec()).map_err(|_| Fail::bad("tar: a name is not UTF-8"))
+}
+
+/// An octal field, or GNU's base 256 when the top bit is set.
+fn number(b: &[u8]) -> Option<u64> {
+    if b[0] & 0x80 != 0 {
+        let (head, tail) = b.split_at(b.len() - 8);
+        if head[0] & 0x7F != 0 || head[1..].iter().any(|x| *x != 0) {
+            return None;
+        }
+        return Some(u64::from_be_bytes(tail.try_into().ok()?)).filter(|n| *n <= i64::MAX as u64);
+    }
+    let s = std::str::from_utf8(b).ok()?.trim_matches(|c| c == '\0' || c == ' ');
+    if s.is_empty() { Some(0) } else { u64::from_str_radix(s, 8).ok() }
+}
+
+/// Records of a pax header: "LENGTH KEY=VALUE\n".
+pub fn pax(mut b: &[u8]) -> Outcome<Vec<(String, String)>> {
+    let bad = || Fail::bad("tar: bad pax header");
+    let mut out = Vec::new();
+    while !b.is_empty() {
+        let space = b.iter().position(|c| *c == b' ').filter(|i| *i <= 6).ok_or_else(bad)?;
+        let len: usize = std::str::from_utf8(&b[..space]).ok().and_then(|s| s.parse().ok()).ok_or_else(bad)?;
+        if len <= space + 1 || len > b.len() || b[len - 1] != b'\n' {
+            return Err(bad());
+        }
+        if let Ok(record) = std::str::from_utf8(&b[space + 1..len - 1]) {
+            let (k, v) = record.split_once('=').ok_or_else(bad)?;
+            out.push((k.to_string(), v.to_string()));
+        } // values that are no text (extended attributes) mean nothing here
+        b = &b[len..];
+    }
+    Ok(out)
+}
+
+/// Clean a member's path: relative, no "..", no empty or "." parts. Empty: the folder itself.
+pub fn clean(name: &str) -> Outcome<Vec<&str>> {
+    if name.starts_with('/') || name.contains('\0') {
+        return Err(Fail::bad(format!("tar: absolute path refused: {name:?}")));
+    }
+    let parts: Vec<&str> = name.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    if parts.contains(&"..") || parts.len() > MAX_DEPTH || parts.iter().any(|p| p.len() > 255) {
+        return Err(Fail::bad(format!("tar: path refused: {name:?}")));
+    }
+    Ok(parts)
+}
+
+/// What the bytes after a header are for.
+enum Body {
+    None,
+    File(File, u32, i64),
+    Meta(u8, Vec<u8>),
+    Skip,
+}
+
+/// Unpacks as the bytes come; holds one block or one small meta record, never a file.
+pub struct TarSink {
+    root: OwnedFd,
+    block: Vec<u8>,
+    body: Body,
+    left: u64,
+    pad: usize,
+    next: Overrides,
+    ended: bool,
+}
+
+#[derive(Default)]
+struct Overrides {
+    name: Option<String>,
+    link: Option<String>,
+    size: Option<u64>,
+    mtime: Option<i64>,
+}
+
+/// Start unpacking below this folder; it is made if absent.
+pub fn open(folder: &Path) -> Outcome<TarSink> {
+    let fail = |e: io::Error| Fail::io(&folder.to_string_lossy(), &e);
+    fs::create_dir_all(folder).map_err(fail)?;
+    let root: OwnedFd = File::open(folder).map_err(fail)?.into();
+    let next = Overrides::default();
+    Ok(TarSink { root, block: Vec::new(), body: Body::None, left: 0, pad: 0, next, ended: false })
+}
+
+impl Sink for TarSink {
+    fn write(&mut self, mut data: &[u8]) -> Outcome<()> {
+        while !data.is_empty() && !self.ended {
+            let used = if self.left > 0 {
+                let n = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+                self.body_bytes(&data[..n])?;
+                n
+            } else if self.pad > 0 {
+                let n = data.len().min(self.pad);
+                self.pad -= n;
+                n
+            } else {
+                let n = data.len().min(BLOCK - self.block.len());
+                self.block.extend_from_slice(&data[..n]);
+                if self.block.len() == BLOCK {
+                    self.member()?;
+                }
+                n
+            };
+            data = &data[used..];
+        }
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> Outcome<Value> {
+        if self.left > 0 || !self.block.is_empty() {
+            return Err(Fail::bad("tar: the archive is cut short"));
+        }
+        Ok(obj([]))
+    }
+}
+
+impl TarSink {
+    fn body_bytes(&mut self, data: &[u8]) -> Outcome<()> {
+        match &mut self.body {
+            Body::File(f, ..) => f.write_all(data).map_err(|e| Fail::io("tar", &e))?,
+            Body::Meta(_, buf) => buf.extend_from_slice(data),
+            Body::None | Body::Skip => {}
+        }
+        self.left -= data.len() as u64;
+        if self.left == 0 { self.body_done() } else { Ok(()) }
+    }
+
+    fn body_done(&mut self) -> Outcome<()> {
+        match std::mem::replace(&mut self.body, Body::None) {
+            Body::File(f, mode, mtime) => finish_file(&f, mode, mtime).map_err(|e| Fail::io("tar", &e)),
+            Body::Meta(kind, buf) => self.meta(kind, &buf),
+            Body::None | Body::Skip => Ok(()),
+        }
+    }
+
+    fn meta(&mut self, kind: u8, buf: &[u8]) -> Outcome<()> {
+        match kind {
+            b'L' => self.next.name = Some(text(buf)?),
+            b'K' => self.next.link = Some(text(buf)?),
+            b'x' => {
+                for (k, v) in pax(buf)? {
+                    match k.as_str() {
+                        "path" => self.next.name = Some(v),
+                        "linkpath" => self.next.link = Some(v),
+                        "size" => self.next.size = Some(v.parse().map_err(|_| Fail::bad("tar: bad size"))?),
+                        "mtime" => self.next.mtime = v.split('.').next().and_then(|s| s.parse().ok()),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A header is complete: make what it names and get ready for its body.
+    fn member(&mut self) -> Outcome<()> {
+        let block = std::mem::take(&mut self.block);
+        let block: &[u8; BLOCK] = block.as_slice().try_into().map_err(|_| Fail::bad("tar"))?;
+        let Some(mut m) = header(block)? else {
+            self.ended = true;
+            return Ok(());
+        };
+        if matches!(m.kind, b'x' | b'g' | b'L' | b'K') {
+            if m.size > MAX_META {
+                return Err(Fail::bad("tar: a meta record is too long"));
+            }
+            self.begin(Body::Meta(m.kind, Vec::new()), m.size);
+            return if m.size == 0 { self.body_done() } else { Ok(()) };
+        }
+        let over = std::mem::take(&mut self.next);
+        m.name = over.name.unwrap_or(m.name);
+        m.link = over.link.unwrap_or(m.link);
+        m.size = over.size.unwrap_or(m.size);
+        m.mtime = over.mtime.unwrap_or(m.mtime);
+        let size = if matches!(m.kind, b'0' | 0 | b'7') { m.size } else { 0 };
+        let body = self.make(&m).map_err(|e| Fail { message: format!("tar: {}", e.message), ..e })?;
+        self.begin(body, size);
+        if size == 0 { self.body_done() } else { Ok(()) }
+    }
+
+    fn begin(&mut self, body: Body, size: u64) {
+        self.body = body;
+        self.left = size;
+        self.pad = ((BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64) as usize;
+    }
+
+    fn make(&self, m: &Member) -> Outcome<Body> {
+        let parts = clean(&m.name)?;
+        let fail = |e: io::Error| Fail::io(&m.name, &e);
+        let Some((last, parents)) = parts.split_last() else {
+            return if m.kind == b'5' { Ok(Body::Skip) } else { Err(Fail::bad("a member without a name")) };
+        };
+        let dir = self.parent(parents).map_err(fail)?;
+        let name = sys::cstr(last).map_err(fail)?;
+        match m.kind {
+            // A trailing slash is the old way to say folder.
+            b'0' | 0 | b'7' if !m.name.ends_with('/') => {
+                let file = create(&dir, &name, m.mode).map_err(fail)?;
+                return Ok(Body::File(file, m.mode, m.mtime));
+            }
+            b'0' | 0 | b'7' | b'5' => folder(&dir, &name, m.mode).map_err(fail)?,
+            b'2' => {
+                let target = sys::cstr(&m.link).map_err(fail)?;
+                replace(&dir, &name).map_err(fail)?;
+                // SAFETY: strings outlive the call.
+                let ret = unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) };
+                sys::check(ret).map_err(fail)?;
+            }
+            b'1' => self.hard_link(&m.link, &dir, &name)?,
+            other => return Err(Fail::bad(format!("{}: members of type {:?} are refused", m.name, char::from(other)))),
+        }
+        Ok(Body::Skip)
+    }
+
+    fn hard_link(&self, target: &str, dir: &OwnedFd, name: &CString) -> Outcome<()> {
+        let fail = |e: io::Error| Fail::io(target, &e);
+        let parts = clean(target)?;
+        let (last, parents) = parts.split_last().ok_or_else(|| Fail::bad("a link to nothing"))?;
+        let from = self.resolve(&parents.join("/")).map_err(fail)?;
+        let old = sys::cstr(last).map_err(fail)?;
+        replace(dir, name).map_err(fail)?;
+        // SAFETY: strings outlive the call; no flag, so a link is linked itself, not followed.
+        let ret = unsafe { libc::linkat(from.as_raw_fd(), old.as_ptr(), dir.as_raw_fd(), name.as_ptr(), 0) };
+        sys::check(ret).map(drop).map_err(fail)
+    }
+
+    /// Open a folder below the root; the kernel treats the root as "/" for links and "..".
+    fn resolve(&self, path: &str) -> io::Result<OwnedFd> {
+        let p = sys::cstr(if path.is_empty() { "." } else { path })?;
+        // SAFETY: open_how is plain data and valid when zeroed; all pointers outlive the call.
+        unsafe {
+            let mut how: libc::open_how = std::mem::zeroed();
+            how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64;
+            how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+            let size = size_of::<libc::open_how>();
+            let fd = libc::syscall(libc::SYS_openat2, self.root.as_raw_fd(), p.as_ptr(), &how, size);
+            sys::own(fd as libc::c_int)
+        }
+    }
+
+    /// The folder a member goes into; missing ones are made.
+    fn parent(&self, parents: &[&str]) -> io::Result<OwnedFd> {
+        match self.resolve(&parents.join("/")) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            other => return other,
+        }
+        let mut dir = self.resolve("")?;
+        for i in 0..parents.len() {
+            dir = match self.resolve(&parents[..=i].join("/")) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                    let name = sys::cstr(parents[i])?;
+                    // SAFETY: the string outlives the call.
+                    sys::check(unsafe { libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), 0o755) })?;
+                    self.resolve(&parents[..=i].join("/"))?
+                }
+                other => other?,
+            };
+        }
+        Ok(dir)
+    }
+}
+
+/// Remove what has this name, unless it is a folder: then the next call fails and tells.
+fn replace(dir: &OwnedFd, name: &CString) -> io::Result<()> {
+    // SAFETY: the string outlives the call.
+    match sys::check(unsafe { libc::unlinkat(dir.as_raw_fd(), name.as_ptr(), 0) }) {
+        Err(e) if !matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EISDIR)) => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn create(dir: &OwnedFd, name: &CString, mode: u32) -> io::Result<File> {
+    replace(dir, name)?;
+    let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    // SAFETY: the string outlives the call.
+    let fd = unsafe { libc::openat(dir.as_raw_fd(), name.as_ptr(), flags, mode & 0o700) };
+    sys::own(fd).map(File::from)
+}
+
+fn folder(dir: &OwnedFd, name: &CString, mode: u32) -> io::Result<()> {
+    // SAFETY: the strings outlive the calls.
+    unsafe {
+        match sys::check(libc::mkdirat(dir.as_raw_fd(), name.as_ptr(), mode)) {
+            Ok(_) => sys::check(libc::fchmodat(dir.as_raw_fd(), name.as_ptr(), mode, 0)).map(drop),
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {
+                let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC; // a link to a folder is as good
+                sys::own(libc::openat(dir.as_raw_fd(), name.as_ptr(), flags)).map(drop)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+fn finish_file(f: &File, mode: u32, mtime: i64) -> io::Result<()> {
+    let times = [libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT }, libc::timespec { tv_sec: mtime, tv_nsec: 0 }];
+    // SAFETY: the array outlives the call.
+    unsafe {
+        sys::check(libc::fchmod(f.as_raw_fd(), mode))?;
+        sys::check(libc::futimens(f.as_raw_fd(), times.as_ptr()))?;
+    }
+    Ok(())
+}
