@@ -5,20 +5,21 @@ here that lives in memory (MEMORY, the counters, the dev server's process) is fr
 machine; what must survive the machine itself is in the log, which `session` writes.
 """
 
-import asyncio
 import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
-from recess_agent import agent, openai_chat, tool
+from recess_agent import Call, Session, agent, openai_chat, tool
 
 VERSION = 2
-WORKDIR = "/root"
+WORKDIR = Path("/root")
 BASE_URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:3128/route/llm")
 PAY_URL = os.environ.get("PAY_URL", "http://127.0.0.1:3128/route/pay")
 OUTPUT_MAX = 20_000
@@ -48,42 +49,36 @@ def sh(cmd: str) -> str:
 @tool(effect="pure")
 def read_file(path: str) -> str:
     """Return a text file."""
-    with open(os.path.join(WORKDIR, path), encoding="utf-8", errors="replace") as file:
-        return file.read(OUTPUT_MAX)
+    return (WORKDIR / path).read_text(errors="replace")[:OUTPUT_MAX]
 
 
 @tool
 def write_file(path: str, text: str) -> str:
     """Write a text file, making its folders."""
-    full = os.path.join(WORKDIR, path)
-    os.makedirs(os.path.dirname(full), exist_ok=True)
-    with open(full, "w", encoding="utf-8") as file:
-        file.write(text)
+    full = WORKDIR / path
+    full.parent.mkdir(parents=True, exist_ok=True)
+    full.write_text(text)
     return f"wrote {len(text)} characters to {full}"
 
 
 @tool
-async def start_server(cmd: str, port: int) -> str:
+def start_server(cmd: str, port: int) -> str:
     """Start a server that keeps running (also after this turn, a freeze and an upgrade); waits until it listens."""
-    log = f"/tmp/server-{port}.log"
-    with open(log, "wb") as out:
+    log = Path(f"/tmp/server-{port}.log")
+    with log.open("wb") as out:
         process = subprocess.Popen(
             ["sh", "-c", f"exec {cmd}"], cwd=WORKDIR, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             start_new_session=True,
         )  # fmt: skip
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while time.monotonic() < deadline and process.poll() is None:
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
         except OSError:
-            await asyncio.sleep(0.05)
+            time.sleep(0.05)
             continue
-        writer.close()
         return f"listening on port {port}, pid {process.pid}"
-    with open(log, encoding="utf-8", errors="replace") as out:
-        raise RuntimeError(f"the server does not listen on port {port}: {out.read(2000)}")
+    raise RuntimeError(f"the server does not listen on port {port}: {log.read_text(errors='replace')[:2000]}")
 
 
 @tool
@@ -102,11 +97,10 @@ def recall() -> dict:
 @tool(effect="pure")
 def outline(path: str) -> str:
     """Return the headings of an HTML file, one a line."""
-    with open(os.path.join(WORKDIR, path), encoding="utf-8", errors="replace") as file:
-        return "\n".join(re.findall(r"<h[1-6][^>]*>(.*?)</h[1-6]>", file.read(1_000_000), re.DOTALL))
+    return "\n".join(re.findall(r"<h[1-6][^>]*>(.*?)</h[1-6]>", (WORKDIR / path).read_text(), re.DOTALL))
 
 
-def _pay(method: str, path: str, body=None, key: str = ""):
+def _pay(method: str, path: str, body: "dict | None" = None, key: str = "") -> dict:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(PAY_URL + path, data=data, method=method)
     request.add_header("Content-Type", "application/json")
@@ -116,7 +110,7 @@ def _pay(method: str, path: str, body=None, key: str = ""):
         return json.load(answer)
 
 
-def already_paid(call):
+def already_paid(call: Call) -> "dict | None":
     """Used only after a crash: the charge that this call made, or None if it was never made."""
     try:
         return _pay("GET", f"/charges?key={call.key}")
@@ -127,7 +121,7 @@ def already_paid(call):
 
 
 @tool(effect="once", verify=already_paid)
-def charge(cents: int, *, call) -> dict:
+def charge(cents: int, *, call: Call) -> dict:
     """Charge the customer's card."""
     return _pay("POST", "/charges", {"cents": cents}, key=call.key)
 
@@ -138,7 +132,7 @@ def charge(cents: int, *, call) -> dict:
     tools=[sh, read_file, write_file, start_server, remember, recall, outline, charge],
     routes={"llm": "https://api.openai.com/v1"},
 )
-async def coder(session):
+async def coder(session: Session) -> None:
     turns = 0  # a local variable of this coroutine: it goes on counting after every thaw
     async for turn in session:
         turns += 1

@@ -9,13 +9,16 @@ from recess.demo.processes import kill_all, processes_of, wait_gone
 @pytest.fixture
 def sleeper(tmp_path):
     """A process that names a file of tmp_path in its command line and lives until it is killed."""
+    code = "import sys; print('up', flush=True); sys.stdin.read()"
     process = subprocess.Popen(
-        [sys.executable, "-c", "import sys; sys.stdin.read()", str(tmp_path / "m" / "vm")], stdin=subprocess.PIPE
+        [sys.executable, "-c", code, str(tmp_path / "m" / "vm")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert process.stdout.readline() == b"up\n"
     yield process
     process.kill()
     process.wait()
     process.stdin.close()
+    process.stdout.close()
 
 
 async def test_found_by_folder_killed_and_gone(tmp_path, sleeper) -> None:
