@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Awaitable, Callable, Dict, List, Optional, Sequence, Union
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from recess_agent.tools import Tool, as_tool
 
@@ -19,14 +20,16 @@ class Agent:
     quick: a suspend hook has two seconds, then the machine is frozen anyway.
     """
 
-    def __init__(self, loop: AgentLoop, *, image: str, idle: str, tools: Sequence[Tool], settings: Dict[str, Any]) -> None:
+    def __init__(
+        self, loop: AgentLoop, *, image: str, idle: str, tools: Sequence[Tool], settings: dict[str, Any]
+    ) -> None:
         self.loop = loop
         self.name = getattr(loop, "__name__", "agent")
         self.image = image
         self.idle = idle
         self.tools = {one.name: one for one in tools}
         self.settings = settings
-        self.hooks: Dict[str, Hook] = {}
+        self.hooks: dict[str, Hook] = {}
         self.__doc__ = loop.__doc__
 
     def on_suspend(self, hook: Hook) -> Hook:
@@ -49,7 +52,7 @@ class Agent:
         self.hooks["upgrade"] = hook
         return hook
 
-    async def run_hook(self, name: str, info: Dict[str, Any]) -> None:
+    async def run_hook(self, name: str, info: dict[str, Any]) -> None:
         """Call a hook if it is set; its exceptions are the caller's."""
         hook = self.hooks.get(name)
         if hook is None:
@@ -60,11 +63,11 @@ class Agent:
 
 
 def agent(
-    loop: Optional[AgentLoop] = None,
+    loop: AgentLoop | None = None,
     *,
     image: str = "base",
     idle: str = "30s",
-    tools: Sequence[Union[Tool, Callable[..., Any]]] = (),
+    tools: Sequence[Tool | Callable[..., Any]] = (),
     **settings: Any,
 ) -> Any:
     """Declare the agent of this file: `@agent(image="base", idle="30s", tools=[...])`.
@@ -74,7 +77,7 @@ def agent(
     """
 
     def wrap(function: AgentLoop) -> Agent:
-        found: List[Tool] = [as_tool(one) for one in tools]
+        found: list[Tool] = [as_tool(one) for one in tools]
         names = [one.name for one in found]
         if len(set(names)) != len(names):
             raise TypeError("two tools have the same name: " + ", ".join(sorted(names)))

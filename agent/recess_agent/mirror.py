@@ -6,18 +6,18 @@ copy is part of the machine's memory: a snapshot keeps it, and after a thaw only
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Set
+from typing import Any
 
-Entry = Dict[str, Any]
+Entry = dict[str, Any]
 
 
 class Mirror:
     """Entries in order of position. An entry: {position, kind, body, turn, ref, ts}."""
 
     def __init__(self) -> None:
-        self.entries: List[Entry] = []
+        self.entries: list[Entry] = []
         self.position = 0
-        self._calls: Set[str] = set()
+        self._calls: set[str] = set()
 
     def add(self, entry: Entry) -> None:
         """Take one entry; what is already here is skipped (a repeated append, a repeated push)."""
@@ -29,7 +29,7 @@ class Mirror:
         if entry["kind"] == "assistant":
             self._calls.update(str(call.get("id")) for call in entry["body"].get("tool_calls") or [])
 
-    def call_ids(self) -> Set[str]:
+    def call_ids(self) -> set[str]:
         """Return the ids of all tool calls of this session."""
         return self._calls
 

@@ -11,7 +11,8 @@ import http.client
 import json
 import os
 import threading
-from typing import Any, AsyncIterator, Dict, List, Optional
+from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 LINE_BYTES_MAX = 1024 * 1024
@@ -29,25 +30,25 @@ class ModelError(Exception):
 
 
 async def openai_chat(
-    messages: List[Dict[str, Any]],
-    tools: Optional[List[Dict[str, Any]]] = None,
+    messages: list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None = None,
     *,
     model: str = "",
     base_url: str = "",
     timeout_s: float = 600.0,
-    headers: Optional[Dict[str, str]] = None,
+    headers: dict[str, str] | None = None,
     **options: Any,
-) -> AsyncIterator[Dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of one streamed chat completion. Raises ModelError.
 
     `model` and `base_url` default to OPENAI_MODEL and OPENAI_BASE_URL. `options` go into the request's body.
     """
     base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    body: Dict[str, Any] = {"model": model or os.environ.get("OPENAI_MODEL") or "gpt-4o-mini", "messages": messages}
+    body: dict[str, Any] = {"model": model or os.environ.get("OPENAI_MODEL") or "gpt-4o-mini", "messages": messages}
     body.update({"stream": True, "stream_options": {"include_usage": True}}, **options)
     if tools:
         body["tools"] = tools
-    queue: "asyncio.Queue[Any]" = asyncio.Queue()
+    queue: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     connection = _connect(base, timeout_s)
 
@@ -86,7 +87,9 @@ def _connect(base: str, timeout_s: float) -> http.client.HTTPConnection:
     return kind(parts.hostname, parts.port, timeout=timeout_s)
 
 
-def _stream(connection: http.client.HTTPConnection, base: str, body: Dict[str, Any], headers: Dict[str, str], put: Any) -> None:
+def _stream(
+    connection: http.client.HTTPConnection, base: str, body: dict[str, Any], headers: dict[str, str], put: Any
+) -> None:
     sent = {"Content-Type": "application/json", "Accept": "text/event-stream", **headers}
     key = os.environ.get("OPENAI_API_KEY")
     if key and "Authorization" not in sent:

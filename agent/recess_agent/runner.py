@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 from recess_agent.app import Agent
 from recess_agent.session import Session
@@ -28,7 +28,9 @@ def load(path: str) -> Agent:
     spec.loader.exec_module(module)
     found = {id(value): value for value in vars(module).values() if isinstance(value, Agent)}
     if len(found) != 1:
-        raise ValueError(f"{path} defines {len(found)} agents; one is needed: decorate one coroutine function with @agent")
+        raise ValueError(
+            f"{path} defines {len(found)} agents; one is needed: decorate one coroutine function with @agent"
+        )
     return next(iter(found.values()))
 
 
@@ -84,7 +86,7 @@ async def _main(path: str) -> int:
         return 0
 
 
-def main(argv: List[str]) -> int:
+def main(argv: list[str]) -> int:
     """Command line."""
     if len(argv) != 2 or argv[0] != "run":
         sys.stderr.write("usage: python3 -m recess_agent run AGENT.py\n")

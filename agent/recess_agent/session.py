@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import inspect
 import os
-from typing import Any, AsyncIterator, Awaitable, Dict, List, Optional, Union
+from collections.abc import AsyncIterator, Awaitable
+from typing import Any, Union
 
 from recess_agent.app import Agent
 from recess_agent.mirror import Mirror
@@ -24,8 +25,8 @@ DELTA_CHARS = 1024
 OUTPUT_CHARS_MAX = 1024 * 1024
 SUSPEND_HOOK_S = 2.0
 
-Json = Dict[str, Any]
-Source = Union[Awaitable[Any], AsyncIterator[Any]]
+Json = dict[str, Any]
+Source = Union[Awaitable[Any], AsyncIterator[Any]]  # noqa: UP007 - evaluated on Python 3.9
 
 
 class Turn:
@@ -53,8 +54,9 @@ class Session:
         self._nonce = os.urandom(8).hex()
         self._serial = 0
         self._done = 0
-        self._turn: Optional[Turn] = None
+        self._turn: Turn | None = None
         self._mirror = Mirror()
+        self._hooks: set[asyncio.Future[None]] = set()
         self._wire = Wire(self._hello, self._pushed, socket_path=socket_path)
 
     # -- turns ---------------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ class Session:
 
     # -- what the model sees ---------------------------------------------------------------------------------------
 
-    def messages(self, format: str = "openai") -> List[Json]:
+    def messages(self, format: str = "openai") -> list[Json]:
         """Return the transcript so far, always valid: every tool call is followed by its outcome.
 
         `format` is "openai" (chat completions) or "neutral" ({role, text, tool_calls?, tool_call_id?}).
@@ -94,12 +96,12 @@ class Session:
         raise ValueError(f"format must be 'openai' or 'neutral', not {format!r}")
 
     @property
-    def tools(self) -> List[Json]:
+    def tools(self) -> list[Json]:
         """The agent's tools in the OpenAI function format."""
         return [one.schema() for one in self._app.tools.values()]
 
     @property
-    def log(self) -> List[Json]:
+    def log(self) -> list[Json]:
         """The session's entries since the last compaction, as plain data; do not change them."""
         return list(self._mirror.entries)
 
@@ -116,13 +118,15 @@ class Session:
         pump = _DeltaPump(self._wire, turn, part)
         try:
             if hasattr(source, "__aiter__"):
-                async for event in source:  # type: ignore[union-attr]
+                async for event in source:
                     pump.feed(collector.feed(event))
             else:
-                pump.feed(collector.feed(await source))  # type: ignore[misc]
+                pump.feed(collector.feed(await source))
         except BaseException as exc:
             if collector.text and isinstance(exc, Exception):
-                await self._append("assistant", {"text": collector.text, "tool_calls": [], "part": part, "partial": True})
+                await self._append(
+                    "assistant", {"text": collector.text, "tool_calls": [], "part": part, "partial": True}
+                )
             raise
         finally:
             pump.close()
@@ -146,7 +150,7 @@ class Session:
         self._serial += 1
         await self._append("note", data, serial=f"{self._nonce}.{self._serial}")
 
-    async def run_tools(self, reply: Reply, *, parallel: bool = False) -> List[str]:
+    async def run_tools(self, reply: Reply, *, parallel: bool = False) -> list[str]:
         """Run the calls of a reply and return their outputs in order. A tool's exception is its output, not yours.
 
         Each call is announced in the log before it runs and reported after; `parallel` runs them at once.
@@ -198,7 +202,9 @@ class Session:
             self.id, self.name = str(message.get("session", "")), str(message.get("name", ""))
             self.epoch = int(message.get("epoch", 0))
         elif kind == "event":
-            asyncio.ensure_future(self._hooked(str(message.get("event")), message))
+            task = asyncio.ensure_future(self._hooked(str(message.get("event")), message))
+            self._hooks.add(task)
+            task.add_done_callback(self._hooks.discard)
 
     async def _hooked(self, name: str, message: Json) -> None:
         try:
@@ -225,7 +231,9 @@ class Session:
             "name": tool.name, "arguments": wanted.arguments, "effect": tool.effect, "verify": tool.verify is not None,
         }  # fmt: skip
         started = await self._append("tool.start", body, ref=wanted.id)
-        return await self._call(tool, Call(wanted.id, tool.name, wanted.arguments, str(started.get("key", "")), self.turn.number))
+        return await self._call(
+            tool, Call(wanted.id, tool.name, wanted.arguments, str(started.get("key", "")), self.turn.number)
+        )
 
     async def _call(self, tool: Tool, call: Call) -> str:
         try:
@@ -244,19 +252,29 @@ class Session:
         await self._append("tool.result", body, ref=call_id)
         return output
 
-    async def _settle_pending(self, pending: List[Json]) -> None:
+    async def _settle_pending(self, pending: list[Json]) -> None:
         """End the calls that a crash left open, before the turn goes on: ask `verify`, or run again where that is safe."""
         for one in pending:
             tool = self._app.tools.get(str(one.get("name")))
-            call = Call(str(one["call_id"]), str(one.get("name")), dict(one.get("arguments") or {}), str(one.get("key", "")), self.turn.number)
+            call = Call(
+                str(one["call_id"]),
+                str(one.get("name")),
+                dict(one.get("arguments") or {}),
+                str(one.get("key", "")),
+                self.turn.number,
+            )
             if tool is None:
-                await self._append("tool.doubt", {"name": call.name, "reason": "this version has no such tool"}, ref=call.id)
+                await self._append(
+                    "tool.doubt", {"name": call.name, "reason": "this version has no such tool"}, ref=call.id
+                )
             elif tool.effect in ("pure", "keyed"):
                 await self._call(tool, call)
             elif tool.verify is not None:
                 await self._verify(tool, call)
             else:
-                await self._append("tool.doubt", {"name": call.name, "reason": "nothing can tell whether it happened"}, ref=call.id)
+                await self._append(
+                    "tool.doubt", {"name": call.name, "reason": "nothing can tell whether it happened"}, ref=call.id
+                )
 
     async def _verify(self, tool: Tool, call: Call) -> None:
         try:
@@ -277,8 +295,8 @@ class _DeltaPump:
     def __init__(self, wire: Wire, turn: int, part: int) -> None:
         self._wire, self._turn, self._part = wire, turn, part
         self._n = 0
-        self._held: List[str] = []
-        self._timer: Optional[asyncio.TimerHandle] = None
+        self._held: list[str] = []
+        self._timer: asyncio.TimerHandle | None = None
 
     def feed(self, text: str) -> None:
         if not text:

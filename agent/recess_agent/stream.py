@@ -7,7 +7,7 @@ Understood: a string; a `Reply`; a dict or an object with `model_dump()`/`to_dic
 from __future__ import annotations
 
 import json
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 TEXT_BYTES_MAX = 4 * 1024 * 1024
 TOOL_CALLS_MAX = 128
@@ -21,7 +21,7 @@ class ToolCall:
         self.name = name
         self.arguments = arguments
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the call as the log keeps it."""
         return {"id": self.id, "name": self.name, "arguments": self.arguments}
 
@@ -30,7 +30,11 @@ class Reply:
     """One whole answer of the model, as it stands in the log."""
 
     def __init__(
-        self, text: str = "", tool_calls: Optional[List[ToolCall]] = None, usage: Optional[Dict[str, Any]] = None, model: str = ""
+        self,
+        text: str = "",
+        tool_calls: list[ToolCall] | None = None,
+        usage: dict[str, Any] | None = None,
+        model: str = "",
     ) -> None:
         self.text = text
         self.tool_calls = tool_calls or []
@@ -42,11 +46,11 @@ class Collector:
     """Adds up the pieces of one reply. `feed` returns the text that is new, for the live stream."""
 
     def __init__(self) -> None:
-        self._text: List[str] = []
+        self._text: list[str] = []
         self._size = 0
-        self._calls: Dict[int, Dict[str, str]] = {}
-        self._whole: List[ToolCall] = []
-        self._usage: Dict[str, Any] = {}
+        self._calls: dict[int, dict[str, str]] = {}
+        self._whole: list[ToolCall] = []
+        self._usage: dict[str, Any] = {}
         self._model = ""
 
     @property
@@ -76,13 +80,13 @@ class Collector:
             self._whole.append(_whole_call(call))
         return self._add(str(data.get("text") or ""))
 
-    def _choice(self, choice: Dict[str, Any]) -> str:
+    def _choice(self, choice: dict[str, Any]) -> str:
         message = choice.get("delta") or choice.get("message") or {}
         for place, call in enumerate(message.get("tool_calls") or []):
             self._fragment(call, int(call.get("index", place) if "message" not in choice else place))
         return self._add(str(message.get("content") or ""))
 
-    def _fragment(self, call: Dict[str, Any], index: int) -> None:
+    def _fragment(self, call: dict[str, Any], index: int) -> None:
         if index not in self._calls and len(self._calls) >= TOOL_CALLS_MAX:
             raise ValueError(f"a reply with more than {TOOL_CALLS_MAX} tool calls")
         known = self._calls.setdefault(index, {"id": "", "name": "", "arguments": ""})
@@ -106,7 +110,10 @@ class Collector:
 
     def reply(self) -> Reply:
         """Return the whole reply."""
-        calls = [ToolCall(one["id"], one["name"], parse_arguments(one["arguments"])) for _, one in sorted(self._calls.items())]
+        calls = [
+            ToolCall(one["id"], one["name"], parse_arguments(one["arguments"]))
+            for _, one in sorted(self._calls.items())
+        ]
         return Reply(self.text, self._whole + calls, self._usage, self._model)
 
 
@@ -122,7 +129,7 @@ def parse_arguments(raw: Any) -> Any:
     return value if isinstance(value, dict) else text
 
 
-def unique_ids(calls: List[ToolCall], taken: "set[str]") -> List[ToolCall]:
+def unique_ids(calls: list[ToolCall], taken: set[str]) -> list[ToolCall]:
     """Give each call an id that this session has not seen: some model servers count from `call_0` in every reply."""
     seen = set(taken)
     out = []
@@ -141,10 +148,12 @@ def _whole_call(call: Any) -> ToolCall:
         return call
     data = _as_dict(call)
     function = data.get("function") or data
-    return ToolCall(str(data.get("id") or ""), str(function.get("name") or ""), parse_arguments(function.get("arguments")))
+    return ToolCall(
+        str(data.get("id") or ""), str(function.get("name") or ""), parse_arguments(function.get("arguments"))
+    )
 
 
-def _as_dict(event: Any) -> Dict[str, Any]:
+def _as_dict(event: Any) -> dict[str, Any]:
     if isinstance(event, dict):
         return event
     for name in ("model_dump", "to_dict", "dict"):

@@ -13,16 +13,25 @@ import asyncio
 import inspect
 import json
 import typing
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 EFFECTS = ("local", "pure", "keyed", "once")
-_SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array", type(None): "null"}
+_SIMPLE = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    dict: "object",
+    list: "array",
+    type(None): "null",
+}
 
 
 class Call:
     """One call of a tool: `key` is the same however often the call is tried, and unique to session, turn and call."""
 
-    def __init__(self, id: str, name: str, arguments: Dict[str, Any], key: str, turn: int) -> None:
+    def __init__(self, id: str, name: str, arguments: dict[str, Any], key: str, turn: int) -> None:
         self.id = id
         self.name = name
         self.arguments = arguments
@@ -33,7 +42,9 @@ class Call:
 class Tool:
     """A function with its schema. Calling it calls the function, so that it stays usable and testable on its own."""
 
-    def __init__(self, function: Callable[..., Any], *, effect: str, verify: Optional[Callable[..., Any]], name: str) -> None:
+    def __init__(
+        self, function: Callable[..., Any], *, effect: str, verify: Callable[..., Any] | None, name: str
+    ) -> None:
         if effect not in EFFECTS:
             raise TypeError(f"effect must be one of {', '.join(EFFECTS)}, not {effect!r}")
         if verify is not None and effect != "once":
@@ -48,16 +59,17 @@ class Tool:
         self.__name__ = self.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function itself."""
         return self.function(*args, **kwargs)
 
-    def schema(self) -> Dict[str, Any]:
+    def schema(self) -> dict[str, Any]:
         """Return the tool in the OpenAI function format."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
 
     async def run(self, call: Call) -> Any:
         """Run the function (a sync one in a thread, so that the session goes on answering)."""
-        kwargs: Dict[str, Any] = dict(call.arguments)
+        kwargs: dict[str, Any] = dict(call.arguments)
         if self._wants_call:
             kwargs["call"] = call
         return await _invoke(self.function, kwargs)
@@ -69,7 +81,7 @@ class Tool:
         return await _invoke(self.verify, {"call": call}, positional="call")
 
 
-async def _invoke(function: Callable[..., Any], kwargs: Dict[str, Any], positional: str = "") -> Any:
+async def _invoke(function: Callable[..., Any], kwargs: dict[str, Any], positional: str = "") -> Any:
     args = (kwargs.pop(positional),) if positional else ()
     if inspect.iscoroutinefunction(function):
         return await function(*args, **kwargs)
@@ -78,10 +90,10 @@ async def _invoke(function: Callable[..., Any], kwargs: Dict[str, Any], position
 
 
 def tool(
-    function: Optional[Callable[..., Any]] = None,
+    function: Callable[..., Any] | None = None,
     *,
     effect: str = "local",
-    verify: Optional[Callable[..., Any]] = None,
+    verify: Callable[..., Any] | None = None,
     name: str = "",
 ) -> Any:
     """Make a function a tool: `@tool` or `@tool(effect="once", verify=already_paid)`.
@@ -117,13 +129,13 @@ def render(value: Any) -> str:
         return str(value)
 
 
-def _parameters(function: Callable[..., Any]) -> Tuple[Dict[str, Any], bool]:
+def _parameters(function: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError):
         hints = {}
-    properties: Dict[str, Any] = {}
-    required: List[str] = []
+    properties: dict[str, Any] = {}
+    required: list[str] = []
     wants_call = False
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -136,13 +148,13 @@ def _parameters(function: Callable[..., Any]) -> Tuple[Dict[str, Any], bool]:
             required.append(name)
         elif parameter.default is not None:
             properties[name] = {**properties[name], "default": parameter.default}
-    out: Dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
+    out: dict[str, Any] = {"type": "object", "properties": properties, "additionalProperties": False}
     if required:
         out["required"] = required
     return out, wants_call
 
 
-def _schema(hint: Any) -> Dict[str, Any]:
+def _schema(hint: Any) -> dict[str, Any]:
     if hint in _SIMPLE:
         return {"type": _SIMPLE[hint]}
     origin, args = typing.get_origin(hint), typing.get_args(hint)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from typing import Any, Awaitable, Callable, Dict, Optional
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 DEFAULT_SOCKET = "/run/recess/session.sock"
 LINE_BYTES_MAX = 8 * 1024 * 1024
@@ -19,7 +20,7 @@ RETRY_FIRST_S = 0.01
 RETRY_LAST_S = 0.5
 PROTOCOL = 1
 
-Json = Dict[str, Any]
+Json = dict[str, Any]
 Push = Callable[[Json], Awaitable[None]]
 
 
@@ -42,13 +43,13 @@ class Wire:
         self._path = socket_path or os.environ.get("RECESS_SESSION_SOCKET") or DEFAULT_SOCKET
         self._hello = hello
         self._on_push = on_push
-        self._pending: Dict[int, Json] = {}
-        self._futures: Dict[int, "asyncio.Future[Json]"] = {}
+        self._pending: dict[int, Json] = {}
+        self._futures: dict[int, asyncio.Future[Json]] = {}
         self._next_id = 1
-        self._writer: Optional[asyncio.StreamWriter] = None
+        self._writer: asyncio.StreamWriter | None = None
         self._ready = False
-        self._closed: Optional[SessionClosed] = None
-        self._task: Optional["asyncio.Task[None]"] = None
+        self._closed: SessionClosed | None = None
+        self._task: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
 
     async def start(self) -> None:
@@ -73,7 +74,7 @@ class Wire:
         number, self._next_id = self._next_id, self._next_id + 1
         message = {"t": "req", "id": number, "op": op, **fields}
         self._encode(message)  # refuse what is too long before it is pending for ever
-        future: "asyncio.Future[Json]" = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Json] = asyncio.get_running_loop().create_future()
         self._pending[number] = message
         self._futures[number] = future
         self._send(message)

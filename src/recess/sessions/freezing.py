@@ -66,7 +66,9 @@ async def freeze(
         return True
 
 
-async def snapshot_running(log: SessionLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str) -> SnapshotRow:
+async def snapshot_running(
+    log: SessionLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str
+) -> SnapshotRow:
     """Snapshot a session that goes on, and record it in the log and in the session's row. Returns the snapshot, whose
     log position is that of its own entry: everything before it is in the machine's memory or behind its link."""
     async with desk.lock:

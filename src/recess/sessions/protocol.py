@@ -183,7 +183,9 @@ def _append(number: int, data: dict[str, Any]) -> Request:
         raise BadInput("tool.start: effect must be local, pure, keyed or once")
     if kind == "assistant":
         _check_assistant(body)
-    return Request(number, "append", kind=kind, body=body, ref=ref, turn=_number(data, "turn"), serial=_string(data, "serial"))
+    return Request(
+        number, "append", kind=kind, body=body, ref=ref, turn=_number(data, "turn"), serial=_string(data, "serial")
+    )
 
 
 def _check_assistant(body: dict[str, Any]) -> None:

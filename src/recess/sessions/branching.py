@@ -1,0 +1,130 @@
+"""Forks and rewinds: log and machine together. Also what is done to sessions that are not live.
+
+A fork copies no bytes: the child's log shares the parent's entries, its machine starts from a snapshot that several
+children may share, and both are materialised at its first message. The child's row is given its snapshot under its own
+first lease; a crash before that leaves a child with a log and no snapshot, which wakes on rung 5 and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from recess.contextlog.contract import Draft, SessionRow
+from recess.crashpoints import crash_point
+from recess.errors import BadInput, IllegalState, NotFound, RecessError
+from recess.sessions.decisions import snapshot_for
+from recess.sessions.deps import Deps
+from recess.sessions.freezing import snapshot_running
+from recess.sessions.states import next_state
+from recess.sessions.waking import Stored, stored_snapshots
+
+if TYPE_CHECKING:
+    from recess.sessions.supervisor import Supervisor
+
+
+async def fork_live(sup: Supervisor, name: str) -> SessionRow:
+    """Fork a live session at its head (runs inside its actor): snapshot the running machine, then fork the log at the
+    snapshot's own entry, so that the child's memory equals its log."""
+    desk, deps = sup.held_desk, sup.deps
+    if sup.state == "parked":
+        await deps.machines.unpause(sup.hand.machine_id)
+        await sup.set_state("unpark")
+    taken = await snapshot_running(
+        deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why="fork"
+    )  # fmt: skip
+    row = await deps.log.get(sup.session)
+    stored = Stored(taken.id, taken.log_position, sup.job.job_id)
+    child = await deps.log.fork(sup.session, at=row.snapshot_position, name=name)
+    crash_point("session.after_fork")
+    await desk.append([Draft("fork", {"child": child.id, "at": row.snapshot_position})])
+    return await _seed(deps, child, stored, desk.code_version)
+
+
+async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> SessionRow:
+    """Fork a session from what is stored: at its head, or at `at` with the newest snapshot that is not newer."""
+    row = await deps.log.get(session)
+    position = row.head if at is None else at
+    if not 0 <= position <= row.head:
+        raise BadInput(f"session {row.id} has positions 1 to {row.head}, not {position}")
+    stored = await _newest(deps, row, position)
+    child = await deps.log.fork(row.id, at=position, name=name)
+    crash_point("session.after_fork")
+    return await _seed(deps, child, stored, row.code_version)
+
+
+async def _newest(deps: Deps, row: SessionRow, position: int) -> Stored | None:
+    known = await stored_snapshots(deps.log, row, to=position)
+    chosen, _position = snapshot_for(position, [(one.snapshot, one.position) for one in known])
+    return next((one for one in known if one.snapshot == chosen), None) if chosen else None
+
+
+async def _seed(deps: Deps, child: SessionRow, stored: Stored | None, code_version: str) -> SessionRow:
+    """Give a child its snapshot and its place in the inbox: messages it inherits are its parent's, not its own work."""
+    settings = deps.settings
+    row = await deps.log.claim(child.id, settings.owner, settings.lease_s, now=deps.clock.wall_s(), force=True)
+    await deps.log.append(row.id, row.epoch, [Draft("fork", {"parent": row.parent, "at": row.fork_position})])
+    entries = await deps.log.inbox_after(row.id, 0)
+    inherited = max((e.position for e in entries if e.position <= row.fork_position), default=0)
+    turn = 0
+    for entry in reversed(await deps.log.read(row.id, after=max(0, row.head - 1000), limit=1000)):
+        if entry.turn:
+            turn = entry.turn
+            break
+    meta = {key: value for key, value in row.meta.items() if key not in ("machine", "job", "failure", "machine_epoch")}
+    if stored is not None:
+        meta["job"] = stored.job
+    await deps.log.update(
+        row.id, row.epoch, consumed=max(row.consumed, inherited), turn=turn, code_version=code_version, meta=meta,
+        snapshot=stored.snapshot if stored else "", snapshot_position=stored.position if stored else 0,
+    )  # fmt: skip
+    state = next_state("cold", "seed") if stored else "cold"
+    await deps.log.release(row.id, row.epoch, state=state)
+    return await deps.log.get(row.id)
+
+
+async def rewind(deps: Deps, session: str, to: int) -> SessionRow:
+    """Rewind a session that is not live: its machine is ended, the branch cut, the newest fitting snapshot chosen. The
+    agent's process is started anew at the next message, since its memory may be newer than the branch."""
+    row = await deps.log.get(session)
+    if not 0 <= to < row.head:
+        raise BadInput(f"session {row.id} can be rewound to 0 to {row.head - 1}, not {to}")
+    stored = await _newest(deps, row, to)
+    settings = deps.settings
+    claimed = await deps.log.claim(
+        row.id, settings.owner, settings.lease_s, now=deps.clock.wall_s(), force=settings.embedded
+    )
+    await drop_machine(deps, row)
+    await deps.log.append(row.id, claimed.epoch, [Draft("rewind", {"to": to})])
+    crash_point("session.after_rewind")
+    meta = {
+        key: value for key, value in claimed.meta.items() if key not in ("machine", "job", "failure", "machine_epoch")
+    }
+    consumed = max((e.position for e in await deps.log.inbox_after(row.id, 0)), default=0)
+    await deps.log.update(
+        row.id, claimed.epoch, meta=meta, consumed=consumed,
+        snapshot=stored.snapshot if stored else "", snapshot_position=stored.position if stored else 0,
+    )  # fmt: skip
+    await deps.log.release(row.id, claimed.epoch, state="frozen" if stored else "cold")
+    return await deps.log.get(row.id)
+
+
+async def drop_machine(deps: Deps, row: SessionRow) -> None:
+    """End and forget a session's machine; snapshots stay. One that is not there is no error."""
+    machine = str(row.meta.get("machine", ""))
+    if machine:
+        with contextlib.suppress(NotFound, IllegalState):
+            await deps.machines.remove(machine, force=True)
+
+
+async def end_leftover(deps: Deps, row: SessionRow) -> None:
+    """End the VM of a session that was frozen just before its server died: the snapshot is stored, the memory is owed."""
+    machine = str(row.meta.get("machine", ""))
+    if not machine or row.state != "frozen":
+        return
+    with contextlib.suppress(RecessError):
+        found = await deps.machines.get(machine)
+        if found.state == "paused":
+            await deps.machines.evict(machine, snapshot=row.snapshot)
+        elif found.state == "running":
+            await deps.machines.kill(machine, why="its session is frozen")

@@ -1,0 +1,165 @@
+"""How each move of `decisions.decide` is carried out. Each function is one act of the supervisor's one task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from recess.contextlog.contract import Draft
+from recess.crashpoints import crash_point
+from recess.errors import Fenced, RecessError, Unavailable
+from recess.sessions.agent_config import check_config
+from recess.sessions.decisions import Act
+from recess.sessions.freezing import freeze
+from recess.sessions.recovery import settle_turn
+from recess.sessions.states import next_state
+
+if TYPE_CHECKING:
+    from recess.sessions.supervisor import Supervisor
+
+RECOVERIES_MAX = 3
+
+
+async def deliver(sup: Supervisor, act: Act) -> None:
+    """Hand the agent its turn: the next message's, or the open one which it does not have."""
+    desk = sup.held_desk
+    if not sup.agent.waiting:
+        return
+    if act is Act.START_TURN:
+        message = await desk.pending_input()
+        if message is None:
+            return
+        await desk.start_turn(message)
+    elif desk.facts.cut:
+        await desk.next_attempt()
+    facts, sup.recoveries = desk.facts, 0
+    found = await sup.deps.log.read(sup.session, after=facts.inbox - 1, to=facts.inbox, limit=1) if facts.inbox else []
+    result = {
+        "turn": facts.turn, "attempt": facts.attempt, "position": facts.inbox,
+        "body": dict(found[0].body) if found else {}, "pending": desk.pending_calls(),
+    }  # fmt: skip
+    await sup.agent.deliver(result)
+
+
+async def fail_turn(sup: Supervisor, why: str) -> None:
+    """End the open turn as failed, with what the agent said last; the session waits for a human."""
+    await sup.held_desk.end_turn("failed", f"{why}: {end_detail(sup)}")
+    sup.agent.crash_detail = ""
+
+
+async def restart_agent(sup: Supervisor) -> None:
+    """Settle what the dead process left open; if nothing is open (any more), start a process."""
+    desk = sup.held_desk
+    if desk.facts.open and not desk.facts.cut:
+        await sup.agent.shut()
+        await settle_turn(sup.deps.log, desk, cause="crash", detail=end_detail(sup), machine_lives=True)
+        return  # look again: the attempts may be used up
+    await start_agent(sup)
+
+
+def end_detail(sup: Supervisor) -> str:
+    """Return one line about why the agent process ended."""
+    detail = sup.agent.crash_detail.strip()
+    if detail:
+        return detail.splitlines()[-1][:500]
+    ended = sup.ended_job
+    return f"the agent process ended with code {ended.exit_code}" if ended else "the agent process was gone"
+
+
+async def start_agent(sup: Supervisor) -> None:
+    """Start a process of the session's version in the machine; an older one's connection is dropped. The job's id is in
+    the row before the process exists, so that whoever comes next knows which process to look for."""
+    desk, row = sup.held_desk, sup.held_row
+    await sup.agent.shut("a newer process takes over")
+    sup.job_count += 1
+    job_id = f"agent-{desk.code_version}-{desk.epoch}-{sup.job_count}"
+    await sup.save_meta(job=job_id)
+    sup.agent.expect(job_id)
+    await sup.job.start(sup.hand.machine_id, job_id, agent=row.agent, version=desk.code_version, config=sup.config)
+
+
+async def upgrade(sup: Supervisor, act: Act) -> None:
+    """Swap the agent process; the machine and everything else in it runs on. Rollback is the same move.
+
+    Crash safety: the code entry and the row's version come first. A crash after them finds a job id of the older
+    version in the row, so the next wake ends that process and starts the new one.
+    """
+    desk, row = sup.held_desk, sup.held_row
+    deployed = await sup.deps.agents.current(row.agent)
+    config = check_config(deployed.config)
+    await sup.agent.shut("newer code takes over")
+    if act is Act.CUT_FOR_UPGRADE:
+        await settle_turn(sup.deps.log, desk, cause="upgrade", detail="newer code takes over", machine_lives=True)
+    old = desk.code_version
+    key = f"code/{desk.epoch}/{deployed.deployed}"
+    await desk.append([Draft("code", {"old": old, "new": deployed.version}, key=key)])
+    crash_point("session.before_upgrade")
+    await sup.deps.log.update(sup.session, desk.epoch, code_version=deployed.version)
+    desk.code_version = deployed.version
+    sup.config = config
+    await sup.job.stop(term_s=sup.deps.settings.term_s)
+    crash_point("session.after_upgrade_stop")
+    sup.agent.untold.append(("upgrade", {"old": old, "new": deployed.version}))
+    await start_agent(sup)
+
+
+async def park(sup: Supervisor) -> None:
+    """Pause the idle machine in memory."""
+    await sup.deps.machines.pause(sup.hand.machine_id)
+    await sup.set_state("park")
+
+
+async def unpark(sup: Supervisor) -> None:
+    """Let the paused machine run again."""
+    await sup.deps.machines.unpause(sup.hand.machine_id)
+    await sup.set_state("unpark")
+    sup.touch()
+
+
+async def put_away(sup: Supervisor) -> None:
+    """Freeze. When the store refuses, the machine stays warm, the older snapshot valid, and the next try waits."""
+    paused, desk, deps = sup.state == "parked", sup.held_desk, sup.deps
+    if not paused:
+        await sup.agent.event("suspend", {}, ack_s=deps.settings.hook_s)
+    why = "suspend" if sup.suspend_wanted else "idle"
+    try:
+        frozen = await freeze(
+            deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why=why, paused=paused
+        )
+    except Fenced:
+        raise
+    except RecessError as exc:
+        sup.no_freeze_before_s = deps.clock.monotonic_s() + deps.settings.freeze_retry_s
+        sup.suspend_failed(exc)
+        if paused:
+            await sup.set_state("unpark")
+        await sup.save_meta(failure=exc.message)
+        return
+    if not frozen:
+        if paused:
+            await sup.set_state("unpark")
+        return
+    sup.state = next_state(sup.state, "freeze")
+    sup.stopping = True
+    await sup.leave()
+    await deps.machines.evict(sup.hand.machine_id, snapshot=(await deps.log.get(sup.session)).snapshot)
+
+
+async def recover(sup: Supervisor) -> None:
+    """The machine died under us. With work at hand it is brought back at once, else at the next message."""
+    desk, log = sup.held_desk, sup.deps.log
+    await sup.job.forget()
+    await sup.agent.shut()
+    await sup.hand.let_go()
+    turn = desk.facts.turn if desk.facts.open else 0
+    await desk.append([Draft("machine.lost", {"why": sup.death or "the machine is gone"}, turn=turn)])
+    row = await log.get(sup.session)
+    sup.state = next_state(sup.state, "fall" if row.snapshot else "drop")
+    if desk.facts.open or await desk.pending_input() is not None:
+        sup.recoveries += 1
+        if sup.recoveries > RECOVERIES_MAX:
+            raise Unavailable(f"session {sup.session}: its machine died {sup.recoveries} times in a row: {sup.death}")
+        sup.row = row
+        await sup.wake()
+        return
+    sup.stopping = True
+    await log.release(sup.session, desk.epoch, state=sup.state)

@@ -1,0 +1,334 @@
+"""`Sessions`: what the API, the CLI and the node use. It owns the live supervisors and nothing else.
+
+A message is durable before anything else happens: `send` appends to the inbox and returns the position; waking a
+machine is the supervisor's business. Refs are ids, names or unambiguous id prefixes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from recess.catalog import AgentVersion
+from recess.contextlog.contract import Appended, Delta, Draft, Entry, SessionRow
+from recess.errors import BadInput, IllegalState, NotFound, RecessError, Timeout, Unavailable
+from recess.ids import new_id
+from recess.sessions import branching
+from recess.sessions.agent_config import check_config, config_from_source
+from recess.sessions.deps import Deps
+from recess.sessions.lease import LeaseGate
+from recess.sessions.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+FOLLOW_S = 1.0
+RETRIES_S = (0.5, 2.0, 5.0, 15.0)
+SUSPEND_S = 120.0
+
+
+class Sessions:
+    """See the module. Construct once, `recover()` at server start, `shutdown()` at its end."""
+
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+        self.gate = LeaseGate(deps.clock)
+        self._live: dict[str, Supervisor] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._closing = False
+
+    # -- agents ----------------------------------------------------------------------------------------------------
+
+    async def deploy(
+        self, name: str, files: Mapping[str, str | bytes], config: Mapping[str, Any] | None = None
+    ) -> AgentVersion:
+        """Store a version of agent code and make it current; live sessions take it by its policy. The entry file's
+        `@agent(...)` literals are defaults under `config`. Raises BadInput."""
+        raw = {path: data.encode() if isinstance(data, str) else data for path, data in files.items()}
+        entry = str((config or {}).get("entry") or "agent.py")
+        if entry not in raw:
+            raise BadInput(f"agent {name}: no file {entry!r}", hint="the entry file is agent.py, or config entry=...")
+        try:
+            source = raw[entry].decode()
+        except UnicodeDecodeError as exc:
+            raise BadInput(f"agent {name}: {entry} is not UTF-8 text") from exc
+        merged = {**config_from_source(source), **(config or {})}
+        check_config(merged)
+        version = await self._deps.agents.deploy(name, raw, merged, now=self._deps.clock.wall_s())
+        for supervisor in self._live.values():
+            supervisor.poke()
+        return version
+
+    # -- sessions --------------------------------------------------------------------------------------------------
+
+    async def start(
+        self, agent: str, *, name: str = "", labels: Mapping[str, str] | None = None, eager: bool = False
+    ) -> SessionRow:
+        """Make a session of the agent's current version. `eager` brings its machine up at once, not at the first message."""
+        version = await self._deps.agents.current(agent)
+        row = await self._deps.log.create(agent=agent, code_version=version.version, name=name, labels=labels)
+        if eager:
+            return await self.resume(row.id)
+        return row
+
+    async def send(self, ref: str, text: str, *, key: str = "", body: Mapping[str, Any] | None = None) -> Appended:
+        """Append a user message and wake the session. Durable when it returns; no machine need exist yet. The same
+        `key` gives the old position. Raises NotFound, IllegalState (closed), KeyReused, BadInput."""
+        if len(text.encode()) > self._deps.settings.max_text_bytes:
+            raise BadInput(f"a message of more than {self._deps.settings.max_text_bytes} bytes")
+        row = await self._deps.log.get(ref)
+        draft = Draft("user", {**(body or {}), "text": text}, key=key or new_id("msg"))
+        done = await self._deps.log.append_inbox(row.id, draft)
+        self._wake(row.id)
+        return done
+
+    async def get(self, ref: str) -> SessionRow:
+        """Return a session's row; its `meta` tells machine and failure."""
+        return await self._deps.log.get(ref)
+
+    async def list_sessions(self, *, everything: bool = False) -> list[SessionRow]:
+        """Return sessions, newest first; closed ones only with `everything`."""
+        states = () if everything else ("running", "parked", "frozen", "cold")
+        return await self._deps.log.list_sessions(states=states)
+
+    async def read(self, ref: str, *, after: int = 0, limit: int = 1000) -> list[Entry]:
+        """Return log entries in order."""
+        return await self._deps.log.read((await self._deps.log.get(ref)).id, after=after, limit=limit)
+
+    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Entry | Delta]:
+        """Yield entries after a position as they come, without gap or double, and the deltas of replies being streamed;
+        ends when the session is closed and all is read."""
+        source = self._deps.log
+        session = (await source.get(ref)).id
+        seen: dict[tuple[int, int], int] = {}
+        while True:
+            entries = await source.read(session, after=after, limit=500)
+            for entry in entries:
+                yield entry
+                after = entry.position
+            if entries:
+                continue
+            for delta in await source.deltas(session):
+                if delta.n > seen.get((delta.turn, delta.part), -1):
+                    seen[(delta.turn, delta.part)] = delta.n
+                    yield delta
+            row = await source.get(session)
+            if row.state == "closed" and row.head <= after:
+                return
+            await source.wait(session, after, FOLLOW_S)
+
+    async def suspend(self, ref: str, *, timeout_s: float = SUSPEND_S) -> SessionRow:
+        """Put a session away at its next turn boundary. Raises Timeout if it does not get there, and what the store
+        said if the snapshot failed."""
+        row = await self._deps.log.get(ref)
+        supervisor = self._live.get(row.id)
+        task = self._tasks.get(row.id)
+        if supervisor is None or task is None:
+            if row.state in ("frozen", "cold"):
+                return row
+            raise IllegalState(f"session {row.id} is {row.state} and not live here")
+        await supervisor.command(supervisor.want_suspend)
+        waiter = asyncio.create_task(supervisor.suspended())
+        try:
+            await asyncio.wait({waiter, task}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if waiter.done():
+                waiter.result()
+            if not task.done():
+                supervisor.suspend_wanted = False
+                raise Timeout(f"session {row.id} was not idle within {timeout_s:.0f} s", hint="its turn goes on")
+        finally:
+            waiter.cancel()
+            await asyncio.gather(waiter, return_exceptions=True)
+        return await self._deps.log.get(row.id)
+
+    async def resume(self, ref: str) -> SessionRow:
+        """Bring a session's machine up (also without a message). Raises why it could not."""
+        row = await self._deps.log.get(ref)
+        if row.state == "closed":
+            raise IllegalState(f"session {row.id} is closed")
+        supervisor = self._wake(row.id)
+        if supervisor is None:
+            raise Unavailable("this server is closing")
+        await supervisor.awake.wait()
+        if supervisor.failure is not None:
+            raise supervisor.failure
+        return await self._deps.log.get(row.id)
+
+    async def fork(self, ref: str, *, at: int | None = None, name: str = "", eager: bool = False) -> SessionRow:
+        """Fork log and machine together: at the head of a live session (its machine is snapshotted, it goes on), at
+        the head of one that was put away, or at position `at`, with the newest snapshot that is not newer than it. The
+        child is frozen and costs no machine until its first message, unless `eager`."""
+        row = await self._deps.log.get(ref)
+        supervisor = self._live.get(row.id)
+        if at is None and supervisor is not None and not supervisor.stopping:
+            try:
+                child = await supervisor.command(lambda: branching.fork_live(supervisor, name))
+            except Timeout:
+                child = await branching.fork_stored(self._deps, row.id, None, name)  # it was just being put away
+        else:
+            child = await branching.fork_stored(self._deps, row.id, at, name)
+        return await self.resume(child.id) if eager else child
+
+    async def rewind(self, ref: str, *, to: int) -> SessionRow:
+        """Take log and machine back to a position: what came after stays in the log and leaves the branch."""
+        row = await self._deps.log.get(ref)
+        await self._stop(row.id)
+        return await branching.rewind(self._deps, row.id, to)
+
+    async def close(self, ref: str) -> SessionRow:
+        """End a session for good and give its machine back; the log can still be read. Closing twice is no error."""
+        row = await self._deps.log.get(ref)
+        if row.state == "closed":
+            return row
+        supervisor = self._live.get(row.id)
+        closed = False
+        if supervisor is not None and not supervisor.stopping:
+            try:
+                await supervisor.command(supervisor.close)
+                closed = True
+            except Timeout:
+                pass  # put away meanwhile
+        await self._stop(row.id)
+        if not closed:
+            await self._deps.log.close(row.id)
+        await branching.drop_machine(self._deps, await self._deps.log.get(row.id))
+        return await self._deps.log.get(row.id)
+
+    # -- activity --------------------------------------------------------------------------------------------------
+
+    def touch(self, session: str) -> None:
+        """Note activity on a session's machine (exec, a file operation): its idle time starts anew."""
+        supervisor = self._live.get(session)
+        if supervisor is not None:
+            supervisor.touch()
+
+    @contextmanager
+    def activity(self, session: str, why: str) -> Iterator[None]:
+        """Keep a session's machine awake while something is attached to it (a terminal, a published port)."""
+        supervisor, token = self._live.get(session), new_id("act")
+        if supervisor is not None:
+            supervisor.agent.hold(token, why)
+        try:
+            yield
+        finally:
+            if supervisor is not None:
+                supervisor.agent.release(token)
+
+    # -- the server's life -----------------------------------------------------------------------------------------
+
+    async def recover(self) -> list[str]:
+        """At server start: take back every session that some server left live, and wake those with unread messages or
+        an open turn. Returns their ids. Machines of sessions that were put away half-way are ended."""
+        woken: list[str] = []
+        for row in await self._deps.log.list_sessions(states=("running", "parked", "frozen", "cold"), limit=100_000):
+            if not self._deps.settings.embedded and row.owner not in ("", self._deps.settings.owner):
+                continue
+            live = row.state in ("running", "parked")
+            if not live:
+                await branching.end_leftover(self._deps, row)
+            if live or await self._deps.log.inbox_after(row.id, row.consumed):
+                self._wake(row.id)
+                woken.append(row.id)
+        return woken
+
+    async def shutdown(self, *, detach: bool = True) -> None:
+        """Stop serving. `detach`: machines run on for the next server; else sessions are put away where that is
+        possible within a short time, and what remains is left as it is."""
+        self._closing = True
+        if not detach:
+            waiting = [self._quiet_suspend(session) for session in list(self._live)]
+            await asyncio.gather(*waiting)
+        for session in list(self._live):
+            await self._stop(session)
+
+    async def abandon(self) -> None:
+        """Drop everything without writing a word, as a crash does. For tests of what comes after."""
+        self._closing = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._live.clear()
+        self._tasks.clear()
+
+    async def settled(self, session: str) -> None:
+        """Wait until no supervisor drives the session here (it was put away, or there is nothing to do)."""
+        while (task := self._tasks.get(session)) is not None:
+            await asyncio.wait({task})
+
+    def is_live(self, session: str) -> bool:
+        """Tell whether this server drives the session now."""
+        return session in self._live
+
+    async def _quiet_suspend(self, session: str) -> None:
+        try:
+            await self.suspend(session, timeout_s=20.0)
+        except RecessError as exc:
+            log.warning("session %s stays as it is: %s", session, exc.message)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _wake(self, session: str) -> Supervisor | None:
+        supervisor = self._live.get(session)
+        if supervisor is not None:
+            supervisor.poke()
+            return supervisor
+        if self._closing:
+            return None
+        return self._launch(session)
+
+    def _launch(self, session: str) -> Supervisor:
+        supervisor = Supervisor(self._deps, self.gate, session)
+        self._live[session] = supervisor
+        self._tasks[session] = asyncio.create_task(self._drive(session, supervisor), name=f"session-{session}")
+        return supervisor
+
+    async def _drive(self, session: str, supervisor: Supervisor) -> None:
+        """Run supervisors of one session until there is nothing to do: a message that came while one was ending, or a
+        failure that may pass, starts the next."""
+        tries = 0
+        try:
+            while True:
+                await supervisor.run()
+                if self._closing or not await self._has_work(session):
+                    return
+                failure = supervisor.failure
+                if failure is not None:
+                    log.warning("session %s: %s", session, failure.message)
+                    if not isinstance(failure, Unavailable | Timeout) or tries >= len(RETRIES_S):
+                        return
+                    await self._deps.clock.sleep(RETRIES_S[tries])
+                    tries += 1
+                if self._live.get(session) is not supervisor:
+                    return
+                supervisor = self._live[session] = Supervisor(self._deps, self.gate, session)
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            log.exception("session %s: the supervisor broke", session)
+        finally:
+            if self._live.get(session) is supervisor:
+                del self._live[session]
+                self._tasks.pop(session, None)
+
+    async def _has_work(self, session: str) -> bool:
+        try:
+            row = await self._deps.log.get(session)
+        except NotFound:
+            return False
+        return row.state != "closed" and bool(await self._deps.log.inbox_after(session, row.consumed))
+
+    async def _stop(self, session: str) -> None:
+        """Stop the supervisor of a session and leave its machine as it is."""
+        supervisor, task = self._live.get(session), self._tasks.get(session)
+        if supervisor is None or task is None:
+            return
+        if not supervisor.stopping:
+            with suppress(RecessError, TimeoutError):
+                await asyncio.wait_for(supervisor.command(supervisor.detach), 10.0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self._live.pop(session, None)
+        self._tasks.pop(session, None)

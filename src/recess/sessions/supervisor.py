@@ -1,0 +1,331 @@
+"""One live session: an actor that looks, decides and acts, until the session is put away, closed or fenced.
+
+All moves happen in one task, one after the other; the agent's requests, the inbox, timers and deaths only leave notes
+and ring the bell. What to do is `decisions.decide`; how to do it is in `moves` and `waking`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from recess.contextlog.contract import SessionRow
+from recess.errors import Fenced, IllegalState, RecessError, Timeout
+from recess.sessions import moves
+from recess.sessions.agent_config import AgentConfig, check_config
+from recess.sessions.agent_job import AgentJob, Ended
+from recess.sessions.agent_side import AgentSide
+from recess.sessions.decisions import Act, View, decide, upgrade_target
+from recess.sessions.deps import Deps
+from recess.sessions.desk import Desk
+from recess.sessions.lease import Lease, LeaseGate, wait_event
+from recess.sessions.machine_hand import MachineHand
+from recess.sessions.states import next_state
+from recess.sessions.waking import Woken, wake
+
+T = TypeVar("T")
+
+
+class Supervisor:
+    """The actor of one session. `run` returns when the session is no longer live; `failure` tells what went wrong."""
+
+    def __init__(self, deps: Deps, gate: LeaseGate, session: str) -> None:
+        self.deps = deps
+        self.session = session
+        self._bell = asyncio.Event()
+        self.hand = MachineHand(deps, gate, session, self._handler, self._machine_died)
+        self.job = AgentJob(deps, self._agent_ended)
+        self.agent = AgentSide(deps, session, self._bell.set, self._fenced)
+        self.desk: Desk | None = None
+        self.lease: Lease | None = None
+        self.row: SessionRow | None = None
+        self.config = AgentConfig()
+        self.state = "cold"
+        self.woken: Woken | None = None
+        self.suspend_wanted = False
+        self.stopping = False
+        self.failure: RecessError | None = None
+        self.death = ""
+        self.ended_job: Ended | None = None
+        self.job_count = 0
+        self.no_freeze_before_s = 0.0
+        self.recoveries = 0  # since a turn was last delivered
+        self.awake = asyncio.Event()  # set when the machine is up, or when `run` has ended
+        self._active_s = deps.clock.monotonic_s()
+        self._was_waiting = False
+        self._refused: asyncio.Future[None] | None = None
+        self._commands: list[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = []
+        self._renewer: asyncio.Task[None] | None = None
+
+    # -- from outside ----------------------------------------------------------------------------------------------
+
+    def poke(self) -> None:
+        """Something in the log changed: look again."""
+        self._bell.set()
+
+    def touch(self) -> None:
+        """Note activity (exec, a file operation, a terminal, a turn's end): the idle time starts anew."""
+        self._active_s = self.deps.clock.monotonic_s()
+        self._bell.set()
+
+    async def command(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` inside the actor, between two moves. Raises what it raises, or Timeout if the actor ended."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._commands.append((work, future))
+        self._bell.set()
+        return await future
+
+    # -- the actor -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Claim, bring the machine back, serve until the session is put away. RecessErrors end it and are kept in
+        `failure`; the log is then the truth and the next run starts from it."""
+        try:
+            await self._claim()
+            await self.wake()
+            self.awake.set()
+            while not self.stopping:
+                await self._run_commands()
+                if not self.stopping:
+                    await self._step()
+        except Fenced as exc:
+            self.failure = exc
+            await self.hand.kill(f"fenced: {exc.message}")
+        except RecessError as exc:
+            self.failure = exc
+            await self._give_up(exc)
+        finally:
+            self.stopping = True
+            self._fail_commands()
+            self.awake.set()
+            await self.leave()
+
+    async def _claim(self) -> None:
+        settings, clock, log = self.deps.settings, self.deps.clock, self.deps.log
+        before = clock.monotonic_s()
+        old = await log.get(self.session)
+        next_state(old.state, "wake")
+        row = await log.claim(
+            self.session, settings.owner, settings.lease_s, now=clock.wall_s(), force=settings.embedded
+        )
+        self.lease = Lease(self.session, row.epoch, before + settings.lease_s, settings.margin_s)
+        self.row, self.state = old, old.state
+        self.desk = self.agent.desk = Desk(log, row, clock)
+        await self.desk.load(row)
+        self.hand.machine_id = str(row.meta.get("machine", ""))
+        self._renewer = asyncio.create_task(self._keep_lease(self.lease), name=f"lease-{self.session}")
+
+    async def _keep_lease(self, lease: Lease) -> None:
+        """Renew at a third of the lease. When that fails until the lease's end, the machine is ended by our own clock."""
+        deps = self.deps
+        while True:
+            await deps.clock.sleep(deps.settings.lease_s / 3)
+            before = deps.clock.monotonic_s()
+            try:
+                await deps.log.renew(self.session, lease.epoch, deps.settings.lease_s, now=deps.clock.wall_s())
+                lease.ends = before + deps.settings.lease_s
+                await self.hand.renewed()
+            except Fenced as exc:
+                self._fenced(exc)
+                return
+            except RecessError as exc:
+                if lease.left_s(deps.clock.monotonic_s()) <= 0:
+                    self._fenced(Fenced(f"session {self.session}: the lease ended and could not be renewed: {exc}"))
+                    return
+
+    def _fenced(self, why: Fenced) -> None:
+        """The log refuses us, or the lease's end has come: stop at once. The gate closes here and now; the VM is ended
+        by the actor."""
+        if self.lease is not None:
+            self.lease.lost = True
+        self.failure = why
+        self._bell.set()
+
+    async def wake(self) -> None:
+        """Bring the machine back (also again, after it died)."""
+        desk, row = self.held_desk, self.held_row
+        self.config = check_config((await self.deps.agents.get(row.agent, desk.code_version)).config)
+        self.woken = await wake(self)
+        self.death, self.ended_job = "", None
+        self.touch()
+
+    async def _step(self) -> None:
+        self._bell.clear()
+        if isinstance(self.failure, Fenced):
+            raise self.failure
+        move = decide(await self._view())
+        match move.act:
+            case Act.WAIT:
+                await wait_event(self._bell, move.seconds, self.deps.clock)
+            case Act.END_TURN:
+                await self.held_desk.end_turn("done")
+                self.touch()
+            case Act.FAIL_TURN:
+                await moves.fail_turn(self, move.why)
+                self.touch()
+            case Act.REDELIVER | Act.START_TURN:
+                await moves.deliver(self, move.act)
+            case Act.UPGRADE | Act.CUT_FOR_UPGRADE:
+                await moves.upgrade(self, move.act)
+            case Act.RESTART_AGENT:
+                await moves.restart_agent(self)
+            case Act.PARK:
+                await moves.park(self)
+            case Act.UNPARK:
+                await moves.unpark(self)
+            case Act.FREEZE:
+                await moves.put_away(self)
+            case Act.RECOVER:
+                await moves.recover(self)
+
+    async def _view(self) -> View:
+        desk, settings, facts = self.held_desk, self.deps.settings, self.held_desk.facts
+        waiting = self.agent.waiting
+        if waiting and not self._was_waiting:
+            self._active_s = self.deps.clock.monotonic_s()
+        self._was_waiting = waiting
+        now = self.deps.clock.monotonic_s()
+        deployed = await self.deps.agents.current(self.held_row.agent)
+        return View(
+            state=self.state,
+            machine_alive=self.hand.alive,
+            agent_alive=self.job.alive,
+            waiting=waiting,
+            done=self.agent.channel.done if self.agent.channel else 0,
+            turn=facts.turn,
+            turn_open=facts.open,
+            turn_cut=facts.cut,
+            cuts=facts.cuts,
+            calls_open=len(facts.calls) if facts.open else 0,
+            inbox=not facts.open and await desk.pending_input() is not None,
+            holds=len(self.agent.holds),
+            idle_s=now - self._active_s,
+            idle_timeout_s=settings.idle_timeout_s if self.config.idle_s is None else self.config.idle_s,
+            park_s=settings.park_s,
+            suspend_wanted=self.suspend_wanted,
+            freeze_blocked_s=max(0.0, self.no_freeze_before_s - now),
+            upgrade_to=upgrade_target(desk.code_version, deployed.version, check_config(deployed.config).policy),
+            policy=check_config(deployed.config).policy,
+        )
+
+    async def _give_up(self, exc: RecessError) -> None:
+        """A move failed for a reason that may pass: release the session as it is, its machine warm if it lives."""
+        if self.desk is None:
+            return
+        with contextlib.suppress(RecessError):
+            row = await self.deps.log.get(self.session)
+            await self.save_meta(failure=exc.message)
+            state = self.state if self.hand.alive else "frozen" if row.snapshot else "cold"
+            await self.deps.log.release(self.session, self.desk.epoch, state=state)
+
+    # -- commands --------------------------------------------------------------------------------------------------
+
+    async def detach(self) -> None:
+        """Stop serving and leave the machine running for the next server (a command)."""
+        self.stopping = True
+        await self.deps.log.release(self.session, self.held_desk.epoch, state=self.state)
+        with contextlib.suppress(RecessError):
+            await self.deps.machines.set_deadline(self.hand.machine_id, None)
+
+    async def close(self) -> None:
+        """End the session for good: agent told, log closed, VM gone (a command)."""
+        next_state(self.state, "close")
+        self.stopping = True
+        await self.agent.shut("the session is closed")
+        await self.deps.log.close(self.session, self.held_desk.epoch)
+        await self.hand.kill("session closed")
+
+    async def want_suspend(self) -> None:
+        """Put away at the next boundary, whatever the idle time says (a command)."""
+        self.suspend_wanted = True
+        self._refused = asyncio.get_running_loop().create_future()
+
+    async def suspended(self) -> None:
+        """Wait for ever, or raise what the store said to the freeze that was asked for."""
+        if self._refused is not None:
+            await asyncio.shield(self._refused)
+
+    def suspend_failed(self, exc: RecessError) -> None:
+        """A freeze was refused; an explicit wish is answered with it and not repeated."""
+        self.suspend_wanted = False
+        if self._refused is not None and not self._refused.done():
+            self._refused.set_exception(exc)
+            self._refused.exception()  # seen: the wish may have been given up meanwhile
+
+    async def set_state(self, move: str) -> None:
+        """Make a move of the table and write it to the session's row."""
+        self.state = next_state(self.state, move)
+        await self.deps.log.update(self.session, self.held_desk.epoch, state=self.state)
+
+    async def save_meta(self, **changes: Any) -> None:
+        """Change the sessions room's own data in the row; a value of "" removes its key."""
+        row = await self.deps.log.get(self.session)
+        merged = {key: value for key, value in {**row.meta, **changes}.items() if value != ""}
+        if merged != dict(row.meta):
+            await self.deps.log.update(self.session, self.held_desk.epoch, meta=merged)
+
+    async def leave(self) -> None:
+        """Stop acting on everything; nothing in the machine is touched. May be called twice."""
+        renewer, self._renewer = self._renewer, None
+        if renewer is not None:
+            renewer.cancel()
+            await asyncio.gather(renewer, return_exceptions=True)
+        await self.job.forget()
+        await self.hand.let_go()
+        await self.agent.shut()
+
+    # -- what comes from the machine -------------------------------------------------------------------------------
+
+    async def _handler(self, service: str, metadata: Any, stream: Any) -> None:
+        await self.agent.handler(service, metadata, stream)
+
+    def _agent_ended(self, ended: Ended) -> None:
+        self.ended_job = ended
+        self._bell.set()
+
+    def _machine_died(self, reason: str) -> None:
+        self.death = reason
+        self._bell.set()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    @property
+    def held_desk(self) -> Desk:
+        """The desk; only after the claim."""
+        if self.desk is None:
+            raise IllegalState(f"session {self.session} is not claimed here")
+        return self.desk
+
+    @property
+    def held_lease(self) -> Lease:
+        """The lease; only after the claim."""
+        if self.lease is None:
+            raise IllegalState(f"session {self.session} is not claimed here")
+        return self.lease
+
+    @property
+    def held_row(self) -> SessionRow:
+        """The row as it was before the last wake; only after the claim."""
+        if self.row is None:
+            raise IllegalState(f"session {self.session} is not claimed here")
+        return self.row
+
+    async def _run_commands(self) -> None:
+        while self._commands:
+            work, future = self._commands.pop(0)
+            try:
+                result = await work()
+            except RecessError as exc:
+                if not future.done():
+                    future.set_exception(exc)
+            else:
+                if not future.done():
+                    future.set_result(result)
+
+    def _fail_commands(self) -> None:
+        while self._commands:
+            _work, future = self._commands.pop(0)
+            if not future.done():
+                future.set_exception(Timeout(f"session {self.session} was put away meanwhile", hint="try again"))

@@ -1,0 +1,144 @@
+"""Bringing a session's machine back, by the ladder, and saying so in the log: the rung, why, and what was lost.
+
+Order, and what a crash at each place means: the machine first (a second server finds its id in the row, or makes
+another and the reaper ends the first), then the settle pass (keys depend on the log alone: a repeat writes nothing),
+then `machine.restore`, and only then is an agent let in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recess.contextlog.contract import Draft, Entry, SessionRow
+from recess.sessions.agent_job import LABEL, end_job
+from recess.sessions.decisions import Rung, keeps_agent, plan_wake
+from recess.sessions.deps import SessionLog
+from recess.sessions.machine_hand import Reached
+from recess.sessions.recovery import settle_turn
+
+if TYPE_CHECKING:
+    from recess.sessions.supervisor import Supervisor
+
+OLDER_SNAPSHOTS = 2
+SCAN = 2000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A snapshot as the log records it."""
+
+    snapshot: str
+    position: int
+    job: str
+
+
+@dataclass(frozen=True)
+class Woken:
+    """How the machine came back. `position` is the snapshot's (the head for a machine that never went away)."""
+
+    rung: int
+    why: str
+    stale: bool
+    agent_kept: bool
+    seconds: float
+    snapshot: str
+    position: int
+
+
+async def stored_snapshots(log: SessionLog, row: SessionRow, *, to: int | None = None) -> list[Stored]:
+    """Return the snapshots this branch's log names, newest first, looking back at most SCAN entries."""
+    head = row.head if to is None else min(to, row.head)
+    entries: list[Entry] = []
+    if head > 0:
+        entries = await log.read(row.id, after=max(0, head - SCAN), to=head, limit=SCAN)
+    found = [_stored(e) for e in reversed(entries) if e.kind == "machine.snapshot"]
+    own = Stored(row.snapshot, row.snapshot_position, str(row.meta.get("job", "")))
+    if row.snapshot and row.snapshot_position <= head and all(one.snapshot != row.snapshot for one in found):
+        found.append(own)
+    return sorted(found, key=lambda one: -one.position)
+
+
+def _stored(entry: Entry) -> Stored:
+    body = entry.body
+    return Stored(str(body.get("snapshot", "")), int(body.get("position", 0)), str(body.get("job", "")))
+
+
+async def wake(sup: Supervisor) -> Woken:
+    """Get the machine and an honest log. Raises RecessError when no rung holds now."""
+    row, desk, deps = sup.held_row, sup.held_desk, sup.deps
+    machine = await sup.hand.look()
+    known = await stored_snapshots(deps.log, row)
+    plan = plan_wake(
+        state=row.state,
+        machine_state=machine.state if machine else "",
+        machine_snapshot=machine.snapshot if machine else "",
+        machine_epoch=int(row.meta.get("machine_epoch", 0)),
+        epoch_before=row.epoch,
+        snapshot=row.snapshot,
+        older_snapshots=[one.snapshot for one in known if one.position <= row.snapshot_position][: OLDER_SNAPSHOTS + 1],
+    )
+    reached = await sup.hand.climb(plan, sup.config.machine_spec(sup.session), sup.held_lease, row.epoch)
+    await sup.save_meta(machine=sup.hand.machine_id, machine_epoch=desk.epoch, failure="")
+    woken, job_id = await _judge(sup, reached, known)
+    if not woken.agent_kept:
+        await _end_agents(sup, reached.rung)
+    in_place = reached.rung in (Rung.REATTACH, Rung.UNPAUSE)
+    if desk.facts.open and not desk.facts.cut and not (woken.agent_kept and in_place):
+        detail = "the machine runs on, the agent process was gone" if in_place else "the machine was gone"
+        await settle_turn(
+            deps.log, desk, cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position
+        )
+    await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
+    await sup.set_state("wake")
+    if woken.agent_kept:
+        sup.agent.untold.append(("resume", {"rung": woken.rung, "why": woken.why, "stale": woken.stale}))
+        sup.agent.expect(job_id)
+    return woken
+
+
+async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> tuple[Woken, str]:
+    """Decide whether the agent process in this machine may go on, and find it."""
+    row, desk, report, rung = sup.held_row, sup.held_desk, reached.report, reached.rung
+    job_id, position = str(row.meta.get("job", "")), row.head
+    if rung in (Rung.RESUME, Rung.RESTORE):
+        stored = next((one for one in known if one.snapshot == report.snapshot), None)
+        position = stored.position if stored else report.log_position
+        job_id = stored.job if stored else job_id
+    elif rung is Rung.CREATE:
+        position = 0
+    facts = desk.facts
+    keep = keeps_agent(
+        rung, snapshot_position=position, last_work=facts.last_work, turn_open=facts.open, turn_started=facts.started
+    )
+    keep = keep and job_id.startswith(f"agent-{desk.code_version}-")
+    kept = keep and await sup.job.reattach(sup.hand.machine_id, job_id)
+    stale = rung in (Rung.RESUME, Rung.RESTORE, Rung.CREATE) and facts.last_work > position
+    woken = Woken(report.rung, report.why, stale, kept, report.seconds, report.snapshot, position)
+    return woken, job_id
+
+
+async def _end_agents(sup: Supervisor, rung: Rung) -> None:
+    """End every agent process whose memory is not the log's: it must not run beside the one that will be started."""
+    if rung is Rung.CREATE:
+        return
+    link = await sup.deps.machines.link(sup.hand.machine_id)
+    for job in await link.jobs():
+        if job.label == LABEL and job.exit_code is None:
+            await end_job(link, job.job_id, 0.0)
+
+
+def _restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
+    body: dict[str, Any] = {
+        "rung": woken.rung, "why": woken.why, "snapshot": woken.snapshot, "position": woken.position, "head": head,
+        "stale": woken.stale, "seconds": round(woken.seconds, 6), "agent_kept": woken.agent_kept,
+    }  # fmt: skip
+    if woken.stale:
+        body["lost"] = (
+            f"The machine is as it was at position {woken.position} of the log; files, processes and memory changed "
+            f"after that, up to position {last_work}, are gone."
+            if woken.position
+            else "The machine is a fresh one: all files, processes and memory of before are gone."
+        )
+    return Draft("machine.restore", body)

@@ -1,0 +1,293 @@
+"""Machines that are folders and process groups of this host: the real agent process, the real protocol, no VM.
+
+For tests of sessions and for users' offline tests of agents. A "machine" is a folder and the processes started in it;
+freezing is SIGSTOP, and a snapshot is a copy of the folder. What this cannot do is bring back memory: the processes
+of an evicted machine stay stopped and go on when *that* machine is resumed, while a restore from an older snapshot, or
+a fork, has the files and no processes. No isolation whatever: run only code you trust.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recess.errors import IllegalState, NotFound, Unsupported
+from recess.guestlink.link import ByteStream, ExecRequest, IncomingHandler
+from recess.ids import new_id
+from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.testing.session_link import ProcessLink, SocketStream
+
+
+@dataclass
+class ProcessMachine:
+    """One machine: its folder, its link, its open session streams."""
+
+    row: MachineRow
+    folder: Path
+    link: ProcessLink
+    server: asyncio.Server | None = None
+    handlers: dict[str, IncomingHandler] = field(default_factory=dict)
+    streams: set[SocketStream] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+    epoch: int = 0
+
+
+class ProcessMachines:
+    """Implements `recess.machines.service.Machines` over folders below `root` (keep it short: unix sockets live there)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.machines: dict[str, ProcessMachine] = {}
+        self.snapshots: dict[str, SnapshotRow] = {}
+        self.deadlines: dict[str, float | None] = {}
+        self.calls: list[tuple[str, str]] = []  # (method, machine or snapshot id), for tests
+        self.fail_next: dict[str, Exception] = {}  # method -> raised once by its next call
+
+    # -- Machines --------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
+        self._note("create", session)
+        return (await self._make(new_id("mch"), spec, session, epoch)).row
+
+    async def get(self, ref: str) -> MachineRow:
+        return self._find(ref).row
+
+    async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
+        rows = [one.row for one in self.machines.values()]
+        return [row for row in rows if everything or row.state in ("running", "paused")]
+
+    async def link(self, machine_id: str) -> ProcessLink:
+        machine = self._find(machine_id)
+        if machine.row.state != "running":
+            raise IllegalState(f"machine {machine_id} is {machine.row.state}")
+        return machine.link
+
+    async def pause(self, ref: str) -> None:
+        machine = self._find(ref)
+        self._note("pause", machine.row.id)
+        machine.link.signal_all(signal.SIGSTOP)
+        self._set(machine, state="paused")
+
+    async def unpause(self, ref: str) -> None:
+        machine = self._find(ref)
+        self._note("unpause", machine.row.id)
+        self._set(machine, state="running")
+        machine.link.signal_all(signal.SIGCONT)
+
+    async def snapshot(
+        self,
+        ref: str,
+        *,
+        name: str = "",
+        why: str = "manual",
+        log_position: int = 0,
+        epoch: int = 0,
+        resume: bool = True,
+    ) -> SnapshotRow:
+        machine = self._find(ref)
+        self._note("snapshot", machine.row.id)
+        if machine.row.state not in ("running", "paused"):
+            raise IllegalState(f"machine {machine.row.id} is {machine.row.state}")
+        machine.link.signal_all(signal.SIGSTOP)
+        ident = new_id("snp")
+        await asyncio.to_thread(shutil.copytree, machine.folder / "root", self.root / ident)
+        row = SnapshotRow(
+            id=ident, name=name, machine=machine.row.id, session=machine.row.session, log_position=log_position,
+            epoch=epoch, why=why, created=0.0, template="", parent=machine.row.snapshot, figures={"new_bytes": 0},
+        )  # fmt: skip
+        self.snapshots[ident] = row
+        self._set(machine, state="running" if resume else "paused", snapshot=ident)
+        if resume:
+            machine.link.signal_all(signal.SIGCONT)
+        return row
+
+    async def evict(self, ref: str, *, snapshot: str) -> None:
+        machine = self._find(ref)
+        self._note("evict", machine.row.id)
+        if machine.row.state != "paused":
+            raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot evict")
+        await self._cut(machine)
+        self._set(machine, state="suspended", snapshot=snapshot)
+
+    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+        row = await self.snapshot(ref, why=why, resume=False)
+        await self.evict(ref, snapshot=row.id)
+        return row
+
+    async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
+        machine = self._find(ref)
+        self._note("resume", machine.row.id)
+        rung = {"paused": 1, "suspended": 2}.get(machine.row.state)
+        if rung is None:
+            raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot resume")
+        machine.epoch = epoch
+        if machine.server is None:
+            await self._listen(machine)
+        self._set(machine, state="running")
+        machine.link.signal_all(signal.SIGCONT)
+        snapshot = machine.row.snapshot if rung == 2 else ""
+        position = self.snapshots[snapshot].log_position if snapshot else 0
+        return ResumeReport(rung=rung, why="", seconds=0.0, snapshot=snapshot, log_position=position)
+
+    async def restore(
+        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+    ) -> tuple[MachineRow, ResumeReport]:
+        self._note("restore", snapshot)
+        row = self.snapshots.get(snapshot)
+        if row is None:
+            raise NotFound(f"no such snapshot: {snapshot}")
+        spec = self._find(row.machine).row.spec
+        if machine_id:
+            await self.kill(machine_id, why="restored from a snapshot")
+        machine = await self._make(machine_id or new_id("mch"), spec, session, epoch, files=self.root / snapshot)
+        self._set(machine, snapshot=snapshot)
+        report = ResumeReport(rung=2, why="", seconds=0.0, snapshot=snapshot, log_position=row.log_position)
+        return machine.row, report
+
+    async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
+        row = await self.snapshot(ref, why="fork")
+        return [(await self.restore(row.id, session=session))[0] for _ in range(count)]
+
+    async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
+        await self.kill(ref, why="stopped")
+
+    async def kill(self, ref: str, *, why: str) -> None:
+        machine = self._find(ref)
+        self._note("kill", machine.row.id)
+        machine.link.signal_all(signal.SIGKILL)
+        await self._cut(machine)
+        await machine.link.reap()
+        self._set(machine, state="dead", status=why)
+        machine.dead.set()
+
+    async def remove(self, ref: str, *, force: bool = False) -> None:
+        machine = self._find(ref)
+        await self.kill(ref, why="removed")
+        del self.machines[machine.row.id]
+        await asyncio.to_thread(shutil.rmtree, machine.folder, ignore_errors=True)
+
+    async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
+        self.deadlines[machine_id] = seconds
+
+    async def wait_dead(self, machine_id: str) -> str:
+        machine = self._find(machine_id)
+        await machine.dead.wait()
+        return machine.row.status
+
+    def set_incoming(self, machine_id: str, service: str, handler: IncomingHandler | None) -> None:
+        machine = self._find(machine_id)
+        if handler is None:
+            machine.handlers.pop(service, None)
+        else:
+            machine.handlers[service] = handler
+
+    # -- for tests -------------------------------------------------------------------------------------------------
+
+    async def drop_streams(self) -> None:
+        """Cut every open stream, as guestd does when a restarted server says hello."""
+        for machine in self.machines.values():
+            for stream in list(machine.streams):
+                await stream.close()
+
+    async def close(self) -> None:
+        """Kill everything."""
+        for machine in list(self.machines.values()):
+            await self.kill(machine.row.id, why="the harness ends")
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _note(self, method: str, ident: str) -> None:
+        self.calls.append((method, ident))
+        failure = self.fail_next.pop(method, None)
+        if failure is not None:
+            raise failure
+
+    def _find(self, ref: str) -> ProcessMachine:
+        machine = self.machines.get(ref)
+        if machine is None:
+            raise NotFound(f"no such machine: {ref}")
+        return machine
+
+    def _set(self, machine: ProcessMachine, **changes: Any) -> None:
+        machine.row = replace(machine.row, **changes)
+
+    async def _make(
+        self, ident: str, spec: MachineSpec, session: str, epoch: int, *, files: Path | None = None
+    ) -> ProcessMachine:
+        folder = self.root / ident[-8:]
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        if files is None:
+            (folder / "root").mkdir(parents=True)
+        else:
+            folder.mkdir(parents=True)
+            await asyncio.to_thread(shutil.copytree, files, folder / "root")
+        row = MachineRow(
+            id=ident, name=ident, state="running", spec=spec, driver="process", template="", snapshot="",
+            session=session, created=0.0, exit_code=None, status="",
+        )  # fmt: skip
+        machine = ProcessMachine(row, folder, ProcessLink(folder), epoch=epoch)
+        old = self.machines.get(ident)
+        if old is not None:
+            machine.handlers = old.handlers
+        self.machines[ident] = machine
+        await self._listen(machine)
+        return machine
+
+    async def _listen(self, machine: ProcessMachine) -> None:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            stream = SocketStream(reader, writer)
+            handler = machine.handlers.get("session")
+            if handler is None or machine.row.state != "running":
+                await stream.close()
+                return
+            machine.streams.add(stream)
+            try:
+                await handler("session", {}, stream)
+            finally:
+                machine.streams.discard(stream)
+                await stream.close()
+
+        path = machine.folder / "session.sock"
+        path.unlink(missing_ok=True)
+        machine.server = await asyncio.start_unix_server(connected, str(path), limit=16 << 20)
+
+    async def _cut(self, machine: ProcessMachine) -> None:
+        server, machine.server = machine.server, None
+        if server is not None:
+            server.close()
+        for stream in list(machine.streams):
+            await stream.close()
+
+
+__all__ = ["ByteStream", "ExecRequest", "ProcessMachine", "ProcessMachines", "Unsupported", "python_bin"]
+
+
+def python_bin() -> str:
+    """The interpreter agents run under here."""
+    return os.environ.get("RECESS_TEST_AGENT_PYTHON") or sys.executable
+
+
+def only(values: Mapping[str, Any]) -> Any:
+    """Return the one value."""
+    (value,) = values.values()
+    return value
+
+
+async def collect(source: AsyncIterator[Any], count: int) -> list[Any]:
+    """Return the first `count` items of an async iterator."""
+    out: list[Any] = []
+    with contextlib.suppress(StopAsyncIteration):
+        async for item in source:
+            out.append(item)
+            if len(out) == count:
+                break
+    return out

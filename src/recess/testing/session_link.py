@@ -1,0 +1,264 @@
+"""The guest link of the process harness: a folder for a file system, process groups for a job table."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recess.errors import GuestFailed, NotFound, Unsupported
+from recess.guestlink.link import ExecRequest, FileStat, IncomingHandler, JobInfo, Thaw
+from recess.ids import new_id
+
+
+class SocketStream:
+    """A ByteStream over an accepted unix socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """Return some bytes, b"" at the end."""
+        try:
+            return await self._reader.read(limit)
+        except OSError as exc:
+            raise GuestFailed(f"stream: {exc}") from exc
+
+    async def write(self, data: bytes) -> None:
+        """Send all."""
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as exc:
+            raise GuestFailed(f"stream: {exc}") from exc
+
+    async def close_write(self) -> None:
+        """Half-close."""
+        self._writer.write_eof()
+
+    async def close(self) -> None:
+        """Close both ways."""
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+
+@dataclass
+class _Process:
+    process: asyncio.subprocess.Process
+    info: JobInfo
+    output: list[bytes] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+    ended: bool = False
+    pump: asyncio.Task[None] | None = None
+
+
+class ProcessJob:
+    """A handle on a process of the harness."""
+
+    def __init__(self, process: _Process) -> None:
+        self._process = process
+        self.job_id = process.info.job_id
+        self.pid = process.info.pid
+
+    async def output(self) -> AsyncIterator[tuple[int, bytes]]:
+        """Yield all output from the start."""
+        sent = 0
+        one = self._process
+        while True:
+            while sent < len(one.output):
+                yield 1, one.output[sent]
+                sent += 1
+            if one.ended:
+                return
+            async with one.changed:
+                while not one.ended and sent == len(one.output):
+                    await one.changed.wait()
+
+    async def write(self, data: bytes) -> None:
+        """Not offered."""
+        raise Unsupported("the process harness has no stdin")
+
+    async def close_stdin(self) -> None:
+        """Nothing to close."""
+
+    async def signal(self, number: int) -> None:
+        """Signal the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """No terminal here."""
+
+    async def wait(self) -> int:
+        """Return the exit code, 128+N for a signal."""
+        code = await self._process.process.wait()
+        return 128 - code if code < 0 else code
+
+    async def detach(self) -> None:
+        """Nothing to drop."""
+
+
+class ProcessLink:
+    """GuestLink over a folder `root` of a machine: guest paths are below it, `session.sock` is beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = folder / "root"
+        self._jobs: dict[str, _Process] = {}
+
+    def path(self, guest: str) -> Path:
+        """Return where a guest path lives on the host."""
+        return self._root / guest.lstrip("/")
+
+    def signal_all(self, number: int) -> None:
+        """Signal every process group that runs."""
+        for one in self._jobs.values():
+            if not one.ended:
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(one.info.pid, number)
+
+    async def reap(self) -> None:
+        """Wait for killed processes."""
+        for one in self._jobs.values():
+            await one.process.wait()
+            if one.pump is not None:
+                await one.pump
+
+    async def ping(self, timeout_s: float = 5.0) -> float:
+        """Always there."""
+        return 0.0
+
+    async def info(self) -> Mapping[str, Any]:
+        """Return a little."""
+        return {"version": "process", "hostname": self._folder.name}
+
+    async def exec(self, request: ExecRequest) -> ProcessJob:
+        """Start a process group; a known job id returns that job."""
+        job_id = request.job_id or new_id("job")
+        if job_id in self._jobs:
+            return ProcessJob(self._jobs[job_id])
+        argv = [self._map(one) for one in request.argv]
+        if argv[0] == "python3":
+            argv[0] = sys.executable
+        workspace = self.path(request.cwd)
+        workspace.mkdir(parents=True, exist_ok=True)
+        env = {**os.environ, **{name: self._map(value) for name, value in request.env.items()}}
+        env["RECESS_SESSION_SOCKET"] = str(self._folder / "session.sock")
+        process = await asyncio.create_subprocess_exec(
+            *argv, cwd=workspace, env=env, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        info = JobInfo(job_id, process.pid, tuple(request.argv), request.label, time.time(), None)
+        one = self._jobs[job_id] = _Process(process, info)
+        one.pump = asyncio.create_task(self._pump(one))
+        return ProcessJob(one)
+
+    def _map(self, value: str) -> str:
+        return str(self.path(value)) if value.startswith("/opt/recess/") else value
+
+    async def _pump(self, one: _Process) -> None:
+        assert one.process.stdout is not None
+        while data := await one.process.stdout.read(65536):
+            async with one.changed:
+                one.output.append(data)
+                one.changed.notify_all()
+        await one.process.wait()
+        async with one.changed:
+            one.ended = True
+            one.changed.notify_all()
+
+    async def attach(self, job_id: str) -> ProcessJob:
+        """Return a job that exists."""
+        if job_id not in self._jobs:
+            raise NotFound(f"no such job: {job_id}")
+        return ProcessJob(self._jobs[job_id])
+
+    async def jobs(self) -> list[JobInfo]:
+        """Return the job table."""
+        out = []
+        for one in self._jobs.values():
+            code = one.process.returncode
+            info = one.info
+            out.append(JobInfo(info.job_id, info.pid, info.argv, info.label, info.started_s, code))
+        return out
+
+    async def forget(self, job_id: str) -> None:
+        """Drop an ended job."""
+        self._jobs.pop(job_id, None)
+
+    async def freeze(self, *, sync: bool = False, timeout_s: float = 2.0) -> None:
+        """Stop all processes."""
+        self.signal_all(signal.SIGSTOP)
+
+    async def thaw(self, thaw: Thaw, timeout_s: float = 10.0) -> None:
+        """Let them run."""
+        self.signal_all(signal.SIGCONT)
+
+    async def unfreeze(self) -> None:
+        """Let them run."""
+        self.signal_all(signal.SIGCONT)
+
+    async def dial(self, port: int, host: str = "127.0.0.1") -> SocketStream:
+        """Connect to a port of this host."""
+        reader, writer = await asyncio.open_connection(host, port)
+        return SocketStream(reader, writer)
+
+    def serve_incoming(self, handler: IncomingHandler) -> None:
+        """The harness routes streams itself."""
+
+    async def write_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """Write a whole file."""
+        target = self.path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(data)
+        target.chmod(mode)
+
+    async def read_file(self, path: str, limit: int = 64 << 20) -> bytes:
+        """Return a whole file."""
+        target = self.path(path)
+        if not target.is_file():
+            raise NotFound(f"no such file: {path}")
+        return target.read_bytes()[:limit]
+
+    async def stat(self, path: str) -> FileStat:
+        """Return what is there."""
+        target = self.path(path)
+        if not target.exists():
+            raise NotFound(f"no such file: {path}")
+        found = target.stat()
+        kind = "dir" if target.is_dir() else "file"
+        return FileStat(path, kind, found.st_size, found.st_mode & 0o7777, found.st_mtime)
+
+    async def list_dir(self, path: str) -> list[FileStat]:
+        """Return a folder's entries."""
+        return [await self.stat(f"{path}/{one.name}") for one in sorted(self.path(path).iterdir())]
+
+    async def remove(self, path: str, *, recursive: bool = False) -> None:
+        """Remove a file."""
+        self.path(path).unlink(missing_ok=True)
+
+    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
+        """Unpack below `path`."""
+        data = b"".join([piece async for piece in archive])
+        target = self.path(path)
+        target.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            tar.extractall(target, filter="data")
+
+    async def stats(self) -> Mapping[str, Any]:
+        """Nothing to say."""
+        return {}
+
+    async def close(self) -> None:
+        """Nothing to cut."""

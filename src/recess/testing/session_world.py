@@ -1,0 +1,130 @@
+"""A whole session runtime without a VM or a database, for tests: memory log, process machines, agents in a dict."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recess.catalog import AgentVersion, agent_version
+from recess.clock import SystemClock
+from recess.contextlog.contract import Entry
+from recess.contextlog.memory import MemoryLog
+from recess.errors import NotFound
+from recess.sessions.deps import Deps, Settings
+from recess.sessions.service import Sessions
+from recess.testing.session_harness import ProcessMachines
+
+AGENT_PACKAGE = Path(__file__).resolve().parents[1] / "_agent"
+
+
+class MemoryAgents:
+    """`AgentStore` in a dict."""
+
+    def __init__(self) -> None:
+        self._versions: dict[str, list[tuple[AgentVersion, dict[str, bytes]]]] = {}
+        self._count = 0
+
+    async def deploy(
+        self, agent: str, files: Mapping[str, bytes], config: Mapping[str, Any], *, now: float
+    ) -> AgentVersion:
+        self._count += 1
+        version = AgentVersion(agent, agent_version(files, config), self._count, now, 0, dict(config))
+        kept = [one for one in self._versions.get(agent, []) if one[0].version != version.version]
+        self._versions[agent] = [*kept, (version, dict(files))]
+        return version
+
+    async def current(self, agent: str) -> AgentVersion:
+        if agent not in self._versions:
+            raise NotFound(f"no such agent: {agent}")
+        return self._versions[agent][-1][0]
+
+    async def get(self, agent: str, version: str) -> AgentVersion:
+        return (await self._find(agent, version))[0]
+
+    async def files(self, agent: str, version: str) -> dict[str, bytes]:
+        return (await self._find(agent, version))[1]
+
+    async def _find(self, agent: str, version: str) -> tuple[AgentVersion, dict[str, bytes]]:
+        for one in self._versions.get(agent, []):
+            if one[0].version == version:
+                return one
+        raise NotFound(f"no such version: {agent}@{version}")
+
+
+@dataclass
+class World:
+    """The parts of a runtime, and shortcuts that wait for what happens instead of sleeping."""
+
+    machines: ProcessMachines
+    log: MemoryLog
+    agents: MemoryAgents
+    settings: Settings
+    clock: SystemClock = field(default_factory=SystemClock)
+    sessions: Sessions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sessions = self.new_server()
+
+    def new_server(self) -> Sessions:
+        """Return another `Sessions` over the same log and machines, as after a restart."""
+        self.sessions = Sessions(Deps(self.log, self.machines, self.agents, self.clock, self.settings))
+        return self.sessions
+
+    async def crash_server(self) -> Sessions:
+        """Lose the server without any goodbye: its tasks end, nothing is written; return the next one."""
+        await self.sessions.abandon()
+        await self.machines.drop_streams()
+        return self.new_server()
+
+    async def entries(self, session: str, kind: str = "") -> list[Entry]:
+        """Return the log, or one kind of it."""
+        return [e for e in await self.log.read(session) if not kind or e.kind == kind]
+
+    async def until(self, session: str, kind: str, *, count: int = 1, timeout_s: float = 20.0) -> Entry:
+        """Wait until the log holds `count` entries of a kind and return the last of them."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                row = await self.log.get(session)
+                found = await self.entries(session, kind)
+                if len(found) >= count:
+                    return found[count - 1]
+                await self.log.wait(session, row.head, 1.0)
+
+    async def until_state(self, session: str, state: str, *, timeout_s: float = 20.0) -> None:
+        """Wait until the session's row says this state and, for a frozen one, until its supervisor is gone."""
+        async with asyncio.timeout(timeout_s):
+            while (row := await self.log.get(session)).state != state:
+                await self.log.wait(session, row.head, 0.05)
+            if state in ("frozen", "cold"):
+                await self.sessions.settled(session)
+
+    async def say(self, session: str, text: str, *, turn: int) -> list[Entry]:
+        """Send a message, wait for the end of the given turn, return the log."""
+        await self.sessions.send(session, text, key=f"m{turn}")
+        await self.until(session, "turn.end", count=turn)
+        return await self.entries(session)
+
+
+@asynccontextmanager
+async def world(**settings: Any) -> AsyncIterator[World]:
+    """Make a world in a temporary folder with a short path; everything it started is ended."""
+    with tempfile.TemporaryDirectory(prefix="rcs", ignore_cleanup_errors=True) as folder:
+        base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0)
+        made = World(ProcessMachines(Path(folder)), MemoryLog(), MemoryAgents(), replace(base, **settings))
+        try:
+            yield made
+        finally:
+            with contextlib.suppress(Exception):
+                await made.sessions.shutdown(detach=True)
+            await made.machines.close()
+
+
+def texts(entries: list[Entry]) -> list[str]:
+    """Return the assistant's texts."""
+    return [str(e.body["text"]) for e in entries if e.kind == "assistant"]
