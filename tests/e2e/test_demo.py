@@ -1,0 +1,44 @@
+"""The main job: `recess demo` on real machines, as a user runs it. It checks itself; here we check that it did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recess.config import load_config
+from recess.demo.processes import processes_of
+
+ACTS = ["start", "build", "lunch", "message", "fork", "crash", "upgrade", "end"]
+MOVED = {
+    "lunch": {"standstill_s", "durable_s", "stored_bytes", "memory_given_back_bytes"},
+    "message": {"rung", "restore_s", "thawed_s", "accepted_s"},
+    "fork": {"standstill_s", "first_fork_s"},
+    "crash": {"rung", "restore_s", "recovered_s"},
+}
+
+
+@pytest.mark.machines
+@pytest.mark.e2e
+@pytest.mark.timeout(400)
+def test_the_story_holds_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    report_path = tmp_path / "report.json"
+    homes = load_config().home
+    before = {p.name for p in homes.glob("demo-*")} if homes.is_dir() else set()
+    done = subprocess.run(
+        [sys.executable, "-m", "recess.cli.main", "demo", "--json", str(report_path)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=380, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:]
+    report = json.loads(report_path.read_text())
+    assert report["ok"], report["error"]
+    assert [step["name"] for step in report["steps"]] == ACTS
+    assert report["checks"] >= 40
+    for step in report["steps"]:
+        assert set(step["figures"]) >= MOVED.get(step["name"], set()), step
+    assert {p.name for p in homes.glob("demo-*")} == before
+    assert not processes_of(homes / "demo-")
+    assert "the story holds" in done.stdout
