@@ -18,7 +18,7 @@ from pathlib import Path
 from recess_agent import Call, Session, agent, openai_chat, tool
 
 VERSION = 1
-WORKDIR = Path("/root")
+WORKDIR = Path(os.environ.get("CODER_WORKDIR", "/root"))
 BASE_URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:3128/route/llm")
 PAY_URL = os.environ.get("PAY_URL", "http://127.0.0.1:3128/route/pay")
 OUTPUT_MAX = 20_000

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NOTE_PREFIX = "[recess] "
-SITE_DIR = "/root/site"
+SITE_DIR = "site"  # in the agent's working folder
 SITE_PORT = 8000
 _URL = re.compile(r"https?://\S+?\.git\b")
 _DOLLARS = re.compile(r"(\d+(?:\.\d\d)?) dollars?")
