@@ -121,19 +121,22 @@ def _download(folder: Path) -> Path:
     """Download the newest cloud kernel package into the folder, with the host's lists or, without any, our own."""
     options: list[str] = ["-o", "APT::Sandbox::User=root"]  # the folder is private: apt must not switch user
     try:
-        concrete = _concrete_package(options)
-    except Unavailable:
+        _download_with(options, folder)
+    except Unavailable:  # no lists, or lists so old that the package is gone from the mirror
         state = folder / "apt"
         (state / "lists" / "partial").mkdir(parents=True)
         (state / "cache" / "archives" / "partial").mkdir(parents=True)
         options += ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
         run_tool(["apt-get", *options, "-q", "update"])
-        concrete = _concrete_package(options)
-    run_tool(["apt-get", *options, "-q", "download", concrete], cwd=folder)
+        _download_with(options, folder)
     found = sorted(folder.glob("linux-image-*.deb"))
     if not found:
-        raise Unavailable(f"apt-get download {concrete} left no package")
+        raise Unavailable("apt-get download left no kernel package")
     return found[0]
+
+
+def _download_with(options: list[str], folder: Path) -> None:
+    run_tool(["apt-get", *options, "-q", "download", _concrete_package(options)], cwd=folder)
 
 
 def _concrete_package(options: list[str]) -> str:

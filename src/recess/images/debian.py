@@ -137,7 +137,7 @@ def explain(error: Unavailable) -> RecessError:
     if missing:
         name = missing[1] or missing[2]
         return BadInput(f"Debian {SUITE} has no package {name!r}", hint="look it up on packages.debian.org", log=log)
-    if re.search(r"mode|newuidmap|subuid|user namespace|unshare", log) and "unshare" in log:
+    if re.search(r"unable to pick chroot mode|newuidmap|newgidmap|unable to unshare|unshare\(\) failed", log):
         return MissingTool(
             "this user may not build images: no user namespaces",
             hint="apt-get install uidmap, and have a line for the user in /etc/subuid and /etc/subgid; "

@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote, unquote
 
 from recess.errors import BadInput, Corrupt, HasDependents, NameInUse, NotFound
@@ -42,6 +43,16 @@ class ImageInfo:
     created: float
 
 
+class RootBuilder(Protocol):
+    """Makes a root image of packages somewhere below `work` and returns its path; see `debian.build_root`."""
+
+    def __call__(
+        self, packages: Sequence[str], work: Path, progress: Progress, *, cancel: threading.Event | None
+    ) -> Path:
+        """Build; slow."""
+        ...
+
+
 def _silent(_line: str) -> None:
     return
 
@@ -49,7 +60,8 @@ def _silent(_line: str) -> None:
 class ImageStore:
     """The images below one folder. All calls are synchronous; only `create` is slow (minutes, network)."""
 
-    def __init__(self, images_dir: Path) -> None:
+    def __init__(self, images_dir: Path, build: RootBuilder = debian.build_root) -> None:
+        self._build = build
         self._dir = images_dir
         self._names = images_dir / "names"
         self._roots = images_dir / "roots"
@@ -74,7 +86,7 @@ class ImageStore:
         if path.exists() and not replace:
             raise NameInUse(f"an image named {name!r} exists", hint="remove it first, or use another name")
         with build_dir(self._dir) as work:
-            root = debian.build_root(wanted, work, progress, cancel=cancel)
+            root = self._build(wanted, work, progress, cancel=cancel)
             progress("indexing the root image")
             folder = work / "new"
             folder.mkdir()

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +23,8 @@ Progress = Callable[[str], None]
 """Gets one line at a time, for people. Called on the thread that builds."""
 
 _TAIL_LINES = 20
+_KEPT_LINES = 10_000
+_CANCEL_CHECK_S = 0.2
 _STOP_GRACE_S = 30.0  # mmdebstrap unmounts and removes its tree on SIGTERM; that takes a while
 _PACKAGE_OF = {
     "mmdebstrap": "mmdebstrap",
@@ -57,14 +59,23 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _lines(stream: IO[bytes], cancel: threading.Event | None) -> list[str]:
-    """Return what can be read now, waiting a little; raises KeyboardInterrupt when cancelled."""
+def _lines(stream: IO[bytes], cancel: threading.Event | None) -> Iterator[str]:
+    """Yield what a program prints, line by line, to its end. Raises KeyboardInterrupt soon after `cancel` is set."""
+    pending = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
-        while not selector.select(0.2 if cancel else None):
-            if cancel and cancel.is_set():
-                raise KeyboardInterrupt
-    return [stream.readline().decode(errors="replace").rstrip()]
+        while True:
+            if not selector.select(_CANCEL_CHECK_S if cancel else None):
+                if cancel and cancel.is_set():
+                    raise KeyboardInterrupt
+                continue
+            piece = os.read(stream.fileno(), 65536)
+            if not piece:
+                break
+            *whole, pending = (pending + piece).split(b"\n")
+            yield from (line.decode(errors="replace").rstrip() for line in whole)
+    if pending:
+        yield pending.decode(errors="replace").rstrip()
 
 
 def run_tool(
@@ -74,32 +85,28 @@ def run_tool(
     cancel: threading.Event | None = None,
     cwd: Path | None = None,
 ) -> str:
-    """Run a program to its end and return what it printed (standard output and error together).
+    """Run a program to its end and return what it printed (standard output and error together, the last 10,000 lines).
 
     Raises MissingTool, OutOfSpace, or Unavailable with the last lines it printed in `details["log"]`. On any
     exception, Ctrl-C and `cancel` included, the program is asked to stop, then killed, and waited for.
     """
     command = [find_tool(str(argv[0])), *(str(a) for a in argv[1:])]
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    everything: list[str] = []
+    lines: deque[str] = deque(maxlen=_KEPT_LINES)
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd, process_group=0
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        cwd=cwd,
+        process_group=0,
     )
     assert process.stdout is not None  # noqa: S101  (PIPE was asked for)
     try:
-        while True:
-            line = process.stdout.readline() if cancel is None else None
-            if line is None:
-                text = _lines(process.stdout, cancel)[0]
-                ended = not text and process.poll() is not None
-            else:
-                text, ended = line.decode(errors="replace").rstrip(), not line
-            if ended:
-                break
-            everything.append(text)
-            tail.append(text)
+        for line in _lines(process.stdout, cancel):
+            lines.append(line)
             if progress:
-                progress(text)
+                progress(line)
         process.wait()
     except BaseException:
         _stop(process)
@@ -107,11 +114,12 @@ def run_tool(
     finally:
         process.stdout.close()
     if process.returncode:
+        tail = list(lines)[-_TAIL_LINES:]
         log = "\n".join(tail)
         if "No space left on device" in log:
             raise OutOfSpace(f"no space left while {argv[0]} ran", hint="free some space", log=log)
         raise Unavailable(f"{argv[0]} failed with status {process.returncode}: {_reason(tail)}", log=log)
-    return "\n".join(everything)
+    return "\n".join(lines)
 
 
 def _reason(tail: Sequence[str]) -> str:
