@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import h11
@@ -143,7 +143,7 @@ async def _refuse(guest: GuestSide, error: RecessError) -> None:
     await guest.linger()
 
 
-async def _quietly(work: Any) -> None:
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
     """Run to the end; a cut link or a guest that breaks HTTP while being answered concerns nobody else."""
     try:
         await work
