@@ -55,7 +55,7 @@ async def life(world: World, machine: str) -> dict[str, str]:
 
 
 async def open_house(world: World) -> None:
-    """Start the server, store the agent's first version, start a session."""
+    """Start the server, store the agent's first version, start a session and its machine."""
     report = world.report
     step = report.begin("start", "a server starts, version 1 of the agent is deployed, a session begins")
     server_s = await world.start_server()
@@ -65,7 +65,11 @@ async def open_house(world: World) -> None:
     world.memory["version"] = version
     row = await world.client.start_session(AGENT, SESSION, report.tell)
     report.check(step, "the session exists", row.get("name") == SESSION, row)
-    report.end(step, server_s=server_s, version=version[:12])
+    started = time.monotonic()
+    await world.client.call("POST", f"/v1/sessions/{SESSION}/resume", {})
+    machine_s = time.monotonic() - started  # the first time: its template is booted, warmed and kept
+    report.check(step, "it has a machine", bool(await world.client.machine_of(SESSION)) and bool(world.machines()))
+    report.end(step, server_s=server_s, machine_s=machine_s, version=version[:12])
 
 
 async def build(world: World) -> None:
