@@ -1,0 +1,197 @@
+"""Agents and sessions over HTTP: deploy, start, messages (202 before any machine exists), log, events, fork.
+
+The event stream reads the log, never the agent: a slow reader holds nobody up, and a dropped one goes on by id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from recess.api.context import Context, context_of
+from recess.api.wire import field, read_json, reject_unknown, with_progress
+from recess.contextlog.contract import Delta, Entry, SessionRow
+from recess.errors import BadInput
+
+KEEPALIVE_S = 15.0
+PAGE_MAX = 1000
+
+
+def session_json(row: SessionRow) -> dict[str, Any]:
+    """Return a session as JSON; `machine` is its machine's id, "" before it has one."""
+    return {**asdict(row), "machine": str(row.meta.get("machine", ""))}
+
+
+def _ref(request: Request) -> str:
+    return str(request.path_params["ref"])
+
+
+async def deploy(request: Request) -> Response:
+    """POST /v1/agents."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"name", "files", "config"}, "body")
+    files = field(body, "files", dict, {})
+    if not all(isinstance(v, str) for v in files.values()):
+        raise BadInput("files: expected an object of path to text")
+    version = await ctx.node.sessions.deploy(field(body, "name", str, ""), files, field(body, "config", dict, {}))
+    return JSONResponse({"name": version.agent, **asdict(version)}, status_code=201)
+
+
+async def list_agents(request: Request) -> Response:
+    """GET /v1/agents."""
+    versions = await context_of(request).node.catalog.agents.list_current()
+    return JSONResponse({"agents": [{"name": v.agent, **asdict(v)} for v in versions]})
+
+
+async def start(request: Request) -> Response:
+    """POST /v1/sessions."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"agent", "name", "labels", "eager"}, "body")
+    labels = {str(k): str(v) for k, v in field(body, "labels", dict, {}).items()}
+    agent, name, eager = field(body, "agent", str, ""), field(body, "name", str, ""), field(body, "eager", bool, True)
+
+    async def work() -> dict[str, Any]:
+        return session_json(await ctx.node.sessions.start(agent, name=name, labels=labels, eager=eager))
+
+    key = request.headers.get("idempotency-key", "")
+    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+
+
+async def list_sessions(request: Request) -> Response:
+    """GET /v1/sessions."""
+    everything = request.query_params.get("all") in ("1", "true")
+    rows = await context_of(request).node.sessions.list_sessions(everything=everything)
+    return JSONResponse({"sessions": [session_json(r) for r in rows]})
+
+
+async def get_session(request: Request) -> Response:
+    """GET /v1/sessions/REF."""
+    return JSONResponse(session_json(await context_of(request).node.sessions.get(_ref(request))))
+
+
+async def send(request: Request) -> Response:
+    """POST /v1/sessions/REF/messages: durable when answered, before any machine exists."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"text"}, "body")
+    text = field(body, "text", str, None)
+    if not text:
+        raise BadInput("text: a message needs one")
+    appended = await ctx.node.sessions.send(_ref(request), text, key=request.headers.get("idempotency-key", ""))
+    return JSONResponse(asdict(appended), status_code=202)
+
+
+def _number(request: Request, name: str, default: int) -> int:
+    try:
+        value = int(request.query_params.get(name, default))
+    except ValueError as exc:
+        raise BadInput(f"{name}: a number is needed") from exc
+    if value < 0:
+        raise BadInput(f"{name}: not below 0")
+    return value
+
+
+async def read_log(request: Request) -> Response:
+    """GET /v1/sessions/REF/log."""
+    sessions = context_of(request).node.sessions
+    limit = min(_number(request, "limit", PAGE_MAX), PAGE_MAX)
+    entries = await sessions.read(_ref(request), after=_number(request, "after", 0), limit=limit)
+    row = await sessions.get(_ref(request))
+    return JSONResponse({"entries": [asdict(e) for e in entries], "head": row.head})
+
+
+async def events(request: Request) -> Response:
+    """GET /v1/sessions/REF/events."""
+    ctx = context_of(request)
+    session = (await ctx.node.sessions.get(_ref(request))).id
+    last = request.headers.get("last-event-id", "")
+    # A delta's id is HEAD.PART.N: what matters on reconnect is the head; deltas of an unfinished reply come again whole.
+    head = last.split(".")[0]
+    after = int(head) if head.isdigit() else _number(request, "after", 0)
+    return StreamingResponse(_event_lines(ctx, session, after), media_type="text/event-stream")
+
+
+def _event(item: Entry | Delta, head: int) -> str:
+    if isinstance(item, Entry):
+        return f"id: {item.position}\nevent: entry\ndata: {json.dumps(asdict(item))}\n\n"
+    return f"id: {head}.{item.part}.{item.n}\nevent: delta\ndata: {json.dumps(asdict(item))}\n\n"
+
+
+async def _event_lines(ctx: Context, session: str, after: int) -> AsyncIterator[str]:
+    source = ctx.node.sessions.follow(session, after=after)
+    pending: asyncio.Future[Entry | Delta] | None = None
+    try:
+        while True:
+            if pending is None:
+                pending = asyncio.ensure_future(anext(source))
+            done, _ = await asyncio.wait({pending}, timeout=KEEPALIVE_S)
+            if not done:
+                yield ": still here\n\n"
+                continue
+            try:
+                item = pending.result()
+            except StopAsyncIteration:
+                yield "event: end\ndata: {}\n\n"
+                return
+            pending = None
+            after = item.position if isinstance(item, Entry) else after
+            yield _event(item, after)
+    finally:
+        if pending is not None:
+            pending.cancel()
+            await asyncio.gather(pending, return_exceptions=True)
+
+
+async def act_on_session(request: Request) -> Response:
+    """POST /v1/sessions/REF/{suspend,resume,close}."""
+    sessions, verb = context_of(request).node.sessions, request.path_params["verb"]
+    acts = {"suspend": sessions.suspend, "resume": sessions.resume, "close": sessions.close}
+    if verb not in acts:
+        raise BadInput(f"no such act on a session: {verb!r}", hint=f"one of {', '.join(acts)}")
+    return JSONResponse(session_json(await acts[verb](_ref(request))))
+
+
+async def fork(request: Request) -> Response:
+    """POST /v1/sessions/REF/fork."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"at", "name", "eager"}, "body")
+
+    async def work() -> dict[str, Any]:
+        child = await ctx.node.sessions.fork(
+            _ref(request), at=field(body, "at", int, None), name=field(body, "name", str, ""),
+            eager=field(body, "eager", bool, False),
+        )  # fmt: skip
+        return session_json(child)
+
+    return JSONResponse(await ctx.keys.run(request.headers.get("idempotency-key", ""), body, work), status_code=201)
+
+
+async def rewind(request: Request) -> Response:
+    """POST /v1/sessions/REF/rewind."""
+    body = await read_json(request)
+    reject_unknown(body, {"to"}, "body")
+    to = field(body, "to", int, None)
+    if to is None:
+        raise BadInput("to: a log position is needed")
+    return JSONResponse(session_json(await context_of(request).node.sessions.rewind(_ref(request), to=to)))
+
+
+ROUTES = [
+    Route("/v1/agents", deploy, methods=["POST"]),
+    Route("/v1/agents", list_agents, methods=["GET"]),
+    Route("/v1/sessions", start, methods=["POST"]),
+    Route("/v1/sessions", list_sessions, methods=["GET"]),
+    Route("/v1/sessions/{ref}", get_session, methods=["GET"]),
+    Route("/v1/sessions/{ref}/messages", send, methods=["POST"]),
+    Route("/v1/sessions/{ref}/log", read_log, methods=["GET"]),
+    Route("/v1/sessions/{ref}/events", events, methods=["GET"]),
+    Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),
+    Route("/v1/sessions/{ref}/rewind", rewind, methods=["POST"]),
+    Route("/v1/sessions/{ref}/{verb}", act_on_session, methods=["POST"]),
+]
