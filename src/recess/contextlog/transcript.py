@@ -1,0 +1,312 @@
+"""What a model sees of a log: a transcript that is always valid, whatever was cut, forked, rewound or lost.
+
+Pure. The message format, the place of notes and the wording rules are in docs/internals/context-log.md; `check_transcript`
+is the judge and shares no code with what it judges. This module must know no storage and no model provider beyond the
+one conversion to the OpenAI wire format.
+
+How an orphan call is made impossible: messages are not copied from the log one by one. Every assistant entry opens a
+block with one slot a tool call; outcomes fill slots, whatever stands between them in the log; when the blocks are
+written out, an unfilled slot gets a text that says why it is unfilled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from recess.contextlog.branch import model_view
+from recess.contextlog.contract import Entry
+
+Message = dict[str, Any]
+
+NOTE_MARK = "[recess] "
+DOUBT = "outcome unknown: it may or may not have happened. Do not retry without checking."
+NOT_IN_BRANCH = "not run in this branch"
+NO_RESULT = "no result is recorded"
+
+
+@dataclass
+class _Slot:
+    """One tool call of a reply: `call_id` as logged, `shown_id` unique within the reply."""
+
+    call_id: str
+    shown_id: str
+    name: str
+    start: Entry | None = None
+    text: str | None = None
+    error: bool = False
+    doubt: bool = False
+
+
+@dataclass
+class _Block:
+    """An assistant entry (None: what comes before the first), its slots, and the user-side messages after it."""
+
+    entry: Entry | None
+    message: Message | None = None
+    slots: list[_Slot] = field(default_factory=list)
+    after: list[Message] = field(default_factory=list)
+    cut: str = ""  # why no further outcome can come: text for unfilled slots
+    forked: bool = False
+
+
+def messages(entries: Sequence[Entry]) -> list[Message]:
+    """Return the transcript of a log (all of it, or its tail), valid at any prefix. Bodies may be malformed."""
+    system, compact, rest = model_view(entries)
+    blocks = [_Block(None)]
+    if compact is not None:
+        summary = _text(compact.body, "summary")
+        blocks[0].after.append(_note(f"Summary of the conversation before this point:\n{summary}"))
+    for entry in in_turn_order(entries, rest):
+        _take(blocks, entry)
+    out: list[Message] = []
+    if system is not None and _text(system.body, "text"):
+        out.append({"role": "system", "text": _text(system.body, "text")})
+    for block in blocks:
+        out += _write(block)
+    return out
+
+
+def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entry]:
+    """Return `shown` with each queued user message where its turn begins, those whose turn has not begun left out.
+
+    A message sent while a turn is at work stands among that turn's entries in the log; the reply after it was made
+    without it, so the model must see it at the beginning of its own turn (the first turn.start whose `inbox` names it).
+    One that was passed over (a later one was accepted, or a fork or rewind came after it) stays where it came, and so
+    does one sent with mode "steer".
+    """
+    accepted: dict[int, int] = {}
+    branched = 0
+    for entry in entries:
+        inbox = entry.body.get("inbox") if entry.kind == "turn.start" else None
+        if isinstance(inbox, int) and inbox < entry.position:
+            accepted.setdefault(inbox, entry.position)
+        if entry.kind in ("fork", "rewind"):
+            branched = entry.position
+    passed = max([branched, *accepted])
+    placed: list[tuple[float, Entry]] = []
+    for entry in shown:
+        if entry.kind != "user" or entry.body.get("mode") == "steer":
+            placed.append((entry.position, entry))
+        elif entry.position in accepted:
+            placed.append((accepted[entry.position] - 0.5, entry))
+        elif entry.position < passed:
+            placed.append((entry.position, entry))
+    return [entry for _, entry in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _take(blocks: list[_Block], entry: Entry) -> None:
+    """Put one entry where it belongs. Kinds that are not named here are not for the model."""
+    block = blocks[-1]
+    if block.entry is not None and entry.session != block.entry.session:
+        block.forked = True
+    match entry.kind:
+        case "assistant":
+            blocks.append(_open_block(entry))
+        case "user":
+            block.after.append({"role": "user", "text": _text(entry.body, "text")})
+        case "answer":
+            if not _fill(blocks, entry, _text(entry.body, "text")) and entry.body.get("hidden") is not True:
+                block.after.append({"role": "user", "text": _text(entry.body, "text")})
+        case "tool.start":
+            slot = _find(blocks, entry.ref, lambda s: s.start is None and s.text is None)
+            if slot is not None:
+                slot.start = entry
+        case "tool.result" | "tool.settled":
+            _outcome(blocks, entry)
+        case "tool.doubt":
+            slot = _find(blocks, entry.ref, lambda s: s.text is None)
+            if slot is not None:
+                slot.text, slot.error, slot.doubt = _doubt_text(_text(entry.body, "reason")), True, True
+        case _:
+            if entry.kind == "turn.cut":
+                block.cut = block.cut or _text(entry.body, "cause") or "crash"
+            elif entry.kind == "fork" and "parent" in entry.body:
+                block.forked = True
+            told = _told(entry)
+            if told:
+                block.after.append(_note(told))
+
+
+def _open_block(entry: Entry) -> _Block:
+    slots: list[_Slot] = []
+    calls: list[dict[str, Any]] = []
+    raw = entry.body.get("tool_calls")
+    seen: set[str] = set()
+    for i, call in enumerate(raw if isinstance(raw, list) else ()):
+        name = call.get("name") if isinstance(call, Mapping) else None
+        if not isinstance(name, str) or not name:
+            continue
+        call_id = call.get("id") if isinstance(call.get("id"), str) else ""
+        shown = call_id or f"call_{entry.position}_{i}"
+        while shown in seen:
+            shown += "~"
+        seen.add(shown)
+        arguments = call.get("arguments")
+        calls.append({"id": shown, "name": name, "arguments": arguments if isinstance(arguments, dict | str) else {}})
+        slots.append(_Slot(call_id or shown, shown, name))
+    message: Message = {"role": "assistant", "text": _text(entry.body, "text")}
+    if calls:
+        message["tool_calls"] = calls
+    return _Block(entry, message if calls or message["text"] else None, slots)
+
+
+def _find(blocks: list[_Block], call_id: str, wanted: Any) -> _Slot | None:
+    """Return the newest reply's first slot of this call that is `wanted`."""
+    for block in reversed(blocks):
+        for slot in block.slots:
+            if slot.call_id == call_id and wanted(slot):
+                return slot
+    return None
+
+
+def _fill(blocks: list[_Block], entry: Entry, text: str, *, error: bool = False) -> bool:
+    slot = _find(blocks, entry.ref, lambda s: s.text is None) if entry.ref else None
+    if slot is None:
+        return False
+    slot.text, slot.error = text, error
+    return True
+
+
+def _outcome(blocks: list[_Block], entry: Entry) -> None:
+    """A result ends an open call, or a doubt: in its place while no later reply has seen the doubt, else as a note."""
+    text, error = _text(entry.body, "output"), bool(entry.body.get("error"))
+    if _fill(blocks, entry, text, error=error):
+        return
+    doubted = _find(blocks, entry.ref, lambda s: s.doubt)
+    if doubted is None:
+        return
+    doubted.doubt = False
+    if doubted in blocks[-1].slots:
+        doubted.text, doubted.error = text, error
+    else:
+        blocks[-1].after.append(_note(f"The outcome of {doubted.name} ({doubted.shown_id}) is known now: {text}"))
+
+
+def _write(block: _Block) -> list[Message]:
+    out = [block.message] if block.message is not None else []
+    for slot in block.slots:
+        text, error = (slot.text, slot.error) if slot.text is not None else (_unfilled(slot, block), True)
+        answer: Message = {"role": "tool", "tool_call_id": slot.shown_id, "name": slot.name, "text": text}
+        out.append({**answer, "error": True} if error else answer)
+    return out + block.after
+
+
+def _unfilled(slot: _Slot, block: _Block) -> str:
+    """Say why a call has no outcome. Only a started `once` call is a doubt: the others may be asked for again."""
+    if slot.start is not None and slot.start.body.get("effect") == "once":
+        return _doubt_text("it was started and its result was never recorded")
+    if block.forked:
+        return NOT_IN_BRANCH
+    if block.cut:
+        begun = "it had begun and " if slot.start is not None else "it was not started and "
+        return f"cut ({block.cut}): {begun}{NO_RESULT}"
+    return NO_RESULT
+
+
+def _doubt_text(reason: str) -> str:
+    return f"{DOUBT} ({reason})" if reason else DOUBT
+
+
+def _told(entry: Entry) -> str:
+    """Return what the model is told of an entry that is no message, or ''."""
+    body = entry.body
+    if entry.kind == "turn.cut":
+        return _sentence(f"Your turn was cut ({_text(body, 'cause') or 'crash'})", _text(body, "detail"))
+    if entry.kind == "turn.end" and body.get("status") in ("failed", "cancelled"):
+        return _sentence(f"The turn was ended: {body['status']}", _text(body, "error"))
+    if entry.kind == "machine.lost":
+        return _sentence("Your machine was lost", _text(body, "why"), _text(body, "lost"))
+    if entry.kind == "machine.restore":
+        return _restored(body)
+    return ""
+
+
+def _restored(body: Mapping[str, Any]) -> str:
+    """Only a machine that is not what the conversation makes of it is worth a word: not the first one, not a thaw."""
+    rung = body.get("rung")
+    late = isinstance(rung, int) and rung >= 4
+    if body.get("stale") is not True and not (late and body.get("position")):
+        return ""
+    if rung == 5:
+        first = "Your machine is a fresh one: files, processes and memory of the old one are gone"
+    elif rung == 4:
+        first = "Your machine was booted again from its disk: files are there, processes and memory are gone"
+    else:
+        first = (
+            f"Your machine was brought back to its state at entry {body.get('position')} of the log, which ended at "
+            f"{body.get('head')}: what happened in the machine after that is gone"
+        )
+    return _sentence(first, _text(body, "why"), _text(body, "lost"))
+
+
+def _sentence(*parts: str) -> str:
+    return ". ".join(part.rstrip(". ") for part in parts if part) + "."
+
+
+def _note(text: str) -> Message:
+    return {"role": "user", "text": NOTE_MARK + text, "note": True}
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def check_transcript(transcript: Sequence[Message]) -> list[str]:
+    """Return what is wrong with a transcript, one line each; [] if any provider must accept it."""
+    wrong: list[str] = []
+    awaited: list[str] = []
+    for i, message in enumerate(transcript):
+        role = message.get("role")
+        if not isinstance(message.get("text"), str):
+            wrong.append(f"{i}: no text")
+        if role == "tool":
+            if not awaited:
+                wrong.append(f"{i}: a result without a call")
+            elif message.get("tool_call_id") != awaited.pop(0):
+                wrong.append(f"{i}: a result of another call")
+            continue
+        if awaited:
+            wrong.append(f"{i}: {role} before the results of {awaited}")
+            awaited = []
+        if role == "system":
+            if i:
+                wrong.append(f"{i}: a system message that is not the first")
+        elif role == "assistant":
+            calls = message.get("tool_calls", [])
+            awaited = [call["id"] for call in calls]
+            if len(set(awaited)) != len(awaited) or not all(awaited):
+                wrong.append(f"{i}: call ids are empty or not unique")
+            if not calls and not message["text"]:
+                wrong.append(f"{i}: an empty reply")
+        elif role != "user":
+            wrong.append(f"{i}: role {role!r}")
+    if awaited:
+        wrong.append(f"end: no results of {awaited}")
+    return wrong
+
+
+def to_openai(transcript: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages in the form of OpenAI's chat completions API (arguments as JSON text, errors as text)."""
+    out: list[dict[str, Any]] = []
+    for message in transcript:
+        role, text = message["role"], message["text"]
+        if role == "tool":
+            content = f"Error: {text}" if message.get("error") else text
+            out.append({"role": "tool", "tool_call_id": message["tool_call_id"], "content": content})
+        elif message.get("tool_calls"):
+            calls = [
+                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": _wire(c["arguments"])}}
+                for c in message["tool_calls"]
+            ]
+            out.append({"role": role, "content": text or None, "tool_calls": calls})
+        else:
+            out.append({"role": role, "content": text})
+    return out
+
+
+def _wire(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
