@@ -7,6 +7,7 @@ import json
 import time
 
 from recess.demo import log_reading as read
+from recess.demo.heartbeat import longest_gap
 from recess.demo.processes import wait_gone
 from recess.demo.report import Step
 from recess.demo.world import World, example_folder
@@ -87,7 +88,9 @@ async def build(world: World) -> None:
     report.check(step, "the dev server answers over HTTP", "Lunch menu" in page, page)
     known = json.loads(read.output_of(seen, "recall"))
     report.check(step, "the agent's dict is filled", known["memory"].get("colour") == "teal", known)
-    found = await client.run_in(machine, "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-' || true")
+    found = await client.run_in(
+        machine, "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-' || true"
+    )
     report.check(step, "the model's key was used and is in no process of the machine", found.strip() == "0", found)
     report.check(step, "the model refused no transcript and no key", not world.model.refused, list(world.model.refused))
     world.memory.update(await life(world, machine), machine=machine)
@@ -152,12 +155,13 @@ async def fork(world: World) -> None:
     report, client, past = world.report, world.client, world.memory
     step = report.begin("fork", "try both ways: the session is forked twice")
     children: list[Json] = []
-    took: list[float] = []
-    for name in ("red", "blue"):
-        started = time.monotonic()
-        body = {"name": f"{SESSION}-{name}"}
-        children.append(await client.call("POST", f"/v1/sessions/{SESSION}/fork", body, key=f"fork-{name}"))
-        took.append(time.monotonic() - started)
+    async with client.heartbeat(past["machine"]) as heart:
+        moments = [time.monotonic()]
+        for name in ("red", "blue"):
+            body = {"name": f"{SESSION}-{name}"}
+            children.append(await client.call("POST", f"/v1/sessions/{SESSION}/fork", body, key=f"fork-{name}"))
+            moments.append(time.monotonic())
+    silence = longest_gap(heart.beats, moments[0], moments[-1])
     ways = await asyncio.gather(
         *(
             turn(world, child["id"], f"Make it variant {name}")
@@ -194,7 +198,8 @@ async def fork(world: World) -> None:
     snapshots = read.of_kind(await client.entries(SESSION), "machine.snapshot")
     thaws = [read.of_kind(seen, "machine.restore") for _, seen in ways]
     figures = {**read.snapshot_figures(snapshots[-1]), **(read.restore_figures(thaws[0][0]) if thaws[0] else {})}
-    report.end(step, first_fork_s=took[0], second_fork_s=took[1], **figures)
+    forks = {"first_fork_s": moments[1] - moments[0], "second_fork_s": moments[2] - moments[1]}
+    report.end(step, **forks, heartbeat_silence_s=silence, **figures)
 
 
 async def crash(world: World) -> None:

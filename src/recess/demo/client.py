@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import h11
 
+from recess.demo.heartbeat import Heartbeat
 from recess.demo.report import StoryFailed
 from recess.errors import ServerUnavailable
 from recess.sdk.exec_stream import ExecStream
@@ -126,6 +127,10 @@ class StoryClient:
         if code != 0:
             raise StoryFailed(f"machine {machine}: {command!r} ended with {code}", seen=output)
         return output
+
+    def heartbeat(self, machine: str) -> Heartbeat:
+        """Return a heartbeat in a machine, to be used as an async context manager."""
+        return Heartbeat(self._transport, machine)
 
     def _exec(self, machine: str, argv: Sequence[str]) -> tuple[int, str]:
         pieces: list[bytes] = []
