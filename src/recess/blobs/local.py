@@ -54,7 +54,11 @@ class LocalBlobs:
                     raise BadInput(f"blob key {key} is a folder of other keys") from None
                 return False
             crash_point("blobs.before_folder_sync")
-            _sync_folder(target.parent)
+            try:
+                _sync_folder(target.parent)
+            except OSError:
+                target.unlink(missing_ok=True)  # an error means: nothing was added
+                raise
         except OSError as exc:
             raise _translate(exc, key) from exc
         except Crashed:

@@ -147,10 +147,15 @@ class SeekableReader:
         self._read_run(number, 1, lambda _, raw: found.append(raw))
         return found[0]
 
-    def frames(self, numbers: NDArray[np.int64], sink: Sink, pool: WorkPool) -> None:
-        """Read these frames (ascending, no doubles), verify and decode them in parallel, hand each to `sink`."""
+    def tasks(self, numbers: NDArray[np.int64], sink: Sink) -> list[Callable[[], None]]:
+        """Return independent tasks that read these frames (ascending, no doubles), verify and decode them, and hand
+        each to `sink`. Raises Corrupt at once if one is not there."""
         self._check(numbers)
-        pool.each([partial(self._read_run, first, count, sink) for first, count in _runs(numbers)])
+        return [partial(self._read_run, first, count, sink) for first, count in _runs(numbers)]
+
+    def frames(self, numbers: NDArray[np.int64], sink: Sink, pool: WorkPool) -> None:
+        """Read these frames in parallel; see `tasks`."""
+        pool.each(self.tasks(numbers, sink))
 
     def raw(self, pool: WorkPool, *, max_bytes: int) -> bytes:
         """Return the whole unpacked content. Raises Corrupt beyond `max_bytes`, before anything is read."""

@@ -54,7 +54,10 @@ class PageSource(Protocol):
         ...
 
     def lookup_many(self, pages: PageData) -> NDArray[np.int64]:
-        """Return, per page, the number of a block with equal bytes (compared, not only hashed), or -1."""
+        """Return, per page, the number of a block with equal bytes (compared, not only hashed), or -1.
+
+        Called from several threads at once, and with read-only pages.
+        """
         ...
 
     def read_block(self, block: int) -> memoryview:
@@ -77,12 +80,16 @@ class TemplatePages(Protocol):
 
 @dataclass(frozen=True)
 class WriteReport:
-    """What one snapshot cost. `new_bytes`: bytes this snapshot added to the store, all blobs counted."""
+    """What one snapshot cost. `new_bytes`: bytes this snapshot added to the store, all blobs counted.
+
+    `pages_shared`: captured pages that cost nothing, by why: zero, template, parent, image and kernel (the first and
+    the second of `sources`), duplicate (of another page of this snapshot). Only what occurred is listed.
+    """
 
     snapshot_id: str
     new_bytes: int
     pages_new: int
-    pages_shared: Mapping[str, int]  # source -> pages: zero, template, image, kernel, parent
+    pages_shared: Mapping[str, int]
     timings_s: Mapping[str, float]
 
 
@@ -107,7 +114,11 @@ class SnapshotStore(Protocol):
         parent_id: str = "",
         sources: list[PageSource] | None = None,
     ) -> WriteReport:
-        """Store one snapshot; durable when it returns (manifest fsynced last). On any error nothing is visible."""
+        """Store one snapshot; durable when it returns (manifest fsynced last). On any error nothing is visible.
+
+        The buffers of `parts` must stay as they are until it returns. The parent only saves bytes: if it cannot be
+        read (Corrupt, NotFound), the same call without it stores the same snapshot. Also raises BadInput.
+        """
         ...
 
     def manifest(self, snapshot_id: str) -> Mapping[str, Any]:
@@ -117,7 +128,10 @@ class SnapshotStore(Protocol):
     def overlay(
         self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
     ) -> Overlay:
-        """Return the pages to put over the template; every frame's hash is verified on the way."""
+        """Return the pages to put over the template; every frame's hash is verified on the way.
+
+        Raises Incompatible unless `template` is the one the snapshot was taken over (or both are none).
+        """
         ...
 
     def vmstate(self, snapshot_id: str) -> bytes:

@@ -1,0 +1,54 @@
+"""Ids of stored things and the blob keys they live under. A hash is BLAKE3-256, an id is a prefix and 64 hex digits.
+
+    manifests/snp_<hash of the manifest's bytes>
+    layers/lyr_<hash of its index>       pagemaps/pmp_<hash of its index>       vmstates/vms_<hash of its index>
+
+The last three are files of `recess.frames`: the hash of the index covers every byte of content.
+"""
+
+from __future__ import annotations
+
+import re
+
+from recess.errors import BadInput
+
+SNAPSHOT = "snp"
+LAYER = "lyr"
+PAGEMAP = "pmp"
+VMSTATE = "vms"
+
+_FOLDERS = {SNAPSHOT: "manifests", LAYER: "layers", PAGEMAP: "pagemaps", VMSTATE: "vmstates"}
+FOLDERS = tuple(f"{folder}/" for folder in _FOLDERS.values())
+_ID = re.compile(r"(snp|lyr|pmp|vms)_([0-9a-f]{64})")
+
+
+def make_id(prefix: str, digest_hex: str) -> str:
+    """Return the id of a thing of this kind with this hash."""
+    return f"{prefix}_{digest_hex}"
+
+
+def is_id(value: str, prefix: str) -> bool:
+    """Tell whether `value` is a whole id of this kind."""
+    match = _ID.fullmatch(value)
+    return match is not None and match[1] == prefix
+
+
+def digest_of(ref: str) -> str:
+    """Return the hex hash of an id. Raises BadInput."""
+    match = _ID.fullmatch(ref)
+    if match is None:
+        raise BadInput(f"not the id of a stored thing: {ref[:80]!r}")
+    return match[2]
+
+
+def key_of(ref: str) -> str:
+    """Return the blob key of an id. Raises BadInput if it is none."""
+    digest_of(ref)
+    return f"{_FOLDERS[ref[:3]]}/{ref}"
+
+
+def id_of(key: str) -> str | None:
+    """Return the id stored under a blob key, None if the key is not one of ours."""
+    folder, _, name = key.rpartition("/")
+    match = _ID.fullmatch(name)
+    return name if match is not None and _FOLDERS[match[1]] == folder else None

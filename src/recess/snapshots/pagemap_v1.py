@@ -1,0 +1,234 @@
+"""Version 1 of the page map's nodes: a tree of three levels, each node named by the BLAKE3-256 of its bytes.
+
+All numbers are little-endian. A page that no leaf lists comes from the base (template, or zeros without one).
+
+    leaf (512 pages)   u8 type = 1, u8 version = 1, u16 table size t, u16 runs r, u16 zero,
+                       u8 kind[t] (1 blocks, 2 layer), 32 bytes hash[t],
+                       u16 first page in leaf[r], u16 pages[r], u16 source[r] (0 zeros, else 1 + place in table),
+                       u32 position[r] (block or slot of the run's first page; 0 for zeros)
+    inner (128 leaves) u8 type = 2, u8 version = 1, u16 children c, u32 zero, u16 which child[c], 32 bytes hash[c]
+    root (the part)    u8 type = 3, u8 version = 1, u16 zero, u32 children c, u64 pages in the part,
+                       u32 which child[c], 32 bytes hash[c]
+
+A leaf says nothing of where it is, and names its sources by hash: an unchanged leaf is the same node in the next
+snapshot, in another part, in a fork. Runs and children ascend; absent children are all base.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from recess.errors import Corrupt, Incompatible
+from recess.snapshots.pagemap import (
+    KIND_BLOCKS,
+    KIND_LAYER,
+    PAGES_MAX,
+    ZERO,
+    PageMap,
+    Source,
+    expand,
+    runs_of,
+)
+
+VERSION = 1
+LEAF_PAGES = 512
+INNER_LEAVES = 128
+INNER_PAGES = LEAF_PAGES * INNER_LEAVES
+_LEAF, _INNER, _ROOT = 1, 2, 3
+_LEAF_HEAD = struct.Struct("<BBHHH")
+_INNER_HEAD = struct.Struct("<BBHI")
+_ROOT_HEAD = struct.Struct("<BBHIQ")
+_HASH = 32
+
+Fetch = Callable[[bytes], bytes]  # hash -> the bytes of the node; Corrupt if there is none
+Children = list[tuple[int, bytes]]  # (which child, its hash)
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One leaf as read: parallel arrays of its runs; `sources` are its own table."""
+
+    first: NDArray[np.int64]
+    pages: NDArray[np.int64]
+    source: NDArray[np.int64]
+    position: NDArray[np.int64]
+    sources: tuple[Source, ...]
+
+
+def encode_tree(page_map: PageMap) -> tuple[bytes, dict[bytes, bytes]]:
+    """Return the root's hash and all nodes by hash. Equal maps give equal bytes."""
+    nodes: dict[bytes, bytes] = {}
+
+    def add(node: bytes) -> bytes:
+        digest = blake3(node).digest()
+        nodes[digest] = node
+        return digest
+
+    leaves = [(number, add(node)) for number, node in _encode_leaves(page_map)]
+    inners: dict[int, Children] = {}
+    for number, digest in leaves:
+        inners.setdefault(number // INNER_LEAVES, []).append((number % INNER_LEAVES, digest))
+    children = [(number, add(_encode_inner(below))) for number, below in inners.items()]
+    head = _ROOT_HEAD.pack(_ROOT, VERSION, 0, len(children), page_map.pages_total)
+    return add(head + _encode_children(children, "<u4")), nodes
+
+
+def _encode_inner(children: Children) -> bytes:
+    return _INNER_HEAD.pack(_INNER, VERSION, len(children), 0) + _encode_children(children, "<u2")
+
+
+def _encode_children(children: Children, dtype: str) -> bytes:
+    return np.array([n for n, _ in children], dtype).tobytes() + b"".join(digest for _, digest in children)
+
+
+def _encode_leaves(page_map: PageMap) -> list[tuple[int, bytes]]:
+    starts = runs_of(page_map, LEAF_PAGES)
+    if not len(starts):
+        return []
+    counts = np.diff(starts, append=page_map.count).astype("<u2")
+    pages = page_map.pages[starts]
+    first = (pages % LEAF_PAGES).astype("<u2")
+    source, position = page_map.source[starts], page_map.position[starts].astype("<u4")
+    leaf = pages // LEAF_PAGES
+    cuts = [0, *(np.flatnonzero(np.diff(leaf)) + 1).tolist(), len(starts)]
+    out = []
+    for low, high in itertools.pairwise(cuts):
+        used = np.unique(source[low:high])
+        used = used[used != ZERO]
+        local = np.where(source[low:high] == ZERO, 0, np.searchsorted(used, source[low:high]) + 1).astype("<u2")
+        table = [page_map.sources[n - 1] for n in used.tolist()]
+        node = b"".join(
+            (
+                _LEAF_HEAD.pack(_LEAF, VERSION, len(table), high - low, 0),
+                bytes(entry.kind for entry in table),
+                *(entry.digest for entry in table),
+                first[low:high].tobytes(),
+                counts[low:high].tobytes(),
+                local.tobytes(),
+                position[low:high].tobytes(),
+            )
+        )
+        out.append((int(leaf[low]), node))
+    return out
+
+
+def decode_tree(root: bytes, fetch: Fetch, *, pages_total: int, count: int) -> PageMap:
+    """Return the map below `root`, which must be of `pages_total` pages and list `count` of them.
+
+    Raises Corrupt or Incompatible. Nodes may be shared within the tree, so what it expands to is bounded by the
+    caller's `count`, checked before anything is expanded.
+    """
+    total, children = _decode_root(_get(root, fetch))
+    if total != pages_total or not 0 <= count <= total:
+        raise _corrupt(f"root is of {total} pages, not {pages_total}")
+    leaves: dict[bytes, _Leaf] = {}
+    placed: list[tuple[int, _Leaf]] = []
+    listed = 0
+    for which_inner, inner in children:
+        for which_leaf, digest in _decode_inner(_get(inner, fetch)):
+            leaf = leaves.get(digest)
+            if leaf is None:
+                leaf = leaves[digest] = _decode_leaf(_get(digest, fetch))
+            listed += int(leaf.pages.sum())
+            if listed > count:
+                raise _corrupt(f"lists more than the {count} pages it should")
+            placed.append((which_inner * INNER_PAGES + which_leaf * LEAF_PAGES, leaf))
+    if listed != count:
+        raise _corrupt(f"lists {listed} pages, not {count}")
+    return _join(placed, pages_total)
+
+
+def _join(placed: list[tuple[int, _Leaf]], pages_total: int) -> PageMap:
+    if not placed:
+        nothing = np.empty(0, np.uint32)
+        return PageMap(pages_total, nothing, np.empty(0, np.int32), nothing, ())
+    sources = tuple(sorted({source for _, leaf in placed for source in leaf.sources}))
+    number = {source: 1 + i for i, source in enumerate(sources)}
+    tables = [np.array([ZERO, *(number[s] for s in leaf.sources)], np.int32) for _, leaf in placed]
+    first = np.concatenate([base + leaf.first for base, leaf in placed])
+    counts = np.concatenate([leaf.pages for _, leaf in placed])
+    source = np.concatenate([table[leaf.source] for table, (_, leaf) in zip(tables, placed, strict=True)])
+    position = np.concatenate([leaf.position for _, leaf in placed])
+    pages = expand(first, counts)
+    if int(pages[-1]) >= pages_total:
+        raise _corrupt("lists a page beyond the part")
+    each_source = np.repeat(source, counts)
+    each_position = np.where(each_source == ZERO, 0, expand(position, counts))
+    if int(each_position.max()) > 0xFFFFFFFF:
+        raise _corrupt("a run leaves its source")
+    return PageMap(pages_total, pages.astype(np.uint32), each_source, each_position.astype(np.uint32), sources)
+
+
+def _corrupt(why: str) -> Corrupt:
+    return Corrupt(f"page map: {why}", blob="page map")
+
+
+def _get(digest: bytes, fetch: Fetch) -> bytes:
+    node = fetch(digest)
+    if blake3(node).digest() != digest:
+        raise _corrupt(f"node {digest.hex()[:12]} does not match its hash")
+    return node
+
+
+def _unpack(node: bytes, head: struct.Struct, kind: int) -> tuple[int, ...]:
+    if len(node) < head.size:
+        raise _corrupt("node too short")
+    values: tuple[int, ...] = head.unpack_from(node)
+    if values[0] != kind:
+        raise _corrupt("node of another kind than expected")
+    if values[1] != VERSION:
+        raise Incompatible(f"page map version {values[1]} is unknown here", reasons=[f"page map version {values[1]}"])
+    return values
+
+
+def _decode_children(node: bytes, at: int, count: int, dtype: str, limit: int) -> Children:
+    width = np.dtype(dtype).itemsize
+    if len(node) != at + count * (width + _HASH):
+        raise _corrupt("node size does not match its count")
+    which = np.frombuffer(node, dtype, count, at).astype(np.int64)
+    if count and (int(which[-1]) >= limit or (np.diff(which) <= 0).any()):
+        raise _corrupt("children out of order or out of range")
+    base = at + count * width
+    return [(n, node[base + _HASH * i : base + _HASH * (i + 1)]) for i, n in enumerate(which.tolist())]
+
+
+def _decode_root(node: bytes) -> tuple[int, Children]:
+    _, _, zero, count, pages_total = _unpack(node, _ROOT_HEAD, _ROOT)
+    if zero or pages_total > PAGES_MAX:
+        raise _corrupt(f"root of {pages_total} pages makes no sense")
+    return pages_total, _decode_children(node, _ROOT_HEAD.size, count, "<u4", -(-pages_total // INNER_PAGES))
+
+
+def _decode_inner(node: bytes) -> Children:
+    _, _, count, zero = _unpack(node, _INNER_HEAD, _INNER)
+    if zero or not count:
+        raise _corrupt("inner node makes no sense")
+    return _decode_children(node, _INNER_HEAD.size, count, "<u2", INNER_LEAVES)
+
+
+def _decode_leaf(node: bytes) -> _Leaf:
+    _, _, table_size, runs, zero = _unpack(node, _LEAF_HEAD, _LEAF)
+    if zero or not runs or len(node) != _LEAF_HEAD.size + table_size * (1 + _HASH) + runs * 10:
+        raise _corrupt("leaf size does not match its counts")
+    at = _LEAF_HEAD.size
+    kinds, base = node[at : at + table_size], at + table_size
+    sources = tuple(Source(kind, node[base + _HASH * i : base + _HASH * (i + 1)]) for i, kind in enumerate(kinds))
+    if any(kind not in (KIND_BLOCKS, KIND_LAYER) for kind in kinds) or list(sources) != sorted(set(sources)):
+        raise _corrupt("leaf has a bad table of sources")
+    at = base + _HASH * table_size
+    columns = [np.frombuffer(node, "<u2", runs, at + 2 * runs * i).astype(np.int64) for i in range(3)]
+    first, pages, source = columns
+    position = np.frombuffer(node, "<u4", runs, at + 6 * runs).astype(np.int64)
+    ends = first + pages
+    if int(pages.min()) < 1 or int(ends[-1]) > LEAF_PAGES or (first[1:] < ends[:-1]).any():
+        raise _corrupt("leaf has runs that overlap or leave it")
+    if int(source.max()) > table_size or position[source == ZERO].any():
+        raise _corrupt("leaf has a run from nowhere")
+    return _Leaf(first, pages, source, position, sources)

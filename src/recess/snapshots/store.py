@@ -1,0 +1,211 @@
+"""The snapshot store: the contract's methods over a blob store, each a few lines over the modules that do the work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from recess.blobs import BlobStore
+from recess.crashpoints import crash_point
+from recess.errors import BadInput, Incompatible, NotFound, OutOfSpace, Unavailable
+from recess.frames import FRAME_RAW_BYTES_MAX, WorkPool
+from recess.snapshots.classify import words
+from recess.snapshots.contract import (
+    Overlay,
+    PageData,
+    PageSource,
+    RawPart,
+    SnapshotMeta,
+    TemplatePages,
+    WriteReport,
+)
+from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of
+from recess.snapshots.manifest_v1 import ManifestV1
+from recess.snapshots.publish import Pins
+from recess.snapshots.reader import OpenSnapshot, by_hash, read_manifest
+from recess.snapshots.sweep import collect
+from recess.snapshots.writer import SnapshotWriter
+from recess.units import KIB, PAGE_BYTES
+
+_MATERIALISE_PAGES = 4096  # 16 MiB in memory at a time
+_PUT_THREADS = 3  # files of one snapshot that are fsynced at once
+
+
+class Store:
+    """Snapshots over `blobs`; fulfils `SnapshotStore`. Safe to use from several threads.
+
+    Two stores over one set of blobs may read and write at once; only one of them may `collect`, and its grace period
+    must be longer than a write of the other. `frame_bytes`: content of a layer's frame, whole pages; `level`: zstd's.
+    """
+
+    def __init__(self, blobs: BlobStore, *, frame_bytes: int = 64 * KIB, level: int = 1, threads: int = 2) -> None:
+        if not PAGE_BYTES <= frame_bytes <= FRAME_RAW_BYTES_MAX or frame_bytes % PAGE_BYTES:
+            raise BadInput(f"frame_bytes must be whole pages, {PAGE_BYTES} to {FRAME_RAW_BYTES_MAX}, not {frame_bytes}")
+        self._blobs = blobs
+        self._frame_bytes = frame_bytes
+        self._level = level
+        self._pool = WorkPool(threads)
+        self._io = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="snapshot-put")
+        self._pins = Pins()
+
+    def close(self) -> None:
+        """End the store's threads. May be called twice."""
+        self._io.shutdown()
+        self._pool.close()
+
+    def write(
+        self,
+        parts: list[RawPart],
+        vmstate: bytes,
+        meta: SnapshotMeta,
+        *,
+        template: TemplatePages | None = None,
+        parent_id: str = "",
+        sources: list[PageSource] | None = None,
+    ) -> WriteReport:
+        """See `SnapshotStore.write`."""
+        writer = SnapshotWriter(
+            self._blobs, self._pins, self._pool, self._io, frame_bytes=self._frame_bytes, level=self._level
+        )
+        return writer.write(parts, vmstate, meta, template=template, parent_id=parent_id, sources=sources or [])
+
+    def manifest(self, snapshot_id: str) -> Mapping[str, Any]:
+        """See `SnapshotStore.manifest`."""
+        found: dict[str, Any] = msgspec.to_builtins(self._manifest(snapshot_id))
+        return found
+
+    def _manifest(self, snapshot_id: str) -> ManifestV1:
+        return read_manifest(self._blobs, snapshot_id)
+
+    def _open(self, snapshot_id: str) -> OpenSnapshot:
+        return OpenSnapshot(self._blobs, snapshot_id, self._pool)
+
+    def list_ids(self) -> list[str]:
+        """Return the ids of all stored manifests, also of those that no row names."""
+        found = (id_of(info.key) for info in self._blobs.list_blobs(FOLDERS[0]))
+        return sorted(ref for ref in found if ref is not None)
+
+    def resolve(self, ref: str) -> str:
+        """Return the whole id for an unambiguous prefix of one (with `snp_`). Raises NotFound, BadInput."""
+        matches = [full for full in self.list_ids() if full.startswith(ref)] if ref.startswith(f"{SNAPSHOT}_") else []
+        if not matches:
+            raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
+        if len(matches) > 1:
+            raise BadInput(f"{ref} is the start of {len(matches)} snapshots", hint="write more of it")
+        return matches[0]
+
+    def overlay(
+        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
+    ) -> Overlay:
+        """See `SnapshotStore.overlay`."""
+        snapshot = self._open(snapshot_id)
+        _check_template(snapshot, template)
+        page_map = snapshot.page_map(part)
+        return Overlay(page_map.pages, snapshot.read_pages(page_map, by_hash(sources)))
+
+    def vmstate(self, snapshot_id: str) -> bytes:
+        """See `SnapshotStore.vmstate`."""
+        return self._open(snapshot_id).vmstate()
+
+    def materialise(
+        self,
+        snapshot_id: str,
+        part: str,
+        target: Path,
+        *,
+        template: TemplatePages | None = None,
+        sources: list[PageSource] | None = None,
+    ) -> None:
+        """See `SnapshotStore.materialise`. Holes stay holes; an error or a crash leaves `target` as it was."""
+        snapshot = self._open(snapshot_id)
+        _check_template(snapshot, template)
+        base = template.part(part) if template is not None else None
+        temp = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                _write_part(fd, snapshot, part, base, by_hash(sources))
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            crash_point("snapshot.before_materialised")
+            temp.replace(target)
+        except OSError as exc:
+            temp.unlink(missing_ok=True)
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutOfSpace(f"no space to unpack {part} of {snapshot_id[:16]} to {target}") from exc
+            raise Unavailable(f"cannot unpack {part} of {snapshot_id[:16]} to {target}: {exc.strerror}") from exc
+        except (Exception, KeyboardInterrupt):
+            temp.unlink(missing_ok=True)
+            raise
+
+    def verify(self, snapshot_id: str) -> Mapping[str, Any]:
+        """See `SnapshotStore.verify`. The template's files are verified too."""
+        counts = {"manifests": 0, "files": 0, "bytes": 0, "pages": 0}
+        seen: set[str] = set()
+        while snapshot_id and snapshot_id not in seen:
+            seen.add(snapshot_id)
+            snapshot = self._open(snapshot_id)
+            for name, count in snapshot.verify().items():
+                counts[name] += count
+            counts["manifests"] += 1
+            snapshot_id = snapshot.manifest.template
+        return counts
+
+    def dependents(self, snapshot_id: str, all_ids: list[str]) -> list[str]:
+        """See `SnapshotStore.dependents`."""
+        made = set(self._manifest(snapshot_id).made)
+        found = []
+        for other in all_ids:
+            if other != snapshot_id:
+                manifest = self._manifest(other)
+                if manifest.template == snapshot_id or made.intersection(manifest.files()):
+                    found.append(other)
+        return found
+
+    def collect(self, live_ids: list[str], *, grace_s: float, now: float) -> Mapping[str, int]:
+        """See `SnapshotStore.collect`. Returns counts: manifests, files, leftovers, bytes."""
+        return collect(self._blobs, self._pins, live_ids, grace_s=grace_s, now=now)
+
+
+def _check_template(snapshot: OpenSnapshot, template: TemplatePages | None) -> None:
+    """Raise Incompatible unless the template is the one that the snapshot's gaps mean."""
+    wanted, given = snapshot.manifest.template, template.template_id if template is not None else ""
+    if wanted != given:
+        reason = f"it was taken over template {wanted[:16] or 'none'}, not {given[:16] or 'none'}"
+        raise Incompatible(f"snapshot {snapshot.id[:16]}: {reason}", reasons=[reason])
+
+
+def _write_part(
+    fd: int, snapshot: OpenSnapshot, part: str, base: PageData | None, sources: Mapping[str, PageSource]
+) -> None:
+    """Write a part into an empty file, a stretch at a time; pages of zeros are left out."""
+    page_map = snapshot.page_map(part)
+    if base is not None and len(base) != page_map.pages_total:
+        raise Incompatible(f"snapshot {snapshot.id[:16]}: the template's {part} has another size", reasons=["size"])
+    os.ftruncate(fd, page_map.pages_total * PAGE_BYTES)
+    for low in range(0, page_map.pages_total, _MATERIALISE_PAGES):
+        high = min(low + _MATERIALISE_PAGES, page_map.pages_total)
+        piece = page_map.between(low, high)
+        if base is None and not piece.count:
+            continue
+        pages = np.zeros((high - low, PAGE_BYTES), np.uint8) if base is None else base[low:high].copy()
+        pages[piece.pages - np.uint32(low)] = snapshot.read_pages(piece, sources)
+        used = np.flatnonzero(words(pages).any(axis=1))
+        for run in np.split(used, np.flatnonzero(np.diff(used) != 1) + 1):
+            if len(run):
+                _write_all(fd, pages[run[0] : run[-1] + 1].data.cast("B"), (low + int(run[0])) * PAGE_BYTES)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
