@@ -1,0 +1,103 @@
+"""QEMU's command line and the guest kernel's, as pure functions of what the machine is. Works with 7.2 and later.
+
+Sources: QEMU's docs/system/i386/microvm.rst and qapi/*.json; why each kernel parameter is there is said beside it.
+The device list must be the same at boot and at restore, in the same order: the device state names devices by it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recess.drivers.qemu.layout import LINK_SOCKET, Layout
+from recess.machines.contract import VmSpec
+
+MACHINE_TYPE = "microvm"
+CPU_MODEL = "max"
+DISK_NODE = "disk"
+PORT_NAME = "recess"
+MONITOR_FD = 3
+CONSOLE_FD = 4
+
+_MACHINE_OPTIONS = "acpi=on,pit=on,pic=off,rtc=on,isa-serial=on,pcie=off,usb=off"
+_RECONNECT_MS_SINCE = (9, 2)
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """The QEMU of this host. `tb_mib`: size of TCG's translation cache in MiB."""
+
+    binary: Path
+    version: tuple[int, int, int]
+    accelerator: str  # kvm | tcg
+    tb_mib: int = 64
+
+
+def kernel_command_line(spec: VmSpec, tsc_khz: int) -> str:
+    """Return the guest kernel's parameters; `tsc_khz` is the host's time stamp counter rate."""
+    words = [
+        "console=ttyS0 quiet panic=-1 reboot=t",
+        "recess.root=/dev/vda recess.rootfs=erofs recess.disk=/dev/vdb",
+        "init_on_free=1 init_on_alloc=0",  # freed pages are zero pages, which cost a snapshot nothing
+        "mitigations=off",  # one tenant a kernel; the boundary is the VM
+        "random.trust_cpu=on",
+        # The PIT calibration fails on a busy host, and microvm has no other reference.
+        f"tsc=reliable no_timer_check tsc_early_khz={tsc_khz}",
+        "nokaslr",  # forks share the kernel's pages with each other and with its file
+        "cryptomgr.notests audit=0",
+        spec.boot.cmdline_extra,
+    ]
+    return " ".join(word for word in words if word)
+
+
+def command(qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool, boot: str | None) -> list[str]:
+    """Return the whole command line. `boot` is the kernel's parameters, or None for a VM that waits for its state.
+
+    The VM starts stopped in both cases: its disk's changes are tracked from the first instruction on.
+    """
+    accelerator = f"tcg,thread=multi,tb-size={qemu.tb_mib}" if qemu.accelerator == "tcg" else qemu.accelerator
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": "ram0",
+        "size": spec.memory_bytes,
+        "mem-path": str(ram),
+        "share": share,
+    }
+    out = [str(qemu.binary), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"]
+    out += ["-accel", accelerator, "-cpu", CPU_MODEL, "-smp", str(spec.cpus), "-m", f"{spec.memory_bytes >> 20}M"]
+    out += ["-M", f"{MACHINE_TYPE},{_MACHINE_OPTIONS},memory-backend=ram0", "-object", json.dumps(memory)]
+    out += ["-add-fd", f"fd={CONSOLE_FD},set=1", "-chardev", "file,id=console,path=/dev/fdset/1,append=on"]
+    out += ["-serial", "chardev:console"]
+    for node in [*_disk_nodes("root", spec.boot.root, read_only=True), *_disk_nodes(DISK_NODE, layout.disk)]:
+        out += ["-blockdev", json.dumps(node)]
+    out += ["-device", "virtio-blk-device,drive=root", "-device", f"virtio-blk-device,drive={DISK_NODE}"]
+    # The monitor before the link: once QEMU has connected the link, the monitor is served.
+    out += ["-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=off", "-mon", "chardev=monitor,mode=control"]
+    out += ["-chardev", f"socket,id=link,path={LINK_SOCKET},{_reconnect(qemu.version)}"]
+    out += ["-device", "virtio-serial-device,id=ports"]
+    out += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=link,name={PORT_NAME}"]
+    if boot is None:
+        # The state that is loaded holds devices only, without the stream's usual first section.
+        return [*out, "-incoming", "defer", "-global", "migration.send-configuration=off"]
+    return [*out, "-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd), "-append", boot]
+
+
+def _reconnect(version: tuple[int, int, int]) -> str:
+    return "reconnect-ms=50" if version[:2] >= _RECONNECT_MS_SINCE else "reconnect=1"
+
+
+def _disk_nodes(name: str, path: Path, *, read_only: bool = False) -> list[dict[str, Any]]:
+    """Return the block nodes of one disk: the file and the raw format over it.
+
+    Flushes are not passed on: what must survive a host crash is a snapshot, never a running machine's disk.
+    """
+    common: dict[str, Any] = {"read-only": read_only, "cache": {"direct": False, "no-flush": True}}
+    if not read_only:
+        common["discard"] = "unmap"
+    file = {"driver": "file", "node-name": f"{name}-file", "filename": str(path), "locking": "off", **common}
+    raw = {"driver": "raw", "node-name": name, "file": f"{name}-file", **common}
+    if not read_only:
+        raw["detect-zeroes"] = "unmap"
+    return [file, raw]

@@ -1,0 +1,259 @@
+"""One snapshot's raw material: memory, disk and device state of one instant, with the shortest standstill.
+
+    before the pause    the keeper makes and touches its buffer; the disk's target is filled; the channel falls silent
+    in the pause        stop; the keeper copies the pages while QEMU saves its devices and starts the disk's
+                        copy-before-write; cont
+    after it            QEMU finishes the disk's copy; the changed blocks are picked out
+
+If anything fails the disk's copy is given up, the VM runs again if it ran before, and nothing is left: every file
+here is nameless from the start. If the server dies in between, the next one finds the mark `capturing` and undoes it
+(`undo_interrupted`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, cast
+
+from recess.drivers.qemu import disk
+from recess.drivers.qemu.argv import DISK_NODE
+from recess.drivers.qemu.handles import Handles, Steps, passed_file
+from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.qemu.qmp import Qmp, QmpRefused
+from recess.drivers.qemu.state import save_state
+from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
+from recess.machines.contract import Capture
+from recess.units import MIB, PAGE_BYTES
+
+_BITMAP = "since-start"
+_JOB = _TARGET_NODE = "capture"
+_CONSOLE_FDSET = 1
+_CBW_OPTION_SINCE = (10, 1)
+_SPARE_BYTES = 4 * MIB
+_JOB_TIMEOUT_S = 600.0
+_CANCEL_TIMEOUT_S = 10.0
+
+StartCopy = Callable[[], Awaitable[None]]
+
+
+async def track_disk(qmp: Qmp) -> None:
+    """Note every block the guest writes from now on. To be called before the VM runs for the first time."""
+    arguments = {"node": DISK_NODE, "name": _BITMAP, "granularity": PAGE_BYTES}
+    await qmp.execute("block-dirty-bitmap-add", arguments)
+
+
+async def capture(vm: Handles, *, resume: bool) -> Capture:
+    """Take a capture; see `machines.contract.Vm.capture`."""
+    steps = Steps()
+    with contextlib.ExitStack() as stack:
+        async with vm.explain("capture"):
+            ran = await vm.running()
+            try:
+                await _check_space(vm)
+                (target, put_over), _ = await asyncio.gather(asyncio.to_thread(_fill_target, vm), _prepare(vm))
+                stack.callback(target.close)
+                steps.mark("prepare")
+                async with _disk_copy(vm, target.fileno()) as start_copy:
+                    memory, state, standstill_s = await _pause(vm, start_copy, ran=ran, resume=resume, steps=steps)
+                    stack.callback(memory.close)
+                steps.mark("disk_copy")
+                base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
+                blocks = await asyncio.to_thread(
+                    disk.changed_blocks, base, target.fileno(), put_over, vm.layout.directory
+                )
+                steps.mark("disk_compare")
+                clear_capturing(vm.layout)
+            except BaseException:
+                await asyncio.shield(_run_on(vm, ran=ran))
+                raise
+        stack.pop_all()
+        target.close()
+    return Capture(
+        memory=memory.pages,
+        disk=blocks.pages,
+        vmstate=state,
+        base=vm.journal.base,
+        fingerprint=vm.fingerprint,
+        standstill_s=standstill_s,
+        memory_pages_total=vm.journal.spec.memory_bytes // PAGE_BYTES,
+        disk_blocks_total=vm.journal.spec.disk_bytes // PAGE_BYTES,
+        timings_s={**steps.timings_s, "total": steps.total()},
+        resources=[memory, blocks],
+    )
+
+
+async def _run_on(vm: Handles, *, ran: bool) -> None:
+    """After a failure: the VM goes on if it ran, also from an error of its disk that the full host caused."""
+    with contextlib.suppress(RecessError):
+        await vm.keeper.release()
+        if ran:
+            await vm.qmp.execute("cont")
+        clear_capturing(vm.layout)
+
+
+def _memory_kind(vm: Handles) -> str:
+    """Return what the keeper shall copy. Shared RAM over a template must give zero pages too: the template's page
+    there may be another."""
+    if not vm.journal.shared:
+        return "private"
+    return "file" if vm.journal.base == "boot" else "file-all"
+
+
+async def _prepare(vm: Handles) -> None:
+    if not vm.journal.shared:
+        await vm.keeper.prepare()
+
+
+async def _check_space(vm: Handles) -> None:
+    """Refuse early when the disk's copy cannot fit: a write that fails inside QEMU would hurt the guest."""
+    nodes = await vm.qmp.execute("query-named-block-nodes", {"flat": True})
+    bitmaps = [b for n in nodes if n["node-name"] == DISK_NODE for b in n.get("dirty-bitmaps", [])]
+    changed = sum(int(b["count"]) for b in bitmaps if b.get("name") == _BITMAP)
+    needed = 2 * changed + _SPARE_BYTES
+    free = shutil.disk_usage(vm.layout.directory).free
+    if free < needed:
+        raise OutOfSpace(
+            f"a snapshot needs {needed >> 20} MiB free in {vm.layout.directory}, there are {free >> 20} MiB",
+            hint="free some space, or set RECESS_HOME to a larger disk",
+        )
+
+
+def _fill_target(vm: Handles) -> tuple[Any, disk.Indices]:
+    """Return a nameless file with the disk as it was when the VM was started, and which blocks a restore put there."""
+    target = disk.scratch_file(vm.layout.directory)
+    try:
+        os.truncate(target.fileno(), vm.journal.spec.disk_bytes)
+        disk.copy_data(Path(vm.journal.disk_base), target.fileno())
+        packed = disk.read_packed(vm.layout.disk_delta)
+        indices, data = disk.as_arrays(packed.pages)
+        disk.write_pages(target.fileno(), indices, data)
+        put_over = indices.copy()
+        del indices, data
+        packed.close()
+    except BaseException:
+        target.close()
+        raise
+    return target, put_over
+
+
+async def _pause(
+    vm: Handles, start_copy: StartCopy, *, ran: bool, resume: bool, steps: Steps
+) -> tuple[disk.Packed, bytes, float]:
+    """Stop the VM, take everything that must be of one instant, let it run. Returns memory, state, standstill."""
+    async with vm.port.silence() as speak:
+        mark_capturing(vm.layout, "running" if ran else "paused")
+        steps.mark("silence")
+        began = time.monotonic()
+        # The second command gives QEMU's main loop a turn: what was ready before the stop has then been done.
+        await asyncio.gather(vm.qmp.execute("stop"), vm.qmp.execute("query-status"))
+        steps.mark("stop")
+        memory, state = await _take(vm, start_copy)
+        steps.mark("take")
+        standstill_s = 0.0
+        if ran and resume:
+            await vm.qmp.execute("cont")
+            standstill_s = time.monotonic() - began
+            clear_capturing(vm.layout)
+            speak()
+        steps.mark("cont")
+    return memory, state, standstill_s
+
+
+async def _take(vm: Handles, start_copy: StartCopy) -> tuple[disk.Packed, bytes]:
+    memory, devices = await asyncio.gather(
+        vm.keeper.capture(_memory_kind(vm)), _devices(vm, start_copy), return_exceptions=True
+    )
+    packed = None if isinstance(memory, BaseException) else disk.map_packed(*memory)
+    for failure in (devices, memory):
+        if isinstance(failure, BaseException):
+            if packed is not None:
+                packed.close()
+            raise failure
+    return cast(disk.Packed, packed), cast(bytes, devices)
+
+
+async def _devices(vm: Handles, start_copy: StartCopy) -> bytes:
+    state = await save_state(vm.qmp, devices_command=vm.host.saves_device_state, shared=vm.journal.shared)
+    await start_copy()
+    return state
+
+
+@contextlib.asynccontextmanager
+async def _disk_copy(vm: Handles, target: int) -> AsyncIterator[StartCopy]:
+    """Give the block a function that starts the disk's copy; leaving the block waits for it, or gives it up."""
+    if not vm.host.saves_device_state:
+        # A migration takes the disks away from QEMU until `cont`, so a job cannot start: copy in the pause.
+        async def copy_now() -> None:
+            await asyncio.to_thread(_copy_stopped_disk, vm, target)
+
+        yield copy_now
+        return
+    async with passed_file(vm.qmp, target) as name:
+        node = {"driver": "file", "node-name": _TARGET_NODE, "filename": name, "locking": "off"}
+        await vm.qmp.execute("blockdev-add", {**node, "cache": {"direct": False, "no-flush": True}})
+        ended = vm.qmp.expect("BLOCK_JOB_COMPLETED", lambda data: data.get("device") == _JOB)
+        try:
+            yield lambda: _start_job(vm)
+            await _job_done(ended)
+        finally:
+            ended.cancel()
+            await asyncio.shield(_drop_job(vm.qmp))
+
+
+def _copy_stopped_disk(vm: Handles, target: int) -> None:
+    os.truncate(target, 0)
+    os.truncate(target, vm.journal.spec.disk_bytes)
+    disk.copy_data(vm.layout.disk, target)
+
+
+async def _start_job(vm: Handles) -> None:
+    # The bitmap is never cleared: it goes on saying what differs from the disk that the target was filled with.
+    job: dict[str, Any] = {"job-id": _JOB, "device": DISK_NODE, "target": _TARGET_NODE}
+    job |= {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
+    if vm.host.qemu.version[:2] >= _CBW_OPTION_SINCE:
+        job["on-cbw-error"] = "break-snapshot"
+    await vm.qmp.execute("transaction", {"actions": [{"type": "blockdev-backup", "data": job}]})
+
+
+async def _job_done(ended: asyncio.Future[Any]) -> None:
+    try:
+        async with asyncio.timeout(_JOB_TIMEOUT_S):
+            data = await ended
+    except TimeoutError as exc:
+        raise Timeout(f"the disk was not copied within {_JOB_TIMEOUT_S:g} s") from exc
+    if error := data.get("error"):
+        if "No space" in error:
+            raise OutOfSpace(f"no space left while copying the disk: {error}")
+        raise DriverFailed(f"the disk could not be copied: {error}")
+
+
+async def _drop_job(qmp: Qmp) -> None:
+    """End the copy if it still runs, and drop its target. Whatever of it is not there is no error."""
+    with contextlib.suppress(RecessError):
+        cancelled = qmp.expect("BLOCK_JOB_CANCELLED", lambda data: data.get("device") == _JOB)
+        try:
+            await qmp.execute("block-job-cancel", {"device": _JOB, "force": True})
+            await asyncio.wait([cancelled], timeout=_CANCEL_TIMEOUT_S)
+        except QmpRefused:
+            pass  # it has ended
+        finally:
+            cancelled.cancel()
+    with contextlib.suppress(RecessError):
+        await qmp.execute("blockdev-del", {"node-name": _TARGET_NODE})
+
+
+async def undo_interrupted(vm: Handles) -> None:
+    """After a server died in the middle of a capture: drop what it began, and let the VM run if it ran before."""
+    await _drop_job(vm.qmp)
+    for entry in await vm.qmp.execute("query-fdsets"):
+        if entry["fdset-id"] != _CONSOLE_FDSET:
+            await vm.qmp.execute("remove-fd", {"fdset-id": entry["fdset-id"]})
+    if interrupted_capture(vm.layout) == "running":
+        await vm.qmp.execute("cont")
+    clear_capturing(vm.layout)

@@ -1,0 +1,128 @@
+"""The QEMU driver: the contract's front, over the procedures in this package."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recess.config import Config
+from recess.drivers.qemu import start
+from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
+from recess.drivers.qemu.handles import end_vm
+from recess.drivers.qemu.host import HostFacts, find_tools, inspect_host, run_tiny_guest
+from recess.drivers.qemu.journal import read_journal
+from recess.drivers.qemu.layout import layout_for
+from recess.drivers.qemu.vm import QemuVm
+from recess.errors import DriverFailed
+from recess.machines.contract import Capabilities, Fingerprint, RestoreParts, VmSpec
+
+BOOT_TIMEOUT_S = 120.0
+TB_MIB = 64
+
+
+class QemuDriver:
+    """Runs VMs on the host's QEMU; see `recess.machines.contract.Driver`. The host is inspected on first use.
+
+    `tb_mib` is the size of TCG's translation cache in MiB. `devices_command` False makes the driver do without
+    QEMU's `xen-save-devices-state`, as it must where that is missing.
+    """
+
+    name = "qemu"
+    capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True)
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        tb_mib: int = TB_MIB,
+        devices_command: bool = True,
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+    ) -> None:
+        self._config = config
+        self._tb_mib = tb_mib
+        self._devices_command = devices_command
+        self._boot_timeout_s = boot_timeout_s
+        self._facts: HostFacts | None = None
+        self._inspecting = asyncio.Lock()
+
+    async def probe(self) -> Mapping[str, Any]:
+        """Inspect the host anew and run a tiny guest on the chosen accelerator."""
+        self._facts = None
+        facts = await self._host()
+        binary, keeper = find_tools(self._config)
+        verdict = await run_tiny_guest(self._config, binary, keeper, facts.qemu.accelerator)
+        if verdict:
+            raise DriverFailed(f"QEMU does not run guests here: {verdict}", hint="see recess doctor", log=verdict)
+        return {
+            "driver": self.name,
+            "qemu": str(facts.qemu.binary),
+            "version": facts.version,
+            "accelerator": facts.qemu.accelerator,
+            "why": facts.why,
+            "device_state": "command" if facts.saves_device_state else "migration",
+            "tsc_khz": facts.tsc_khz,
+        }
+
+    async def fingerprint(self, spec: VmSpec) -> Fingerprint:
+        """Return what a snapshot taken here would carry."""
+        return self._fingerprint(await self._host(), spec)
+
+    async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> QemuVm:
+        """Cold-boot."""
+        start.check_spec(spec)
+        place = await self._place(vm_id, spec, directory)
+        return QemuVm(await start.boot(place, spec, for_template=for_template))
+
+    async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> QemuVm:
+        """Bring a VM back."""
+        start.check_spec(spec)
+        place = await self._place(vm_id, spec, directory)
+        return QemuVm(await start.restore(place, spec, parts))
+
+    async def adopt(self, vm_id: str, directory: Path) -> QemuVm | None:
+        """Take over a VM of an earlier server."""
+        layout = layout_for(self._config.run_dir, vm_id, directory)
+        journal = read_journal(layout)
+        if journal is None:
+            await end_vm(layout, None)
+            return None
+        handles = await start.adopt(await self._place(vm_id, journal.spec, directory))
+        return None if handles is None else QemuVm(handles)
+
+    def list_leftovers(self) -> Sequence[str]:
+        """Return the ids that have a run folder."""
+        folder = self._config.run_dir / "m"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    async def _host(self) -> HostFacts:
+        async with self._inspecting:
+            if self._facts is None:
+                facts = await inspect_host(self._config, tb_mib=self._tb_mib)
+                if not self._devices_command:
+                    facts = dataclasses.replace(facts, saves_device_state=False)
+                self._facts = facts
+            return self._facts
+
+    def _fingerprint(self, facts: HostFacts, spec: VmSpec) -> Fingerprint:
+        return Fingerprint(
+            driver=self.name,
+            driver_version=facts.version,
+            accelerator=facts.qemu.accelerator,
+            cpu_model=CPU_MODEL,
+            cpu_flags=facts.cpu_flags,
+            machine_type=MACHINE_TYPE,
+            kernel_hash=spec.boot.kernel_hash,
+        )
+
+    async def _place(self, vm_id: str, spec: VmSpec, directory: Path) -> start.Place:
+        facts = await self._host()
+        return start.Place(
+            layout=layout_for(self._config.run_dir, vm_id, directory),
+            host=facts,
+            keeper_binary=find_tools(self._config)[1],
+            fingerprint=self._fingerprint(facts, spec),
+            hello_timeout_s=self._boot_timeout_s,
+        )

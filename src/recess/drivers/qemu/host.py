@@ -1,0 +1,188 @@
+"""What this host's QEMU is and can do: found once, by running it. The accelerator is the one that truly runs a guest.
+
+Every QEMU here is started through a keeper with a deadline of its own, so a server that dies meanwhile leaves a
+leftover that ends by itself. This module knows nothing of machines' images or states.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recess.config import Config
+from recess.drivers.qemu import keeper as keepers
+from recess.drivers.qemu.argv import CONSOLE_FD, CPU_MODEL, MACHINE_TYPE, MONITOR_FD, Qemu
+from recess.drivers.qemu.keeper import Keeper, Obituary
+from recess.drivers.qemu.layout import Layout
+from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
+from recess.drivers.qemu.qmp import Qmp
+from recess.errors import DriverFailed, MissingTool, RecessError
+
+MINIMUM_VERSION = (7, 2, 0)
+PROBE_PREFIX = "probe-"
+
+_DEADLINE_S = 20.0
+_TINY_GUEST_S = 2.0  # hardware needs 0.1 s in all
+_MEMORY_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """The QEMU that machines run on here. `cpu_flags`: the features a guest sees, sorted."""
+
+    qemu: Qemu
+    cpu_flags: tuple[str, ...]
+    saves_device_state: bool  # has xen-save-devices-state
+    tsc_khz: int
+    why: str  # why this accelerator, for people
+
+    @property
+    def version(self) -> str:
+        """Like "7.2.22"."""
+        return ".".join(map(str, self.qemu.version))
+
+
+def find_tools(config: Config) -> tuple[Path, Path]:
+    """Return (QEMU, keeper). Raises MissingTool."""
+    found = config.qemu_bin or shutil.which("qemu-system-x86_64") or ""
+    if not found or not Path(found).is_file():
+        raise MissingTool(
+            f"QEMU is not there: {config.qemu_bin or 'qemu-system-x86_64'}",
+            hint="apt-get install qemu-system-x86, or set RECESS_QEMU_BIN",
+        )
+    keeper = config.bin_dir / "keeper"
+    if not keeper.is_file():
+        raise MissingTool(f"the keeper is not built: {keeper}", hint="run tools/setup.sh")
+    return Path(found).absolute(), keeper
+
+
+async def inspect_host(config: Config, *, tb_mib: int) -> HostFacts:
+    """Run QEMU and say what it is. Raises MissingTool, DriverFailed."""
+    binary, keeper = find_tools(config)
+    accelerator, why = await choose_accelerator(config, binary, keeper)
+    version, flags, commands = await _ask(config, binary, keeper, accelerator)
+    if version < MINIMUM_VERSION:
+        raise MissingTool(
+            f"QEMU {'.'.join(map(str, version))} is too old", hint="7.2 or later is needed; set RECESS_QEMU_BIN"
+        )
+    tsc_khz = await asyncio.to_thread(measure_tsc_khz, keeper)
+    qemu = Qemu(binary, version, accelerator, tb_mib)
+    return HostFacts(qemu, flags, "xen-save-devices-state" in commands, tsc_khz, why)
+
+
+async def choose_accelerator(config: Config, binary: Path, keeper: Path) -> tuple[str, str]:
+    """Return the accelerator and why: what the configuration pins, else KVM if it runs a guest, else TCG."""
+    if config.accelerator == "tcg":
+        return "tcg", "pinned by the configuration"
+    verdict = "/dev/kvm is not there"
+    if os.access("/dev/kvm", os.F_OK):
+        verdict = await run_tiny_guest(config, binary, keeper, "kvm")
+    if not verdict:
+        return "kvm", "KVM ran a guest"
+    if config.accelerator == "kvm":
+        raise DriverFailed(f"KVM does not run guests here: {verdict}", hint="set RECESS_ACCELERATOR=tcg", log="")
+    return "tcg", f"KVM does not run guests here: {verdict}"
+
+
+async def run_tiny_guest(config: Config, binary: Path, keeper: Path, accelerator: str) -> str:
+    """Boot a guest of a few instructions. Returns "" if they were executed, else what happened, in one line."""
+    deadline_s = _TINY_GUEST_S if accelerator == "kvm" else _DEADLINE_S
+    async with _Trial(config) as trial:
+        kernel = trial.layout.run / "kernel"
+        kernel.write_bytes(tiny_kernel())
+        extra = ["-kernel", str(kernel), "-device", f"isa-debug-exit,iobase={DEBUG_PORT},iosize=4"]
+        try:
+            await trial.start(keeper, [str(binary), *_arguments(accelerator), *extra], deadline_s=deadline_s)
+            obituary = await trial.death()
+        except RecessError as exc:
+            return exc.message
+    if obituary.end == f"exit:{EXIT_CODE}":
+        return ""
+    if obituary.reason.startswith("deadline"):
+        return f"a guest of 40 instructions did not end within {deadline_s:g} s"
+    return (obituary.log.strip().splitlines() or [obituary.line()])[-1]
+
+
+async def _ask(
+    config: Config, binary: Path, keeper: Path, accelerator: str
+) -> tuple[tuple[int, int, int], tuple[str, ...], frozenset[str]]:
+    """Return version, the CPU's features and the monitor's commands of a QEMU that stands still."""
+    async with _Trial(config) as trial:
+        await trial.start(keeper, [str(binary), *_arguments(accelerator), "-S"])
+        try:
+            qmp = await Qmp.connect(trial.layout.run, timeout_s=_DEADLINE_S)
+        except RecessError as exc:
+            raise await trial.explain(exc) from exc
+        try:
+            numbers = (await qmp.execute("query-version"))["qemu"]
+            names = await qmp.execute("query-commands")
+            model = await qmp.execute("query-cpu-model-expansion", {"type": "full", "model": {"name": CPU_MODEL}})
+        finally:
+            await qmp.close()
+    flags = sorted(name for name, value in model["model"]["props"].items() if value is True)
+    version = (int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"]))
+    return version, tuple(flags), frozenset(str(entry["name"]) for entry in names)
+
+
+def measure_tsc_khz(keeper: Path) -> int:
+    """Return the rate of the host's time stamp counter in kHz (takes 30 ms). Raises DriverFailed."""
+    try:
+        done = subprocess.run([str(keeper), "tsc-khz"], capture_output=True, check=True, timeout=10)
+        return int(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as exc:
+        raise DriverFailed(f"the keeper does not run here: {exc}", log="") from exc
+
+
+def _arguments(accelerator: str) -> list[str]:
+    return [
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-accel", accelerator),
+        *("-cpu", CPU_MODEL, "-m", f"{_MEMORY_BYTES >> 20}M", "-M", f"{MACHINE_TYPE},acpi=on,pit=on,pic=off,rtc=on"),
+        *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
+        *("-add-fd", f"fd={CONSOLE_FD},set=1"),
+    ]
+
+
+class _Trial:
+    """A QEMU for a moment, in a run folder of its own that is gone afterwards."""
+
+    def __init__(self, config: Config) -> None:
+        run = config.run_dir / "m" / f"{PROBE_PREFIX}{secrets.token_hex(6)}"
+        self.layout = Layout(run, run)
+        self._keeper: Keeper | None = None
+
+    async def __aenter__(self) -> _Trial:
+        self.layout.run.mkdir(parents=True, mode=0o700)
+        return self
+
+    async def __aexit__(self, *_exc: Any) -> None:
+        if self._keeper is not None and not self._keeper.death.done():
+            await self._keeper.kill()
+            await self._keeper.gone
+        self.layout.remove_run()
+
+    async def start(self, keeper: Path, argv: list[str], *, deadline_s: float = _DEADLINE_S) -> None:
+        """Start it, to be dead in `deadline_s` at the latest."""
+        ram = self.layout.ram
+        ram.touch()
+        await asyncio.to_thread(keepers.launch, keeper, self.layout, ram, argv)
+        self._keeper = Keeper.connect(self.layout.run)
+        await self._keeper.deadline(deadline_s)
+
+    async def death(self) -> Obituary:
+        """Return how it ended."""
+        if self._keeper is None:
+            raise DriverFailed("nothing was started")
+        return await self._keeper.death
+
+    async def explain(self, error: RecessError) -> RecessError:
+        """Return the error with QEMU's last words, if it is dead."""
+        if self._keeper is None or not (self._keeper.death.done() or self._keeper.gone.done()):
+            return error
+        obituary = await self.death()
+        return DriverFailed(f"QEMU does not run here: {obituary.line()}", log=obituary.log)

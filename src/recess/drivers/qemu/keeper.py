@@ -1,0 +1,234 @@
+"""The server's side of the keeper (guest/keeper): start one, find one again, ask it things.
+
+Protocol: guest/keeper/src/request.rs; one message on a SEQPACKET socket is one request or answer, pages travel as
+descriptors. Requests are answered in order. This module knows nothing of QEMU's monitor or of guests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recess.drivers.qemu.layout import KEEPER_SOCKET, Layout, socket_address
+from recess.errors import DriverFailed, OutOfSpace, Timeout
+
+_MESSAGE_LIMIT = 8192
+_START_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Obituary:
+    """How a VMM ended: `end` is `exit:N`, `signal:N` or `unknown`, `log` the tail of its output."""
+
+    end: str
+    reason: str
+    log: str
+
+    def line(self) -> str:
+        """Return it in one line."""
+        how = {"exit": "exit code ", "signal": "signal "}
+        kind, _, number = self.end.partition(":")
+        return f"{self.reason} ({how.get(kind, kind)}{number})"
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process for ever: the start time (clock ticks since boot) tells it from a later one with its pid."""
+
+    pid: int
+    start: int
+
+    def alive(self) -> bool:
+        """Tell whether this very process exists (a zombie does not count)."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return False
+        fields = stat.rsplit(")", 1)[1].split()
+        return int(fields[19]) == self.start and fields[0] not in ("Z", "X")
+
+    def kill(self) -> None:
+        """SIGKILL to this process and no other: by descriptor, so that its pid cannot be another's meanwhile."""
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(self.pid)
+            try:
+                if self.alive():
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+            finally:
+                os.close(fd)
+
+
+def read_pids(layout: Layout) -> dict[str, Process]:
+    """Return what the keeper wrote of itself ("keeper") and of QEMU ("vmm"); empty if it never got there."""
+    try:
+        lines = layout.pids.read_text().splitlines()
+        return {name: Process(int(pid), int(start)) for name, pid, start in (line.split() for line in lines)}
+    except (OSError, ValueError):
+        return {}
+
+
+def launch(binary: Path, layout: Layout, ram: Path, argv: Sequence[str]) -> None:
+    """Start a keeper and its VMM; returns when QEMU was executed (not yet ready). Blocks some milliseconds.
+
+    Raises DriverFailed with what was said when either could not be started; nothing then runs.
+    """
+    command = [str(binary), "run", "--dir", str(layout.run), "--ram", str(ram), "--console", str(layout.console)]
+    command += ["--record", str(layout.end_record), "--", *argv]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=_START_TIMEOUT_S, check=False, cwd="/",
+        )  # fmt: skip
+    except FileNotFoundError as exc:
+        raise DriverFailed(f"no keeper at {binary}", hint="run tools/setup.sh", log="") from exc
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise DriverFailed(f"the keeper could not be started: {exc}", log="") from exc
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip()[-2000:]
+        raise DriverFailed(f"the VM could not be started: {said}", log=said)
+
+
+class Keeper:
+    """A connection to one keeper. `death` is done when the VMM (or the keeper, and with it the VMM) is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._answers: deque[asyncio.Future[tuple[str, int | None]]] = deque()
+        self.death: asyncio.Future[Obituary] = self._loop.create_future()
+        self.gone: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @classmethod
+    def connect(cls, run: Path) -> Keeper:
+        """Connect to the keeper of this run folder. Raises DriverFailed if there is none."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            with socket_address(run, KEEPER_SOCKET) as address:
+                sock.connect(address)
+            sock.setblocking(False)
+        except OSError as exc:
+            sock.close()
+            raise DriverFailed(f"the VM's keeper cannot be reached: {exc.strerror}") from exc
+        return cls(sock)
+
+    async def deadline(self, seconds: float | None) -> None:
+        """Have the VM killed this many seconds from now; None takes the deadline away."""
+        await self._ask("deadline none" if seconds is None else f"deadline {max(0, int(seconds * 1000))}")
+
+    async def kill(self) -> None:
+        """Have the VM killed; `death` follows."""
+        await self._ask("kill")
+
+    async def prepare(self) -> None:
+        """Make and touch the buffer of the capture to come, while the VM still runs."""
+        await self._ask("prepare")
+
+    async def release(self) -> None:
+        """Drop a prepared buffer."""
+        await self._ask("release")
+
+    async def capture(self, kind: str) -> tuple[int, int]:
+        """Copy pages of the stopped VM: kind is private, file or file-all. Returns (descriptor, pages)."""
+        text, fd = await self._ask(f"capture {kind}")
+        if fd is None:
+            raise DriverFailed(f"the keeper sent no pages: {text}")
+        return fd, int(text.removeprefix("pages="))
+
+    async def inject(self, fd: int, pages: int) -> None:
+        """Put pages from a descriptor (laid out as `disk.pack_pages` does) into the VM's memory."""
+        await self._ask(f"inject {pages}", fd)
+
+    async def _ask(self, request: str, fd: int | None = None, timeout_s: float = 60.0) -> tuple[str, int | None]:
+        if self.death.done() or self.gone.done():
+            raise DriverFailed(f"the VM is gone, cannot {request.split()[0]}")
+        answer: asyncio.Future[tuple[str, int | None]] = self._loop.create_future()
+        try:
+            if fd is None:
+                self._sock.send(request.encode(), socket.MSG_NOSIGNAL)
+            else:
+                socket.send_fds(self._sock, [request.encode()], [fd], socket.MSG_NOSIGNAL)
+        except OSError as exc:
+            raise DriverFailed(f"the keeper takes no requests: {exc.strerror}") from exc
+        self._answers.append(answer)
+        try:
+            # Shielded: the answer comes in its turn even if nobody waits for it any more.
+            async with asyncio.timeout(timeout_s):
+                text, got = await asyncio.shield(answer)
+        except TimeoutError as exc:
+            answer.add_done_callback(_drop)
+            raise Timeout(f"the keeper did not answer within {timeout_s:g} s") from exc
+        except asyncio.CancelledError:
+            answer.add_done_callback(_drop)
+            raise
+        verdict, _, rest = text.partition(" ")
+        if verdict == "ok":
+            return rest, got
+        code, _, why = rest.partition(" ")
+        if code == "no-space":
+            raise OutOfSpace(f"the host has no memory for this: {why}")
+        raise DriverFailed(f"the keeper could not {request.split()[0]}: {why}")
+
+    def _readable(self) -> None:
+        while not self.gone.done():
+            try:
+                data, fds, _flags, _ = socket.recv_fds(self._sock, _MESSAGE_LIMIT, 1, socket.MSG_CMSG_CLOEXEC)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                data, fds = b"", []
+            text = data.decode(errors="replace")
+            fd = fds[0] if fds else None
+            if not data:
+                self._lose("its keeper is gone")
+            elif text.startswith("dead "):
+                self._bury(text)
+            elif self._answers:
+                answer = self._answers.popleft()
+                if not answer.done():
+                    answer.set_result((text, fd))
+                elif fd is not None:
+                    os.close(fd)
+
+    def _bury(self, text: str) -> None:
+        head, _, log = text.partition("\n")
+        _, end, reason = head.split(" ", 2)
+        if not self.death.done():
+            self.death.set_result(Obituary(end, reason, log))
+
+    def close(self) -> None:
+        """Drop the connection; keeper and VM go on, and `death` fails with DriverFailed. May be called twice."""
+        if not self.death.done():
+            self.death.set_exception(DriverFailed("the server has let go of the VM"))
+            self.death.exception()
+        self._lose("the server has let go of the VM")
+
+    def _lose(self, why: str) -> None:
+        if self.gone.done():
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._sock.close()
+        self.gone.set_result(None)
+        if not self.death.done():
+            self.death.set_result(Obituary("unknown", why, ""))
+        while self._answers:
+            answer = self._answers.popleft()
+            if not answer.done():
+                answer.set_exception(DriverFailed(f"the VM is gone: {why}"))
+                answer.exception()
+
+
+def _drop(answer: asyncio.Future[tuple[str, int | None]]) -> None:
+    """Close the descriptor of an answer that nobody waits for."""
+    if not answer.cancelled() and answer.exception() is None:
+        fd = answer.result()[1]
+        if fd is not None:
+            os.close(fd)
