@@ -64,7 +64,7 @@ class World:
             if self.server.poll() is not None:
                 break
             await asyncio.sleep(0.01)  # another process's socket: there is no event to wait for
-        raise StoryFailed("the server did not come up", seen=server_tail(self.config))
+        raise StoryFailed("the server did not come up", seen=server_tail(self.config, 300))
 
     async def kill_everything(self) -> list[int]:
         """SIGKILL the server and all machines' processes at once; return the pids that were killed."""

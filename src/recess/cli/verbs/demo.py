@@ -11,6 +11,8 @@ from recess.cli.output import Output
 from recess.config import load_config
 from recess.errors import RecessError
 
+SEEN_CHARS = 2000
+
 
 @click.command("demo")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the report there.")
@@ -27,7 +29,7 @@ def demo(json_path: Path | None, keep: bool) -> int:
         # A story that breaks is a failure of ours whatever broke it: said loudly, for people, with a non-zero exit.
         error = exc if isinstance(exc, RecessError) else RecessError(f"the story broke: {type(exc).__name__}: {exc}")
         out.error(error, 1)
-        if error.details:
-            out.progress(f"  seen: {error.details}")
+        for name, value in error.details.items():
+            out.progress(f"  {name}: {str(value)[-SEEN_CHARS:]}")
         return 1
     return 0
