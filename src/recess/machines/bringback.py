@@ -21,7 +21,7 @@ from recess.machines.fleet import Fleet
 from recess.machines.identity import child_name
 from recess.machines.launching import Launcher
 from recess.machines.live import Live
-from recess.machines.parts import Parts
+from recess.machines.parts import UNDO, Parts
 from recess.machines.records import spec_from_json
 from recess.machines.service import MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
@@ -89,7 +89,7 @@ class BringBack:
         async with self._fleet.lock(record.id):
             try:
                 record, _, timings = await self._launcher.launch(record, origin, epoch=epoch)
-            except BaseException:
+            except UNDO:
                 await self._launcher.abandon(record)
                 raise
         return record, self._report(row, origin, timings, began, f"restored from {row.name or row.id[:16]}")
@@ -139,7 +139,7 @@ class BringBack:
         try:
             children = await self._children(record, Origin(live.template, parts, live.parent), count, names, session)
             row = await storing
-        except BaseException:
+        except UNDO:
             await finish(self._undo(storing, children))
             raise
         for number, child in enumerate(children):
@@ -175,7 +175,7 @@ class BringBack:
             async with room, self._fleet.lock(child.id):
                 try:
                     child, _, _ = await self._launcher.launch(child, origin, epoch=0)
-                except BaseException:
+                except UNDO:
                     await self._launcher.abandon(child)
                     raise
             born[number] = child
@@ -184,7 +184,7 @@ class BringBack:
             failed = [e for e in await asyncio.gather(*map(one, range(count)), return_exceptions=True) if e]
             if failed:
                 raise failed[0]
-        except BaseException:
+        except UNDO:
             await finish(self._drop_all(list(born.values())))
             raise
         return [born[number] for number in range(count)]

@@ -22,6 +22,7 @@ from recess.errors import GuestFailed, Timeout
 from recess.machines.contract import Capture
 from recess.machines.live import Live
 from recess.machines.mapped import capture_parts
+from recess.machines.parts import UNDO
 from recess.machines.templates import fingerprint_json
 from recess.snapshots.contract import SnapshotMeta, SnapshotStore, WriteReport
 
@@ -57,7 +58,7 @@ async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
     still = clock.monotonic_s()
     try:
         capture = await live.vm.capture(resume=resume)
-    except BaseException:
+    except UNDO:
         if live.workload_frozen and not was_frozen:
             await live.wake(clock.monotonic_s() - still)
         raise
@@ -65,7 +66,7 @@ async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
     try:
         if resume and live.workload_frozen:
             await live.wake(capture.standstill_s)
-    except BaseException:
+    except UNDO:
         capture.close()
         raise
     woken = clock.monotonic_s()

@@ -17,7 +17,7 @@ from recess.guestlink.link import GuestLink
 from recess.machines.contract import Vm
 from recess.machines.incoming import Incoming
 from recess.machines.live import Live
-from recess.machines.parts import Parts
+from recess.machines.parts import UNDO, Parts
 from recess.machines.records import spec_from_json
 from recess.machines.starting import Starter, finish
 from recess.machines.states import EXITED, PAUSED, RUNNING, WITH_VM, after_loss, next_state
@@ -189,7 +189,7 @@ class Fleet:
             if vm is not None:
                 try:
                     await self._reattach(record, vm)
-                except BaseException:
+                except UNDO:
                     self._live.pop(record.id, None)
                     await finish(vm.kill())
                     raise

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from recess.errors import Conflict, InvalidSpec, RecessError
 from recess.guestlink.link import ByteStream, GuestLink
+from recess.machines.parts import UNDO
 
 CONNECTIONS_MAX = 256  # per machine; more wait in the listener's backlog
 _PIECE = 65536
@@ -40,7 +41,7 @@ class Forwarder:
         try:
             for ip, host_port, guest_port in ports:
                 self.ports.append(await self._listen(ip, host_port, guest_port, fall_back))
-        except BaseException:
+        except UNDO:
             await self.stop()
             raise
         return list(self.ports)

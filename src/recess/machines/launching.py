@@ -18,7 +18,7 @@ from recess.ids import new_id
 from recess.machines.fleet import Fleet
 from recess.machines.identity import new_name
 from recess.machines.live import Live
-from recess.machines.parts import Parts
+from recess.machines.parts import UNDO, Parts
 from recess.machines.records import spec_to_json
 from recess.machines.service import MachineSpec
 from recess.machines.starting import Origin, finish
@@ -87,7 +87,7 @@ class Launcher:
             )
             if not fresh:
                 await self._fleet.starter.attach_main(live, skip)
-        except BaseException:
+        except UNDO:
             await finish(self._undo(live))
             raise
         return record, live, timings

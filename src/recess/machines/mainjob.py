@@ -25,7 +25,7 @@ class MainJob:
     def __init__(self, log: OutputLog, on_exit: OnExit) -> None:
         self._log = log
         self._on_exit = on_exit
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
         self._job: Job | None = None
 
     async def start(self, link: GuestLink, spec: MachineSpec) -> None:
@@ -52,7 +52,7 @@ class MainJob:
 
     def _follow(self, job: Job, skip: dict[int, int]) -> None:
         self._job = job
-        self._task = asyncio.create_task(self._pump(job, skip), name="main-job")
+        self.task = asyncio.create_task(self._pump(job, skip), name="main-job")
 
     async def _pump(self, job: Job, skip: dict[int, int]) -> None:
         try:
@@ -78,6 +78,6 @@ class MainJob:
 
     async def stop(self) -> None:
         """Stop copying; the process goes on."""
-        if self._task is not None and self._task is not asyncio.current_task():
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)

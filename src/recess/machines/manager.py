@@ -23,7 +23,7 @@ from recess.machines.launching import Launcher
 from recess.machines.live import Live
 from recess.machines.mainjob import JOB_ID
 from recess.machines.outputlog import read_output
-from recess.machines.parts import Parts
+from recess.machines.parts import UNDO, Parts
 from recess.machines.records import check_spec, machine_row, vm_spec
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
@@ -42,11 +42,11 @@ class Manager:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.templates = Templates(parts)
-        self._fleet = Fleet(parts, self.templates)
-        self._launcher = Launcher(parts, self._fleet)
-        self._taker = SnapshotTaker(parts, self._fleet)
+        self.fleet = Fleet(parts, self.templates)
+        self._launcher = Launcher(parts, self.fleet)
+        self._taker = SnapshotTaker(parts, self.fleet)
         self._stored = StoredSnapshots(parts, self.templates)
-        self._back = BringBack(parts, self._fleet, self._launcher, self._taker, self._stored)
+        self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -62,17 +62,17 @@ class Manager:
 
     async def link(self, machine_id: str) -> GuestLink:
         """Return the guest link of a running machine (also of one whose main process has ended a moment ago)."""
-        live = self._fleet.find(machine_id)
+        live = self.fleet.find(machine_id)
         if live is not None and live.paused_since == 0.0:
             return live.link
         record = await self._record(machine_id)
         next_state(record.state, "use", f"machine {record.name}")
-        return self._fleet.need(record.id).link
+        return self.fleet.need(record.id).link
 
     async def stats(self, ref: str) -> dict[str, Any]:
         """Return numbers of the VM's processes and, when guestd answers in time, of the guest."""
         record = await self._record(ref)
-        live = self._fleet.need(record.id)
+        live = self.fleet.need(record.id)
         out: dict[str, Any] = asdict(await live.vm.stats())
         if live.paused_since == 0.0:
             try:
@@ -93,7 +93,7 @@ class Manager:
 
     async def console(self, ref: str) -> bytes:
         """Return the tail of the serial console of a machine that has a VM."""
-        return self._fleet.need((await self._record(ref)).id).vm.console_tail()
+        return self.fleet.need((await self._record(ref)).id).vm.console_tail()
 
     async def _record(self, ref: str) -> MachineRecord:
         return await self._parts.catalog.machines.get(ref)
@@ -106,11 +106,11 @@ class Manager:
         build_policy(spec.allow, spec.routes)
         boot = await self._parts.images.boot_files(spec.image)
         record = await self._launcher.claim(spec, name=name, session=session)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             try:
                 template = await self.templates.ensure(spec.image, vm_spec(spec, boot))
                 record, _, _ = await self._launcher.launch(record, template_origin(template), epoch=epoch, fresh=True)
-            except BaseException:
+            except UNDO:
                 await self._launcher.abandon(record)
                 raise
         return machine_row(record)
@@ -118,37 +118,44 @@ class Manager:
     async def pause(self, ref: str) -> None:
         """Freeze the workload, then stop the vCPUs. If the guest does not freeze, it runs on and GuestFailed says so."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "pause", f"machine {record.name}")
-            live = self._fleet.need(record.id)
+            live = self.fleet.need(record.id)
             await live.link.freeze(sync=True, timeout_s=10.0)
             live.workload_frozen = True
             try:
                 await live.vm.pause()
                 live.paused_since = self._parts.clock.monotonic_s()
                 await self._parts.catalog.machines.update(record.id, state=after)
-            except BaseException:
+            except UNDO:
                 await finish(self._taker.wake(live))
                 raise
 
     async def unpause(self, ref: str) -> None:
         """Let a paused machine run again, its clock set."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
-            record = await self._record(record.id)
-            after = next_state(record.state, "unpause", f"machine {record.name}")
-            await self._taker.wake(self._fleet.need(record.id))
-            await self._parts.catalog.machines.update(record.id, state=after)
+        async with self.fleet.lock(record.id):
+            await self._unpause(await self._record(record.id), epoch=None)
+
+    async def _unpause(self, record: MachineRecord, *, epoch: int | None) -> None:
+        after = next_state(record.state, "unpause", f"machine {record.name}")
+        live = self.fleet.need(record.id)
+        meta = record.meta
+        if epoch is not None and epoch != live.epoch:
+            self.fleet.starter.change_epoch(live, record, epoch)
+            meta = {**meta, "epoch": epoch}
+        await self._taker.wake(live)
+        await self._parts.catalog.machines.update(record.id, state=after, meta=meta)
 
     async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
         """SIGTERM the main process, wait, then end the VM: state exited. One that has exited may be stopped again."""
         record = await self._record(ref)
-        live = self._fleet.find(record.id)
+        live = self.fleet.find(record.id)
         code: int | None = None
         if live is not None and record.state == RUNNING:
             code = await self._terminate(live, timeout_s)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "stop", f"machine {record.name}")
             if record.state in (RUNNING, PAUSED):
@@ -158,9 +165,9 @@ class Manager:
                 )
             elif record.state != after:
                 await self._parts.catalog.machines.update(record.id, state=after, status="stopped while suspended")
-            await self._fleet.end(record.id, "stopped")
+            await self.fleet.end(record.id, "stopped")
             if live is not None and live.spec.remove_on_exit:
-                await self._fleet.forget(record.id)
+                await self.fleet.forget(record.id)
 
     async def _terminate(self, live: Live, timeout_s: float) -> int | None:
         if live.main is None or live.main.job is None:
@@ -176,24 +183,24 @@ class Manager:
         """End the VM at once, whatever else is going on with it; state dead. A dead machine may be killed again."""
         record = await self._record(ref)
         if record.state != CREATING:
-            await self._fleet.end(record.id, why)  # without the lock: what holds it fails quickly now
-        async with self._fleet.lock(record.id):
+            await self.fleet.end(record.id, why)  # without the lock: what holds it fails quickly now
+        async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "kill", f"machine {record.name}")
             if record.state != DEAD:
                 await self._parts.catalog.machines.update(record.id, state=after, status=why)
-            await self._fleet.end(record.id, why)
+            await self.fleet.end(record.id, why)
 
     async def remove(self, ref: str, *, force: bool = False) -> None:
         """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay."""
         record = await self._record(ref)
         if force and record.state in WITH_VM:
             await self.kill(record.id, why="removed")
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             next_state(record.state, "remove", f"machine {record.name}")
-            await self._fleet.end(record.id, "removed")
-            await self._fleet.forget(record.id)
+            await self.fleet.end(record.id, "removed")
+            await self.fleet.forget(record.id)
 
     # --- snapshots ---------------------------------------------------------------------------------------------
 
@@ -209,7 +216,7 @@ class Manager:
     ) -> SnapshotRow:
         """Take and store a snapshot; see `SnapshotTaker.snapshot`."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             return await self._taker.snapshot(
                 record, name=name, why=why, log_position=log_position, epoch=epoch, resume=resume
@@ -218,24 +225,25 @@ class Manager:
     async def evict(self, ref: str, *, snapshot: str) -> None:
         """End the VM of a paused machine whose snapshot is stored: state suspended."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             await self._taker.evict(await self._record(record.id), snapshot)
 
     async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
         """Put a machine away under its identity."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             return await self._taker.suspend(await self._record(record.id), why)
 
     async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
         """Bring back a paused (rung 1) or suspended machine (rung 2)."""
         record = await self._record(ref)
         began = self._parts.clock.monotonic_s()
-        if record.state == PAUSED:
-            await self.unpause(record.id)
-            return ResumeReport(1, "it was parked in memory", self._parts.clock.monotonic_s() - began)
-        async with self._fleet.lock(record.id):
-            return await self._back.resume(await self._record(record.id), epoch)
+        async with self.fleet.lock(record.id):
+            record = await self._record(record.id)
+            if record.state != PAUSED:
+                return await self._back.resume(record, epoch)
+            await self._unpause(record, epoch=epoch)
+        return ResumeReport(1, "it was parked in memory", self._parts.clock.monotonic_s() - began)
 
     async def restore(
         self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
@@ -246,14 +254,14 @@ class Manager:
             record, report = await self._back.restore_new(row, name=name, session=session, epoch=epoch)
             return machine_row(record), report
         known = await self._record(machine_id)
-        async with self._fleet.lock(known.id):
+        async with self.fleet.lock(known.id):
             record, report = await self._back.restore_as(await self._record(known.id), row, epoch)
         return machine_row(record), report
 
     async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
         """Make `count` children of a machine, each with an identity of its own; the parent goes on."""
         record = await self._record(ref)
-        async with self._fleet.lock(record.id):
+        async with self.fleet.lock(record.id):
             children = await self._back.fork(await self._record(record.id), count, names, session)
         return [machine_row(child) for child in children]
 
@@ -281,11 +289,11 @@ class Manager:
 
     async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
         """The keeper kills the VM unless this is called again in time."""
-        await self._fleet.need(machine_id).vm.set_deadline(seconds)
+        await self.fleet.need(machine_id).vm.set_deadline(seconds)
 
     async def wait_dead(self, machine_id: str) -> str:
         """Return the reason when the VM is gone; at once if there is none."""
-        live = self._fleet.find(machine_id)
+        live = self.fleet.find(machine_id)
         if live is None:
             return (await self._record(machine_id)).status or "it has no VM"
         await live.gone.wait()
@@ -293,20 +301,20 @@ class Manager:
 
     def set_incoming(self, machine_id: str, service: str, handler: IncomingHandler | None) -> None:
         """Route streams that the guest opens for this service; survives link renewals."""
-        self._fleet.incoming.set(machine_id, service, handler)
+        self.fleet.incoming.set(machine_id, service, handler)
 
     # --- the server comes and goes -----------------------------------------------------------------------------
 
     async def recover(self) -> dict[str, int]:
         """Take over what an earlier server left; returns counts: adopted, lost, strays."""
         self.templates.sweep()
-        return await self._fleet.recover()
+        return await self.fleet.recover()
 
     async def close(self, *, detach: bool = True) -> None:
         """Let go of the VMs (`detach`: they run on for the next server) or put every machine away first."""
         if not detach:
-            await asyncio.gather(*(self._put_away(live.id) for live in self._fleet.all()), return_exceptions=True)
-        await self._fleet.detach()
+            await asyncio.gather(*(self._put_away(live.id) for live in self.fleet.all()), return_exceptions=True)
+        await self.fleet.detach()
 
     async def _put_away(self, machine_id: str) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from recess.machines.contract import BootFiles, Driver, PageSet
 from recess.snapshots.contract import PageSource, SnapshotStore
 
 Progress = Callable[[str], None]
+
+UNDO = (Exception, asyncio.CancelledError)
+"""What clean-up is done for: every failure and Ctrl-C, but not `crashpoints.Crashed`, which plays the death of this very
+process, after which nobody cleans up but the next server."""
 
 NO_PAGES = PageSet(memoryview(b""), memoryview(b""))
 

@@ -18,7 +18,7 @@ from recess.errors import GuestFailed, IllegalState, NameInUse, NotFound, Timeou
 from recess.machines.capture import Taken, figures, snapshot_meta, store_capture, take
 from recess.machines.fleet import Fleet
 from recess.machines.live import Live
-from recess.machines.parts import Parts
+from recess.machines.parts import UNDO, Parts
 from recess.machines.records import snapshot_row
 from recess.machines.service import SnapshotRow
 from recess.machines.starting import finish
@@ -108,7 +108,7 @@ class SnapshotTaker:
             return await self.store(
                 record, live, taken, name=name, why=why, log_position=log_position, epoch=epoch, state=state
             )
-        except BaseException:
+        except UNDO:
             if record.state == RUNNING and state == PAUSED:
                 await finish(self.wake(live))
             raise

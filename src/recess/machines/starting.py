@@ -7,6 +7,7 @@ So a fork whose random numbers were not reseeded, or whose clock and name are it
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -23,7 +24,7 @@ from recess.machines.incoming import Incoming
 from recess.machines.live import Live
 from recess.machines.mainjob import MainJob
 from recess.machines.outputlog import OutputLog
-from recess.machines.parts import NO_PAGES, Parts
+from recess.machines.parts import NO_PAGES, UNDO, Parts
 from recess.machines.records import spec_from_json
 from recess.machines.templates import Template
 
@@ -73,7 +74,7 @@ class Starter:
             live = Live(record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True)
             live.thaw = self.thaw_maker(record, epoch)
             await self._thaw(live)
-        except BaseException as exc:
+        except UNDO as exc:
             if isinstance(exc, RecessError):
                 exc.details.setdefault("console", vm.console_tail(2000).decode(errors="replace"))
             await finish(vm.kill())
@@ -86,6 +87,13 @@ class Starter:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         env = guest_env(record.id, record.name, record.session, spec)
         return lambda: make_thaw(record.id, record.name, epoch, env, self._parts.clock.wall_s())
+
+    def change_epoch(self, live: Live, record: MachineRecord, epoch: int) -> None:
+        """Put a paused VM under a new epoch: its next wake-up tells the guest, the broker knows at once."""
+        live.epoch = epoch
+        live.thaw = self.thaw_maker(record, epoch)
+        live.drift_s = math.inf  # so that the wake-up is a thaw
+        self.let_out(live)
 
     async def _thaw(self, live: Live) -> None:
         # The handler and the policy come first: a workload that wakes up may call out in its first millisecond.
@@ -145,7 +153,7 @@ async def finish(work: Awaitable[None]) -> None:
             await asyncio.shield(task)
         except asyncio.CancelledError as exc:
             cancelled = exc
-        except BaseException:
+        except Exception:
             break  # the work's own failure: raised below
     if cancelled is not None and not task.cancelled():
         task.exception()  # looked at: the cancellation matters more

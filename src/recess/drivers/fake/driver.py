@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ from recess.machines.contract import Capabilities, Capture, Fingerprint, Restore
 from recess.units import PAGE_BYTES
 
 _CONSOLE_BYTES = 65536
+_VMSTATE = b"fake-vmstate-1 "
+
+
+def _device_state() -> bytes:
+    """Return a device state that, like a real one, is never twice the same."""
+    return _VMSTATE + secrets.token_bytes(64)
 
 
 @dataclass
@@ -146,7 +153,7 @@ class FakeVm:
         standstill = time.perf_counter() - start
         return Capture(
             memory=changed(memory, self._base_memory), disk=changed(disk, self._base_disk),
-            vmstate=b"fake-vmstate-1", base=self.base, fingerprint=fingerprint,
+            vmstate=_device_state(), base=self.base, fingerprint=fingerprint,
             standstill_s=standstill if resume else 0.0, memory_pages_total=self.spec.memory_bytes // PAGE_BYTES,
             disk_blocks_total=self.spec.disk_bytes // PAGE_BYTES, timings_s={"pages": standstill},
         )  # fmt: skip
@@ -161,7 +168,7 @@ class FakeVm:
         ref = TemplateRef(self.id, directory / "ram", directory / "disk", directory / "vmstate")
         _write_pages(ref.ram, memory, self.spec.memory_bytes)
         _write_pages(ref.disk, disk, self.spec.disk_bytes)
-        ref.vmstate.write_bytes(b"fake-vmstate-1")
+        ref.vmstate.write_bytes(_device_state())
         await self.kill()
         return ref
 
@@ -254,7 +261,7 @@ class FakeDriver:
             base_memory = _read_pages(parts.template.ram, spec.memory_bytes // PAGE_BYTES)
             base_disk = _read_pages(parts.template.disk, spec.disk_bytes // PAGE_BYTES)
         self.host.maybe_die("restore")
-        if parts.vmstate != b"fake-vmstate-1":
+        if not parts.vmstate.startswith(_VMSTATE):
             raise DriverFailed("fake VMM: the device state is not ours")
         memory = base_memory | as_pages(parts.memory)
         disk = base_disk | as_pages(parts.disk)
