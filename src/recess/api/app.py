@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -26,10 +27,19 @@ from recess.config import Config
 from recess.errors import BadInput, NotFound, RecessError
 from recess.node.local import LocalNode
 
+log = logging.getLogger(__name__)
+
 
 async def _on_error(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, RecessError)  # noqa: S101 - registered for this class only
     return problem(exc)
+
+
+async def _on_defect(request: Request, exc: Exception) -> Response:
+    # A defect of ours: the trace goes to the server's log (the middleware raises it again), the client gets one line.
+    log.error("%s %s failed", request.method, request.url.path, exc_info=exc)
+    what = f"the server failed at {request.method} {request.url.path}: {type(exc).__name__}: {exc}"
+    return problem(RecessError(what, hint="a defect in recess; the trace is in server.log in the home"))
 
 
 async def _on_http(request: Request, exc: Exception) -> Response:
@@ -65,7 +75,9 @@ class RequireToken:
 def make_app(node: LocalNode, hub: ProgressHub) -> Starlette:
     """Return the application over an open node."""
     routes = [*routes_node.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES, *routes_machines.ROUTES]
-    app = Starlette(routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http})
+    app = Starlette(
+        routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect}
+    )
     app.state.context = Context(node=node, hub=hub)
     return app
 

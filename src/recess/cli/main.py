@@ -106,7 +106,7 @@ def run_cli(args: list[str]) -> int:
         return 130
     except RecessError as exc:
         # Docker's rule: `run` answers 125 for failures of our own, so that they are not taken for the guest's.
-        code = 125 if command in ("run", "exec") and exc.exit_code == 1 else exc.exit_code
+        code = 125 if command == "run" and exc.exit_code == 1 else exc.exit_code
         output.error(exc, code)
         return code
     return result if isinstance(result, int) else 0

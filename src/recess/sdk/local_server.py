@@ -6,14 +6,16 @@ find the winner's socket.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from recess.config import Config
-from recess.errors import RecessError, ServerUnavailable
-from recess.sdk.transport import Transport
+from recess.errors import HomeLocked, RecessError, ServerUnavailable
+from recess.sdk.transport import Transport, error_from
 
 START_TIMEOUT_S = 30.0
 
@@ -41,6 +43,17 @@ def _tail(path: Path, limit: int = 2000) -> str:
         return ""
 
 
+def _last_error(log_path: Path) -> RecessError:
+    """Return why a server ended: the typed error it wrote last, else a pointer to its log."""
+    lines = _tail(log_path).strip().splitlines()
+    with suppress(ValueError):
+        data = json.loads(lines[-1]) if lines else None
+        if isinstance(data, dict) and "code" in data:
+            return error_from(data)
+    last = f": {lines[-1][:200]}" if lines else ""
+    return ServerUnavailable(f"the local server ended while starting{last}", hint=f"see {log_path}")
+
+
 def start_server(config: Config) -> Transport:
     """Start a detached server process and wait until it answers. Raises ServerUnavailable with the log's tail."""
     config.home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -57,11 +70,9 @@ def start_server(config: Config) -> Transport:
             return transport
         if process.poll() is not None and not is_up(transport):
             # It may have lost the race for the home: give the winner a moment to open its socket.
-            lost_race = "home_locked" in _tail(log_path)
-            if not lost_race:
-                raise ServerUnavailable(
-                    "the local server ended while starting", hint=f"see {log_path}", log=_tail(log_path)
-                )
+            error = _last_error(log_path)
+            if not isinstance(error, HomeLocked):
+                raise error
         time.sleep(0.02)
     raise ServerUnavailable(f"the local server did not answer within {START_TIMEOUT_S:.0f} s", hint=f"see {log_path}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,7 @@ def up(inv: Invocation, listen: str, detached: bool) -> int:
 
     # A client that goes away while we write must be an error of that write, not our end.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     address = _address(listen)
     if address and address[0] not in ("127.0.0.1", "localhost", "::1") and not inv.config.token:
         raise BadInput(f"--listen {listen}: set RECESS_TOKEN before listening beyond this host")
