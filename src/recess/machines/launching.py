@@ -6,6 +6,7 @@ leaves something that the next start recognises and cleans up.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,6 +47,9 @@ class Launcher:
         for last in (n == _NAME_TRIES - 1 for n in range(_NAME_TRIES)):
             try:
                 return await self._parts.catalog.machines.insert(record)
+            except asyncio.CancelledError:
+                await self.abandon(record)  # it may have been inserted all the same
+                raise
             except NameInUse:
                 if name or last:
                     raise

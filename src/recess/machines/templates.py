@@ -113,8 +113,9 @@ class Templates:
 
     async def by_id(self, template_id: str) -> Template:
         """Return the template that a snapshot names. Raises NotFound, Corrupt."""
-        if template_id in self._loaded and self._cached(template_id):
-            return self._loaded[template_id]
+        known = self._loaded.get(template_id)
+        if known is not None and self._cached(template_id, known.spec):
+            return known
         manifest = await asyncio.to_thread(self._parts.store.manifest, template_id)
         vm = manifest_vm(manifest)
         boot = await self._parts.images.boot_files_by_hash(str(vm["root"]), str(vm["kernel"]), str(vm["initrd"]))
@@ -127,22 +128,27 @@ class Templates:
     def _folder(self, template_id: str) -> Path:
         return self._dir / template_id[-32:]  # a unix path is short, and 128 bits are plenty
 
-    def _cached(self, template_id: str) -> bool:
+    def _cached(self, template_id: str, spec: VmSpec) -> bool:
+        """Tell whether the files are there, whole as far as their sizes tell (they appear at once, by a rename)."""
         folder = self._folder(template_id)
-        return all((folder / name).is_file() for name in _FILES)
+        try:
+            sizes = [(folder / name).stat().st_size for name in _FILES]
+        except FileNotFoundError:
+            return False
+        return sizes[:2] == [spec.memory_bytes, spec.disk_bytes] and sizes[2] > 0
 
     async def _load(self, template_id: str, spec: VmSpec) -> Template:
         known = self._loaded.get(template_id)
-        if known is not None and self._cached(template_id):
+        if known is not None and self._cached(template_id, spec):
             return known
         sources = await self._parts.images.sources(spec.boot)
-        if not self._cached(template_id):
+        if not self._cached(template_id, spec):
             self._parts.progress("rebuilding the template's memory from its layers")
             await asyncio.to_thread(self._rebuild, template_id, sources)
         folder = self._folder(template_id)
         ref = TemplateRef(template_id, folder / "ram", folder / "disk", folder / "vmstate")
-        if ref.ram.stat().st_size != spec.memory_bytes or ref.disk.stat().st_size != spec.disk_bytes:
-            raise Corrupt(f"template {template_id[:16]}: its cached files have the wrong size")
+        if not self._cached(template_id, spec):
+            raise Corrupt(f"template {template_id[:16]}: its parts have not the sizes that its row says")
         template = Template(template_id, ref, spec, MappedTemplate(ref), sources, ref.vmstate.read_bytes())
         self._loaded[template_id] = template
         return template
