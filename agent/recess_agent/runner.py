@@ -91,4 +91,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2 or argv[0] != "run":
         sys.stderr.write("usage: python3 -m recess_agent run AGENT.py\n")
         return 2
-    return asyncio.run(_main(argv[1]))
+    code = asyncio.run(_main(argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code

@@ -64,13 +64,12 @@ class Desk:
         """The same for who holds the lock already."""
         if not drafts:
             return []
-        for draft in drafts:
-            crash_point(f"session.before_{draft.kind.replace('.', '_')}")
+        crash_point("session.before_append")
         done = await self._log.append(self.session, self.epoch, drafts)
         for draft, one in zip(drafts, done, strict=True):
             if not one.replayed:
                 self.facts = observe(self.facts, self._entry(draft, one.position))
-            crash_point(f"session.after_{draft.kind.replace('.', '_')}")
+            _crash_after(draft.kind)
         return [one.position for one in done]
 
     def _entry(self, draft: Draft, position: int) -> Entry:
@@ -152,6 +151,27 @@ class Desk:
             "call_id": call.call_id, "name": call.name, "arguments": dict(call.arguments), "effect": call.effect,
             "verify": call.verify, "key": call_key(self.session, turn, call.call_id),
         }  # fmt: skip
+
+
+def _crash_after(kind: str) -> None:
+    """Named points, one for each class of entry whose being the last one matters to recovery."""
+    match kind:
+        case "turn.start":
+            crash_point("session.after_turn_start")
+        case "turn.end":
+            crash_point("session.after_turn_end")
+        case "assistant":
+            crash_point("session.after_assistant")
+        case "tool.start":
+            crash_point("session.after_tool_start")
+        case "tool.result" | "tool.settled" | "tool.doubt":
+            crash_point("session.after_tool_result")
+        case "code":
+            crash_point("session.after_code")
+        case "turn.cut":
+            crash_point("session.after_settle")
+        case "machine.restore":
+            crash_point("session.after_restore")
 
 
 async def read_back(log: SessionLog, row: SessionRow, since: int) -> list[Entry]:

@@ -145,6 +145,17 @@ class MachineHand:
             self._gate.dismiss(machine_id)
             self._on_dead(reason)
 
+    async def answers(self) -> bool:
+        """Ping the guest. A machine that does not answer is ended: half a machine serves nobody."""
+        if not self.alive:
+            return False
+        try:
+            await (await self._deps.machines.link(self.machine_id)).ping(PING_S)
+        except RecessError as exc:
+            await self.kill(f"does not answer: {exc.message}")
+            return False
+        return True
+
     async def let_go(self) -> None:
         """Stop acting on the machine; it is left as it is. May be called twice."""
         self.alive = False

@@ -49,6 +49,8 @@ async def fail_turn(sup: Supervisor, why: str) -> None:
 async def restart_agent(sup: Supervisor) -> None:
     """Settle what the dead process left open; if nothing is open (any more), start a process."""
     desk = sup.held_desk
+    if not await sup.hand.answers():
+        return  # the process ended because the machine did: look again
     if desk.facts.open and not desk.facts.cut:
         await sup.agent.shut()
         await settle_turn(sup.deps.log, desk, cause="crash", detail=end_detail(sup), machine_lives=True)

@@ -14,7 +14,7 @@ from typing import Any
 
 from recess.catalog import AgentVersion
 from recess.contextlog.contract import Appended, Delta, Draft, Entry, SessionRow
-from recess.errors import BadInput, IllegalState, NotFound, RecessError, Timeout, Unavailable
+from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.sessions import branching
 from recess.sessions.agent_config import check_config, config_from_source
@@ -292,12 +292,12 @@ class Sessions:
         try:
             while True:
                 await supervisor.run()
-                if self._closing or not await self._has_work(session):
-                    return
                 failure = supervisor.failure
+                if self._closing or not await self._has_work(session, failed=failure is not None):
+                    return
                 if failure is not None:
                     log.warning("session %s: %s", session, failure.message)
-                    if not isinstance(failure, Unavailable | Timeout) or tries >= len(RETRIES_S):
+                    if isinstance(failure, Fenced) or tries >= len(RETRIES_S):
                         return
                     await self._deps.clock.sleep(RETRIES_S[tries])
                     tries += 1
@@ -313,12 +313,15 @@ class Sessions:
                 del self._live[session]
                 self._tasks.pop(session, None)
 
-    async def _has_work(self, session: str) -> bool:
+    async def _has_work(self, session: str, *, failed: bool) -> bool:
         try:
             row = await self._deps.log.get(session)
         except NotFound:
             return False
-        return row.state != "closed" and bool(await self._deps.log.inbox_after(session, row.consumed))
+        if row.state == "closed":
+            return False
+        half_done = failed and row.state in ("running", "parked")
+        return half_done or bool(await self._deps.log.inbox_after(session, row.consumed))
 
     async def _stop(self, session: str) -> None:
         """Stop the supervisor of a session and leave its machine as it is."""

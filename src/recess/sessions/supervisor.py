@@ -217,7 +217,8 @@ class Supervisor:
         with contextlib.suppress(RecessError):
             row = await self.deps.log.get(self.session)
             await self.save_meta(failure=exc.message)
-            state = self.state if self.hand.alive else "frozen" if row.snapshot else "cold"
+            half_done = self.hand.alive or self.desk.facts.open
+            state = self.state if half_done else "frozen" if row.snapshot else "cold"
             await self.deps.log.release(self.session, self.desk.epoch, state=state)
 
     # -- commands --------------------------------------------------------------------------------------------------

@@ -9,18 +9,15 @@ a fork, has the files and no processes. No isolation whatever: run only code you
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import shutil
 import signal
-import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recess.errors import IllegalState, NotFound, Unsupported
-from recess.guestlink.link import ByteStream, ExecRequest, IncomingHandler
+from recess.errors import IllegalState, NotFound
+from recess.guestlink.link import IncomingHandler
 from recess.ids import new_id
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.testing.session_link import ProcessLink, SocketStream
@@ -163,10 +160,10 @@ class ProcessMachines:
     async def kill(self, ref: str, *, why: str) -> None:
         machine = self._find(ref)
         self._note("kill", machine.row.id)
+        self._set(machine, state="dead", status=why)
         machine.link.signal_all(signal.SIGKILL)
         await self._cut(machine)
         await machine.link.reap()
-        self._set(machine, state="dead", status=why)
         machine.dead.set()
 
     async def remove(self, ref: str, *, force: bool = False) -> None:
@@ -266,28 +263,3 @@ class ProcessMachines:
             server.close()
         for stream in list(machine.streams):
             await stream.close()
-
-
-__all__ = ["ByteStream", "ExecRequest", "ProcessMachine", "ProcessMachines", "Unsupported", "python_bin"]
-
-
-def python_bin() -> str:
-    """The interpreter agents run under here."""
-    return os.environ.get("RECESS_TEST_AGENT_PYTHON") or sys.executable
-
-
-def only(values: Mapping[str, Any]) -> Any:
-    """Return the one value."""
-    (value,) = values.values()
-    return value
-
-
-async def collect(source: AsyncIterator[Any], count: int) -> list[Any]:
-    """Return the first `count` items of an async iterator."""
-    out: list[Any] = []
-    with contextlib.suppress(StopAsyncIteration):
-        async for item in source:
-            out.append(item)
-            if len(out) == count:
-                break
-    return out

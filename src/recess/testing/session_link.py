@@ -128,6 +128,11 @@ class ProcessLink:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(one.info.pid, number)
 
+    def outputs(self) -> str:
+        """Return what the processes have printed, for a failed test's message."""
+        parts = (f"{name} ({one.process.returncode}): {b''.join(one.output)!r}" for name, one in self._jobs.items())
+        return "; ".join(parts)
+
     async def reap(self) -> None:
         """Wait for killed processes."""
         for one in self._jobs.values():

@@ -88,13 +88,21 @@ class World:
 
     async def until(self, session: str, kind: str, *, count: int = 1, timeout_s: float = 20.0) -> Entry:
         """Wait until the log holds `count` entries of a kind and return the last of them."""
-        async with asyncio.timeout(timeout_s):
-            while True:
-                row = await self.log.get(session)
-                found = await self.entries(session, kind)
-                if len(found) >= count:
-                    return found[count - 1]
-                await self.log.wait(session, row.head, 1.0)
+        deadline = self.clock.monotonic_s() + timeout_s
+        while self.clock.monotonic_s() < deadline:
+            row = await self.log.get(session)
+            found = await self.entries(session, kind)
+            if len(found) >= count:
+                return found[count - 1]
+            await self.log.wait(session, row.head, 0.5)
+        raise AssertionError(f"no {kind} number {count} within {timeout_s} s:\n" + await self.describe(session))
+
+    async def describe(self, session: str) -> str:
+        """Return the session as text, for a failed test's message."""
+        row = await self.log.get(session)
+        lines = [f"{e.position:4} t{e.turn} {e.kind:16} {e.ref} {dict(e.body)}" for e in await self.entries(session)]
+        jobs = [f"{one.row.id} {one.row.state}: {one.link.outputs()}" for one in self.machines.machines.values()]
+        return "\n".join([str(row), *lines, *jobs])
 
     async def until_state(self, session: str, state: str, *, timeout_s: float = 20.0) -> None:
         """Wait until the session's row says this state and, for a frozen one, until its supervisor is gone."""

@@ -1,0 +1,209 @@
+"""Crashes in the middle of a turn: what is lost is said, what happened once stays once."""
+
+import asyncio
+import importlib.util
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from recess.testing.session_world import texts, world
+
+_spec = importlib.util.spec_from_file_location("session_agents", Path(__file__).with_name("session_agents.py"))
+agents = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(agents)
+
+
+@asynccontextmanager
+async def coder_world(tmp_path, **settings):
+    async with world(**settings) as w:
+        await deploy(w, tmp_path, "1")
+        yield w, (await w.sessions.start("coder")).id
+
+
+async def deploy(w, shared, version, **config):
+    files = {"agent.py": agents.coder(version)}
+    return await w.sessions.deploy("coder", files, {"env": {"SHARED": str(shared)}, **config})
+
+
+async def appears(path):
+    async with asyncio.timeout(20):
+        while not path.exists():
+            await asyncio.sleep(0.01)
+
+
+def notes(entries):
+    return [e.body for e in entries if e.kind == "note"]
+
+
+def kinds(entries):
+    return [e.kind for e in entries]
+
+
+async def machine_of(w, session):
+    return (await w.log.get(session)).meta["machine"]
+
+
+async def test_server_dies_and_the_machine_lives_on(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        await w.crash_server()
+        assert await w.sessions.recover() == [s]
+        await w.until(s, "machine.restore", count=2)
+        (tmp_path / "go-a").touch()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert "turn.cut" not in kinds(log)
+        assert kinds(log).count("turn.start") == 1
+        assert (tmp_path / "work-a").read_text() == "x\n"
+        assert texts(log)[-1] == "after: worked a"
+        restore = [e for e in log if e.kind == "machine.restore"][-1]
+        assert restore.body["rung"] == 1
+        assert restore.body["agent_kept"] is True
+
+
+async def test_server_dies_and_the_tool_ends_before_the_next_server(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        await w.sessions.abandon()
+        await w.machines.drop_streams()
+        (tmp_path / "go-a").touch()
+        w.new_server()
+        await w.sessions.recover()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert kinds(log).count("tool.result") == 1
+        assert kinds(log).count("turn.start") == 1
+
+
+async def test_machine_dies_in_a_local_tool(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "hi", turn=1)
+        await w.until_state(s, "frozen")
+        await w.sessions.send(s, "work a", key="2")
+        await appears(tmp_path / "work-a")
+        await w.machines.kill(await machine_of(w, s), why="test")
+        await w.until(s, "turn.end", count=2)
+        log = await w.entries(s)
+        result = [e for e in log if e.kind == "tool.result"][-1]
+        assert result.body["error"] is True
+        assert "lost" in result.body["output"]
+        restore = [e for e in log if e.kind == "machine.restore"][-1]
+        assert restore.body["stale"] is True
+        assert restore.body["rung"] == 2
+        assert [e.body["attempt"] for e in log if e.kind == "turn.start" and e.turn == 2] == [1, 2]
+        assert "machine.lost" in kinds(log)
+        assert notes(log)[-1]["attempt"] == 2
+        assert "[recess]" in texts(log)[-1]  # the model was told, and said so
+
+
+async def test_machine_dies_before_any_snapshot_gives_a_fresh_one(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        await w.machines.kill(await machine_of(w, s), why="test")
+        await w.until(s, "turn.end")
+        restore = (await w.entries(s, "machine.restore"))[-1]
+        assert restore.body["rung"] == 5
+        assert restore.body["stale"] is True
+        assert "fresh" in restore.body["lost"]
+
+
+async def test_charge_stands_once_when_machine_and_server_die(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "charge 500", key="1")
+        await appears(tmp_path / "charge-done")
+        machine = await machine_of(w, s)
+        await w.sessions.abandon()
+        await w.machines.kill(machine, why="test")
+        w.new_server()
+        await w.sessions.recover()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert len((tmp_path / "charges").read_text().split()) == 1
+        settled = [e for e in log if e.kind == "tool.settled"]
+        assert len(settled) == 1
+        assert settled[0].body["by"] == "verify"
+        assert "tool.doubt" not in kinds(log)
+        cut = [e for e in log if e.kind == "turn.cut"]
+        assert [e.body["cause"] for e in cut] == ["crash"]
+
+
+async def test_a_charge_that_did_not_happen_is_made(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "charge 500", key="1")
+        await appears(tmp_path / "charge-done")
+        machine = await machine_of(w, s)
+        await w.sessions.abandon()
+        await w.machines.kill(machine, why="test")
+        (tmp_path / "charges").unlink()  # the provider never saw it
+        (tmp_path / "go-charge").touch()
+        w.new_server()
+        await w.sessions.recover()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert len((tmp_path / "charges").read_text().split()) == 1
+        assert kinds(log).count("tool.result") == 1
+
+
+async def test_once_without_verify_is_a_visible_doubt(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "launch rocket", key="1")
+        await appears(tmp_path / "launches")
+        await w.machines.kill(await machine_of(w, s), why="test")
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert kinds(log).count("tool.doubt") == 1
+        assert (tmp_path / "launches").read_text() == "rocket\n"
+
+
+async def test_pure_is_run_again(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "look sky", key="1")
+        await appears(tmp_path / "looks")
+        (tmp_path / "go-look").touch(exist_ok=True)
+        await w.until(s, "turn.end")
+        (tmp_path / "go-look").unlink()
+        await w.sessions.send(s, "look sea", key="2")
+        async with asyncio.timeout(20):
+            while "sea" not in (tmp_path / "looks").read_text():
+                await asyncio.sleep(0.01)
+        await w.machines.kill(await machine_of(w, s), why="test")
+        (tmp_path / "go-look").touch()
+        await w.until(s, "turn.end", count=2)
+        log = await w.entries(s)
+        results = [e.body for e in log if e.kind == "tool.result"]
+        assert results[-1] == {"output": "seen sea"}
+
+
+async def test_attempts_are_capped_and_the_session_waits_for_a_human(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "die 3", key="1")
+        end = await w.until(s, "turn.end", timeout_s=40)
+        assert end.body["status"] == "failed"
+        log = await w.entries(s)
+        assert "code 3" in end.body["error"]
+        assert kinds(log).count("turn.cut") == 3
+        assert [e.body["attempt"] for e in log if e.kind == "turn.start"] == [1, 2, 3]
+        assert len((tmp_path / "deaths").read_text().split()) == 3
+        after = await w.say(s, "hi", turn=2)
+        assert after[-1].body["status"] == "done"
+
+
+@pytest.mark.parametrize("detach", [True])
+async def test_detached_server_leaves_the_machine_to_the_next(tmp_path, detach):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        await w.sessions.shutdown(detach=detach)
+        machine = await machine_of(w, s)
+        assert (await w.machines.get(machine)).state == "running"
+        assert w.machines.deadlines[machine] is None
+        await w.machines.drop_streams()
+        w.new_server()
+        await w.sessions.recover()
+        (tmp_path / "go-a").touch()
+        await w.until(s, "turn.end")
+        assert kinds(await w.entries(s)).count("turn.start") == 1
