@@ -74,7 +74,7 @@ async def test_one_failing_write_does_not_hurt_its_neighbours(db):
     gate.open.set()
     await first
     results = await asyncio.gather(*jobs, return_exceptions=True)
-    assert results[0] == 1 and results[2] == 2 and results[4] == 3
+    assert (results[0], results[2], results[4]) == (1, 2, 3)
     assert isinstance(results[1], NotFound)
     assert isinstance(results[3], Conflict)
     assert await db.read(ids) == [1, 2, 3]

@@ -1,0 +1,261 @@
+"""The catalog's tables: names, refs, updates in one transaction, rows that are damaged."""
+
+import pytest
+
+from recess.catalog import (
+    SCHEMA,
+    Catalog,
+    MachineRecord,
+    NodeRecord,
+    SnapshotRecord,
+    TemplateRecord,
+    TokenRecord,
+    agent_version,
+)
+from recess.catalog import machines as machine_rows
+from recess.catalog import snapshots as snapshot_rows
+from recess.db import Database
+from recess.errors import BadInput, Conflict, Corrupt, IllegalState, NameInUse, NotFound
+
+
+@pytest.fixture
+async def catalog(tmp_path):
+    db = Database.open(tmp_path / "x.db", [SCHEMA])
+    yield Catalog(db)
+    await db.close()
+
+
+def machine(number, name="", state="running", **more):
+    return MachineRecord(f"mch_{number}", name, state, {"cpus": 1}, "fake", float(number), **more)
+
+
+def snapshot(number, name="", **more):
+    return SnapshotRecord(f"snp_{number}", name, "mch_1", float(number), **more)
+
+
+async def test_a_row_comes_back_as_it_was(catalog):
+    full = machine(1, "dev", template="tpl_1", snapshot="snp_1", session="ses_1", exit_code=3, status="ok",
+                   meta={"a": [1, {"b": None}]})  # fmt: skip
+    assert await catalog.machines.insert(full) == full
+    assert await catalog.machines.get("mch_1") == full
+    assert await catalog.machines.find("mch_1") == full
+    assert await catalog.machines.find("dev") is None
+    snap = snapshot(1, "base:v1", log_position=7, epoch=2, figures={"standstill_s": 0.02})
+    await catalog.snapshots.insert(snap)
+    assert await catalog.snapshots.get("base:v1") == snap
+    template = TemplateRecord("tpl_1", "base", "key", "snp_1", 1.0)
+    await catalog.templates.insert(template)
+    assert await catalog.templates.by_key("key") == template
+    node = NodeRecord("nod_1", "n1", "unix", "up", 1.0, 2.0, {"memory_bytes": 1 << 40})
+    await catalog.nodes.insert(node)
+    assert await catalog.nodes.list_all() == [node]
+
+
+async def test_refs_are_ids_names_or_unambiguous_prefixes(catalog):
+    await catalog.machines.insert(MachineRecord("mch_ab1", "dev", "running", {}, "f", 1.0))
+    await catalog.machines.insert(MachineRecord("mch_ab2", "ab1x", "running", {}, "f", 2.0))
+    assert (await catalog.machines.get("mch_ab1")).name == "dev"
+    assert (await catalog.machines.get("ab1")).name == "dev"
+    assert (await catalog.machines.get("ab1x")).id == "mch_ab2"
+    with pytest.raises(BadInput, match="ambiguous"):
+        await catalog.machines.get("ab")
+    for ref in ("", "zz", "%", "mch_ab_", "\u00e9", "x" * 5000):
+        with pytest.raises(NotFound):
+            await catalog.machines.get(ref)
+
+
+async def test_a_name_belongs_to_one_machine_until_it_is_dead(catalog):
+    await catalog.machines.insert(machine(1, "dev"))
+    with pytest.raises(NameInUse, match="mch_1"):
+        await catalog.machines.insert(machine(2, "dev"))
+    assert await catalog.machines.find("mch_2") is None
+    await catalog.machines.update("mch_1", state="exited")
+    with pytest.raises(NameInUse):
+        await catalog.machines.insert(machine(2, "dev"))
+    await catalog.machines.update("mch_1", state="dead")
+    await catalog.machines.insert(machine(2, "dev"))
+    assert (await catalog.machines.get("dev")).id == "mch_2"
+    with pytest.raises(NameInUse, match="mch_2"):
+        await catalog.machines.update("mch_1", state="running")
+    assert (await catalog.machines.get("mch_1")).state == "dead"
+    with pytest.raises(NameInUse):
+        await catalog.machines.update("mch_1", state="running", name="dev")
+    with pytest.raises(Conflict, match="exists"):
+        await catalog.machines.insert(machine(2, "other"))
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "x", "mch_abc", "ses_1", "x" * 129, "a/b", "a:b", "\n", "é1", "a\x00"])
+async def test_illegal_names_are_refused(catalog, name):
+    with pytest.raises(BadInput):
+        await catalog.machines.insert(machine(1, name))
+    await catalog.machines.insert(machine(2, "fine"))
+    with pytest.raises(BadInput):
+        await catalog.machines.update("mch_2", name=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "ok"), [("base:v1", True), ("base", True), ("a:b:c", False), (":v1", False), ("a:", False)]
+)
+async def test_snapshot_names_may_be_tagged(catalog, name, ok):
+    if ok:
+        assert (await catalog.snapshots.insert(snapshot(1, name))).name == name
+    else:
+        with pytest.raises(BadInput):
+            await catalog.snapshots.insert(snapshot(1, name))
+
+
+async def test_updates(catalog):
+    await catalog.machines.insert(machine(1, "dev"))
+    row = await catalog.machines.update("mch_1", status="busy", meta={"x": 1}, exit_code=0)
+    assert (row.status, row.meta, row.exit_code, row.name) == ("busy", {"x": 1}, 0, "dev")
+    assert await catalog.machines.update("mch_1") == row
+    with pytest.raises(NotFound):
+        await catalog.machines.update("mch_9", status="x")
+    for changes in ({"nonsense": 1}, {"id": "mch_2"}, {"meta": {"a": object()}}):
+        with pytest.raises(BadInput):
+            await catalog.machines.update("mch_1", **changes)
+    assert await catalog.machines.get("dev") == row
+
+
+async def test_change_decides_on_the_row_it_changes(catalog):
+    await catalog.machines.insert(machine(1, state="running"))
+
+    def pause(row):
+        if row.state != "running":
+            raise IllegalState(f"it is {row.state}")
+        return {"state": "paused"}
+
+    assert (await catalog.machines.change("mch_1", pause)).state == "paused"
+    with pytest.raises(IllegalState):
+        await catalog.machines.change("mch_1", pause)
+    with pytest.raises(NotFound):
+        await catalog.machines.change("mch_2", pause)
+
+
+async def test_lists(catalog):
+    for number in range(1, 5):
+        await catalog.machines.insert(
+            machine(number, state="dead" if number == 2 else "running", session=f"ses_{number % 2}")
+        )
+    assert [m.id for m in await catalog.machines.list_all()] == ["mch_4", "mch_3", "mch_2", "mch_1"]
+    assert [m.id for m in await catalog.machines.list_in_states(["running"])] == ["mch_4", "mch_3", "mch_1"]
+    assert await catalog.machines.list_in_states([]) == []
+    assert [m.id for m in await catalog.machines.list_of_session("ses_1")] == ["mch_3", "mch_1"]
+    assert await catalog.machines.list_of_session("") == []
+    assert await catalog.machines.delete("mch_4") is True
+    assert await catalog.machines.delete("mch_4") is False
+
+
+async def test_newest_snapshot_of_a_session_at_a_position(catalog):
+    for number, position in ((1, 4), (2, 9), (3, 9)):
+        await catalog.snapshots.insert(snapshot(number, session="ses_1", log_position=position))
+    newest = catalog.snapshots.newest_of_session
+    assert [getattr(await newest("ses_1", at=at), "id", None) for at in (3, 4, 8, 9, None)] == [
+        None, "snp_1", "snp_1", "snp_3", "snp_3",
+    ]  # fmt: skip
+    assert await newest("") is None
+    assert [s.id for s in await catalog.snapshots.list_of_machine("mch_1")] == ["snp_3", "snp_2", "snp_1"]
+
+
+async def test_rows_of_two_tables_change_together_or_not_at_all(catalog):
+    await catalog.machines.insert(machine(1))
+    await catalog.snapshots.insert(snapshot(1, "taken"))
+
+    def both(name):
+        def run(tx):
+            machine_rows.update_in(tx, "mch_1", snapshot="snp_2", state="suspended")
+            snapshot_rows.insert_in(tx, snapshot(2, name))
+
+        return run
+
+    with pytest.raises(NameInUse):
+        await catalog.db.write(both("taken"))
+    assert (await catalog.machines.get("mch_1")).state == "running"
+    await catalog.db.write(both("free"))
+    assert (await catalog.machines.get("mch_1")).snapshot == (await catalog.snapshots.get("free")).id
+
+
+async def test_templates_are_one_a_key(catalog):
+    await catalog.templates.put(TemplateRecord("tpl_1", "base", "k", "snp_1", 1.0))
+    with pytest.raises(Conflict):
+        await catalog.templates.insert(TemplateRecord("tpl_2", "base", "k", "snp_2", 2.0))
+    await catalog.templates.put(TemplateRecord("tpl_2", "base", "k", "snp_2", 2.0))
+    assert [t.id for t in await catalog.templates.list_all()] == ["tpl_2"]
+    await catalog.templates.touch("tpl_2", now=9.0)
+    assert (await catalog.templates.by_key("k")).last_used == 9.0
+    assert await catalog.templates.by_key("other") is None
+
+
+async def test_tokens_expire(catalog):
+    await catalog.tokens.insert(TokenRecord("tok_1", "ci", "h1", 1.0, expires=10.0))
+    await catalog.tokens.insert(TokenRecord("tok_2", "dev", "h2", 1.0))
+    assert (await catalog.tokens.by_hash("h1", now=9.9)).name == "ci"
+    assert await catalog.tokens.by_hash("h1", now=10.0) is None
+    assert (await catalog.tokens.by_hash("h2", now=1e12)).name == "dev"
+
+
+@pytest.mark.parametrize(
+    "damage", ["spec = '{'", "spec = '[1]'", "state = x'ff00'", "exit_code = 'three'", "created = 'then'"]
+)
+async def test_a_damaged_row_is_named(catalog, damage):
+    await catalog.machines.insert(machine(1, "dev"))
+    await catalog.machines.insert(machine(2, "fine"))
+    await catalog.db.write(lambda tx: tx.execute(f"UPDATE catalog_machine SET {damage} WHERE id = 'mch_1'"))
+    with pytest.raises(Corrupt, match="mch_1") as caught:
+        await catalog.machines.get("mch_1")
+    assert caught.value.details["ref"] == "mch_1"
+    assert (await catalog.machines.get("fine")).id == "mch_2"
+
+
+# --- agents
+
+
+FILES = {"agent.py": b"print('\xff')", "lib/util.py": b""}
+
+
+async def test_the_same_code_is_the_same_version(catalog):
+    one = await catalog.agents.deploy("coder", FILES, {"image": "base"}, now=1.0)
+    two = await catalog.agents.deploy("coder", {**FILES, "agent.py": b"v2"}, {"image": "base"}, now=2.0)
+    assert one.version == agent_version(FILES, {"image": "base"}) != two.version
+    assert (await catalog.agents.current("coder")).version == two.version
+    back = await catalog.agents.deploy("coder", FILES, {"image": "base"}, now=3.0)
+    assert (back.version, back.created) == (one.version, 1.0)
+    assert (await catalog.agents.current("coder")).version == one.version
+    assert [v.version for v in await catalog.agents.versions("coder")] == [one.version, two.version]
+    assert await catalog.agents.files("coder", one.version) == FILES
+    assert (await catalog.agents.get("coder", two.version[:6])).config == {"image": "base"}
+    other = await catalog.agents.deploy("helper", FILES, {}, now=4.0)
+    assert [v.agent for v in await catalog.agents.list_current()] == ["helper", "coder"]
+    assert other.size == len(FILES["agent.py"])
+
+
+async def test_unknown_agents(catalog):
+    for call in (
+        catalog.agents.current("none"),
+        catalog.agents.get("none", "abc"),
+        catalog.agents.files("none", "abc"),
+        catalog.agents.get("none", ""),
+    ):
+        with pytest.raises(NotFound):
+            await call
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{}, {"/etc/passwd": b""}, {"../x": b""}, {"a/../b": b""}, {"": b""}, {"a//b": b""}, {"./a": b""}, {"a\x00": b""}],
+)
+async def test_files_outside_the_agents_folder_are_refused(catalog, files):
+    with pytest.raises(BadInput):
+        await catalog.agents.deploy("coder", files, {}, now=1.0)
+    assert await catalog.agents.versions("coder") == []
+
+
+async def test_a_damaged_agent_is_not_run(catalog):
+    one = await catalog.agents.deploy("coder", FILES, {}, now=1.0)
+    for damage in ('files = \'{"agent.py":"ZXZpbA=="}\'', "files = '[]'", "files = 'x'"):
+        await catalog.db.write(lambda tx, damage=damage: tx.execute(f"UPDATE catalog_agent SET {damage}"))
+        with pytest.raises(Corrupt, match="coder"):
+            await catalog.agents.files("coder", one.version)
+    await catalog.db.write(lambda tx: tx.execute("UPDATE catalog_agent SET config = '{'"))
+    with pytest.raises(Corrupt):
+        await catalog.agents.current("coder")
