@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 
 @dataclass(frozen=True)
 class Range:
@@ -27,11 +29,11 @@ def clip(ranges: Iterable[Range], after: int, to: int) -> list[Range]:
     return [r for r in cut if r.first <= r.last]
 
 
-def encode(ranges: Iterable[Range]) -> list[list[str | int]]:
-    """Return plain JSON data: [[owner, first, last], ...]."""
-    return [[r.owner, r.first, r.last] for r in ranges]
+def encode(ranges: Iterable[Range]) -> str:
+    """Return JSON text: [[owner, first, last], ...]."""
+    return msgspec.json.encode([(r.owner, r.first, r.last) for r in ranges]).decode()
 
 
-def decode(data: Sequence[Sequence[str | int]]) -> list[Range]:
-    """Return ranges from plain JSON data. Raises ValueError, TypeError."""
-    return [Range(str(owner), int(first), int(last)) for owner, first, last in data]
+def decode(text: str) -> list[Range]:
+    """Return the ranges of JSON text. Raises msgspec.MsgspecError."""
+    return [Range(*item) for item in msgspec.json.decode(text, type=list[tuple[str, int, int]])]

@@ -68,7 +68,7 @@ def list_rows(tx: Tx, states: Sequence[str], limit: int) -> list[SessionRow]:
 def insert_session(tx: Tx, row: SessionRow, inherited: Sequence[Range] = ()) -> SessionRow:
     """Add a session. Raises NameInUse (also for an id that exists)."""
     values = {name: _column(name, getattr(row, name)) for name in _FIELDS}
-    values["lineage"] = msgspec.json.encode(lineage.encode(inherited)).decode()
+    values["lineage"] = lineage.encode(inherited)
     marks = ", ".join("?" * len(values))
     try:
         tx.execute(f"INSERT INTO log_session ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
@@ -290,8 +290,8 @@ def _decode_session(row: Row) -> SessionState:
         for name in _JSON:
             values[name] = msgspec.json.decode(values[name])
         session = msgspec.convert(values, SessionRow)
-        return SessionState(session, tuple(lineage.decode(msgspec.json.decode(row["lineage"]))))
-    except (msgspec.MsgspecError, TypeError, ValueError) as exc:
+        return SessionState(session, tuple(lineage.decode(row["lineage"])))
+    except (msgspec.MsgspecError, TypeError) as exc:
         raise Corrupt(
             f"context log: session {row['id']!r} has an unreadable row: {exc}",
             hint="the database was changed by something else: restore a backup",
