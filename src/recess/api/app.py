@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -121,6 +122,7 @@ async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready:
                 guarded = RequireToken(app, config.token) if config.token else app
                 servers.append(_server(guarded))
                 sockets.append([socket.create_server(tcp)])
+            _end_on_signals(servers)
             on_ready()
             await asyncio.gather(*(s.serve(sockets=k) for s, k in zip(servers, sockets, strict=True)))
         finally:
@@ -129,9 +131,27 @@ async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready:
             sock.close()
 
 
+class _Server(uvicorn.Server):
+    """uvicorn raises a signal it caught once more when it ends, which would kill us before the node is closed."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals to `_end_on_signals`."""
+        yield
+
+
+def _end_on_signals(servers: Sequence[uvicorn.Server]) -> None:
+    def end() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, end)
+
+
 def _server(app: Callable[..., Awaitable[None]] | Starlette) -> uvicorn.Server:
     settings = uvicorn.Config(
         app, log_level="warning", access_log=False, ws="websockets-sansio", lifespan="off",
         timeout_graceful_shutdown=3, ws_max_size=4 << 20,
     )  # fmt: skip
-    return uvicorn.Server(settings)
+    return _Server(settings)
