@@ -1,1 +1,1 @@
-"""Room `node` (see docs/architecture.md)."""
+"""Nodes: composition roots. The only importer of concrete drivers, blob stores and databases; it decides nothing."""

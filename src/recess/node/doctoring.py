@@ -1,0 +1,81 @@
+"""`recess doctor`: the host's checks, then a guest that is run for real, with the level it reached.
+
+Levels, each proven by doing it: driver found -> machine created (booted, thawed) -> a command ran in it -> forked.
+A check that fails ends the guest's part; whatever was started is removed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from recess.config import Config
+from recess.errors import GuestFailed, RecessError
+from recess.guestlink.link import ExecRequest
+from recess.machines.manager import Manager
+from recess.machines.service import MachineSpec
+from recess.node.drivers import Chosen
+from recess.units import MIB, format_duration
+
+Check = dict[str, Any]
+
+
+def check(name: str, ok: bool, detail: str, hint: str = "") -> Check:
+    """Return one line of the report."""
+    return {"name": name, "ok": ok, "detail": detail, "hint": hint}
+
+
+async def run_doctor(config: Config, chosen: Chosen, machines: Manager) -> dict[str, Any]:
+    """Return {"ok", "checks", "level"}."""
+    checks = [await _driver_check(chosen)]
+    level = "none"
+    if checks[-1]["ok"]:
+        guest, level = await _try_guest(machines)
+        checks.extend(guest)
+    return {"ok": all(c["ok"] for c in checks), "checks": checks, "level": level}
+
+
+async def _driver_check(chosen: Chosen) -> Check:
+    try:
+        found = await chosen.driver.probe()
+    except RecessError as exc:
+        return check("driver", False, f"{chosen.driver.name}: {exc.message}", exc.hint)
+    said = ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, str | int) and k != "driver")
+    return check("driver", True, f"{chosen.driver.name} ({chosen.reason}): {said}")
+
+
+async def _try_guest(machines: Manager) -> tuple[list[Check], str]:
+    checks: list[Check] = []
+    level = "none"
+    made: list[str] = []
+    began = time.monotonic()
+
+    def passed(name: str, detail: str) -> None:
+        nonlocal began
+        checks.append(check(name, True, f"{detail} ({format_duration(time.monotonic() - began)})"))
+        began = time.monotonic()
+
+    step = "guest starts"
+    try:
+        row = await machines.create(MachineSpec(memory_bytes=512 * MIB), name="")
+        made.append(row.id)
+        level = "starts"
+        passed(step, "a machine of the image base was forked from its template and thawed")
+        step = "guest runs a command"
+        job = await (await machines.link(row.id)).exec(ExecRequest(argv=["true"], cwd="/"))
+        if (code := await job.wait()) != 0:
+            raise GuestFailed(f"`true` ended with {code}")
+        level = "runs"
+        passed(step, "`true` ended with 0")
+        step = "guest is snapshotted and forked"
+        made += [child.id for child in await machines.fork(row.id)]
+        level = "forks"
+        passed(step, "a running machine was captured, stored and restored as a child")
+    except RecessError as exc:
+        checks.append(check(step, False, exc.message, exc.hint))
+    finally:
+        for machine_id in made:
+            with contextlib.suppress(RecessError):
+                await machines.remove(machine_id, force=True)
+    return checks, level

@@ -1,0 +1,187 @@
+"""The composition root of an embedded node: everything that is one process, one home and one user.
+
+It builds the rooms from the bottom up, hands each what it needs, and takes over what an earlier server left. It is the
+only importer of concrete drivers, blob stores and databases. What it must not hold is a decision: those are below.
+
+Start: lock on the home -> database (migrated) -> store, driver, broker -> machines adopted -> sessions recovered.
+A start that fails at any step closes what was opened, in reverse. End: `close(detach=True)` lets machines run on under
+their keepers for the next server; `detach=False` puts sessions and machines away first. A server that is killed
+skips all of this, and the next start does the same work from rows and journals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recess.blobs import LocalBlobs
+from recess.broker import Broker, SecretStore
+from recess.catalog import SCHEMA as CATALOG_SCHEMA
+from recess.catalog import Catalog
+from recess.clock import Clock, SystemClock
+from recess.config import Config
+from recess.contextlog import SCHEMA as LOG_SCHEMA
+from recess.contextlog import DirectoryBodies, SqliteLog
+from recess.crashpoints import arm_from_config
+from recess.db import Database
+from recess.errors import OutOfSpace, Refused, Unavailable
+from recess.machines.manager import Manager
+from recess.machines.parts import Parts, Progress
+from recess.node.doctoring import run_doctor
+from recess.node.drivers import Chosen, choose_driver, make_images
+from recess.node.gate import NodeGate
+from recess.node.imageadmin import ImageAdmin
+from recess.node.lock import HomeLock
+from recess.node.reaper import reap
+from recess.sessions.deps import Deps, Settings
+from recess.sessions.service import Sessions
+from recess.snapshots.store import Store
+
+
+def _silent(_line: str) -> None:
+    return
+
+
+def make_folders(config: Config) -> None:
+    """Make home and run directory, private to this user. Raises Refused when the run directory is somebody else's."""
+    for folder in (config.home, config.blobs_dir, config.images_dir, config.machines_dir, config.run_dir):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            error = OutOfSpace if exc.errno == 28 else Unavailable
+            raise error(f"cannot make {folder}: {exc.strerror}", hint="set RECESS_HOME to a folder you own") from exc
+    _check_private(config.run_dir)
+
+
+def _check_private(folder: Path) -> None:
+    # It lies in a place where everybody may make folders: one made by another user could be listened to.
+    info = folder.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid():
+        raise Refused(f"{folder} belongs to another user", hint="set RECESS_RUN_DIR to a private folder")
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        folder.chmod(0o700)
+
+
+class LocalNode:
+    """An open node. Make it with `await LocalNode.open(config)`."""
+
+    def __init__(
+        self, config: Config, stack: contextlib.AsyncExitStack, catalog: Catalog, log: SqliteLog, broker: Broker,
+        chosen: Chosen, machines: Manager, sessions: Sessions, images: ImageAdmin,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.catalog = catalog
+        self.log = log
+        self.broker = broker
+        self.machines = machines
+        self.sessions = sessions
+        self.images = images
+        self.recovered: dict[str, Any] = {}
+        self.detach_on_close = True
+        self._stack = stack
+        self._chosen = chosen
+
+    @classmethod
+    async def open(cls, config: Config, *, progress: Progress = _silent, clock: Clock | None = None) -> LocalNode:
+        """Open the home and take over what runs. Raises HomeLocked, Incompatible, Corrupt, OutOfSpace, Unavailable."""
+        async with contextlib.AsyncExitStack() as stack:
+            node = await cls._build(config, progress, clock or SystemClock(), stack)
+            node._stack = stack.pop_all()
+            return node
+        raise AssertionError("unreachable")
+
+    @classmethod
+    async def _build(
+        cls, config: Config, progress: Progress, clock: Clock, stack: contextlib.AsyncExitStack
+    ) -> LocalNode:
+        make_folders(config)
+        lock = HomeLock(config.home)
+        lock.acquire()
+        stack.callback(lock.release)
+        arm_from_config(config.crash_point)
+        db = await asyncio.to_thread(Database.open, config.database_path, [LOG_SCHEMA, CATALOG_SCHEMA])
+        stack.push_async_callback(db.close)
+        catalog = Catalog(db)
+        store = Store(LocalBlobs(config.blobs_dir), frame_bytes=config.frame_bytes, level=config.zstd_level)
+        stack.callback(store.close)
+        chosen = choose_driver(config)
+        gate = NodeGate()
+        broker = Broker(gate, SecretStore(config.home / "secrets"), clock)
+        parts = Parts(
+            driver=chosen.driver, store=store, images=make_images(config, chosen.driver, progress), catalog=catalog,
+            clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
+        )  # fmt: skip
+        machines = Manager(parts)
+        log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)
+        settings = Settings(
+            owner=f"local:{os.getpid()}", agent_package=config.agent_dir, lease_s=config.lease_s,
+            idle_timeout_s=config.idle_timeout_s,
+        )  # fmt: skip
+        sessions = Sessions(Deps(log=log, machines=machines, agents=catalog.agents, clock=clock, settings=settings))
+        gate.bind(sessions.gate)
+        images = ImageAdmin(config, catalog, progress)
+        node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images)
+        stack.push_async_callback(node._end)
+        node.recovered = dict(await machines.recover())
+        node.recovered["sessions"] = len(await sessions.recover())
+        node._start_reaper(clock, stack)
+        return node
+
+    def _start_reaper(self, clock: Clock, stack: contextlib.AsyncExitStack) -> None:
+        task = asyncio.create_task(reap(clock, self.machines.collect), name="reaper")
+
+        async def stop() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        stack.push_async_callback(stop)
+
+    async def _end(self) -> None:
+        await self.sessions.shutdown(detach=self.detach_on_close)
+        await self.machines.close(detach=self.detach_on_close)
+
+    async def close(self, *, detach: bool = True) -> None:
+        """End the node; `detach`: machines run on for the next server, else they are put away. May be called twice."""
+        self.detach_on_close = detach
+        await self._stack.aclose()
+
+    # --- what the API shows of the node ------------------------------------------------------------------------
+
+    def info(self) -> dict[str, Any]:
+        """Return what this node is: driver and why, what it can do, what was recovered at its start."""
+        return {
+            "driver": self._chosen.driver.name,
+            "driver_reason": self._chosen.reason,
+            "capabilities": asdict(self._chosen.driver.capabilities),
+            "recovered": self.recovered,
+        }
+
+    async def doctor(self) -> dict[str, Any]:
+        """Check the host, then run a guest all the way through snapshot and fork."""
+        return await run_doctor(self.config, self._chosen, self.machines)
+
+    def egress(self, machine_id: str) -> list[dict[str, Any]]:
+        """Return the broker's newest decisions about a machine, oldest first."""
+        return [asdict(decision) for decision in self.broker.decisions(machine_id)]
+
+    async def list_images(self) -> list[dict[str, Any]]:
+        """Return all images."""
+        return await self.images.list_all()
+
+    async def get_image(self, name: str) -> dict[str, Any]:
+        """Return one image."""
+        return await self.images.get(name)
+
+    async def create_image(self, name: str, packages: Sequence[str]) -> dict[str, Any]:
+        """Build an image."""
+        return await self.images.create(name, packages)
+
+    async def remove_image(self, name: str) -> None:
+        """Forget an image."""
+        await self.images.remove(name)
