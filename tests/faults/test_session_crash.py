@@ -1,47 +1,8 @@
 """Crashes in the middle of a turn: what is lost is said, what happened once stays once."""
 
 import asyncio
-import importlib.util
-from contextlib import asynccontextmanager
-from pathlib import Path
 
-import pytest
-
-from recess.testing.session_world import texts, world
-
-_spec = importlib.util.spec_from_file_location("session_agents", Path(__file__).with_name("session_agents.py"))
-agents = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(agents)
-
-
-@asynccontextmanager
-async def coder_world(tmp_path, **settings):
-    async with world(**settings) as w:
-        await deploy(w, tmp_path, "1")
-        yield w, (await w.sessions.start("coder")).id
-
-
-async def deploy(w, shared, version, **config):
-    files = {"agent.py": agents.coder(version)}
-    return await w.sessions.deploy("coder", files, {"env": {"SHARED": str(shared)}, **config})
-
-
-async def appears(path):
-    async with asyncio.timeout(20):
-        while not path.exists():
-            await asyncio.sleep(0.01)
-
-
-def notes(entries):
-    return [e.body for e in entries if e.kind == "note"]
-
-
-def kinds(entries):
-    return [e.kind for e in entries]
-
-
-async def machine_of(w, session):
-    return (await w.log.get(session)).meta["machine"]
+from recess.testing.session_world import appears, coder_world, kinds, machine_of, notes, texts
 
 
 async def test_server_dies_and_the_machine_lives_on(tmp_path):
@@ -192,12 +153,11 @@ async def test_attempts_are_capped_and_the_session_waits_for_a_human(tmp_path):
         assert after[-1].body["status"] == "done"
 
 
-@pytest.mark.parametrize("detach", [True])
-async def test_detached_server_leaves_the_machine_to_the_next(tmp_path, detach):
+async def test_detached_server_leaves_the_machine_to_the_next(tmp_path):
     async with coder_world(tmp_path) as (w, s):
         await w.sessions.send(s, "work a", key="1")
         await appears(tmp_path / "work-a")
-        await w.sessions.shutdown(detach=detach)
+        await w.sessions.shutdown(detach=True)
         machine = await machine_of(w, s)
         assert (await w.machines.get(machine)).state == "running"
         assert w.machines.deadlines[machine] is None

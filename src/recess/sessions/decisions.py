@@ -38,6 +38,7 @@ class View:
     state: str  # running | parked
     machine_alive: bool
     agent_alive: bool  # its process; False: it has ended or was never started
+    agent_failed: bool  # its last process ended by itself, not with code 0
     waiting: bool  # it asked for the next turn
     done: int  # the turn it says it has finished (0: none)
     turn: int
@@ -95,9 +96,12 @@ def decide(view: View) -> Move:
 def _without_agent(view: View) -> Move:
     if view.turn_open and view.cuts >= ATTEMPTS_MAX:
         return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
+    if view.inbox and not view.turn_open and view.upgrade_to and view.policy == "turn":
+        return Move(Act.UPGRADE, "a turn's boundary")
+    if view.inbox and not view.turn_open and view.agent_failed:
+        # Code that ends before it asks for its turn: begin the turn without it, so that its attempts are counted.
+        return Move(Act.START_TURN, "a message waits and the agent ended before it asked for it")
     if view.turn_open or view.inbox:
-        if view.inbox and not view.turn_open and view.upgrade_to and view.policy == "turn":
-            return Move(Act.UPGRADE, "a turn's boundary")
         return Move(Act.RESTART_AGENT, "there is work and no agent process")
     return _idle(view)
 

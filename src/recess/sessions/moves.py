@@ -22,8 +22,6 @@ RECOVERIES_MAX = 3
 async def deliver(sup: Supervisor, act: Act) -> None:
     """Hand the agent its turn: the next message's, or the open one which it does not have."""
     desk = sup.held_desk
-    if not sup.agent.waiting:
-        return
     if act is Act.START_TURN:
         message = await desk.pending_input()
         if message is None:
@@ -31,6 +29,8 @@ async def deliver(sup: Supervisor, act: Act) -> None:
         await desk.start_turn(message)
     elif desk.facts.cut:
         await desk.next_attempt()
+    if not sup.agent.waiting:
+        return
     facts, sup.recoveries = desk.facts, 0
     found = await sup.deps.log.read(sup.session, after=facts.inbox - 1, to=facts.inbox, limit=1) if facts.inbox else []
     result = {
@@ -44,6 +44,7 @@ async def fail_turn(sup: Supervisor, why: str) -> None:
     """End the open turn as failed, with what the agent said last; the session waits for a human."""
     await sup.held_desk.end_turn("failed", f"{why}: {end_detail(sup)}")
     sup.agent.crash_detail = ""
+    sup.ended_job = None
 
 
 async def restart_agent(sup: Supervisor) -> None:
@@ -73,6 +74,7 @@ async def start_agent(sup: Supervisor) -> None:
     desk, row = sup.held_desk, sup.held_row
     await sup.agent.shut("a newer process takes over")
     sup.job_count += 1
+    sup.ended_job = None
     job_id = f"agent-{desk.code_version}-{desk.epoch}-{sup.job_count}"
     await sup.save_meta(job=job_id)
     sup.agent.expect(job_id)

@@ -192,6 +192,7 @@ class Supervisor:
             state=self.state,
             machine_alive=self.hand.alive,
             agent_alive=self.job.alive,
+            agent_failed=self.ended_job is not None and self.ended_job.exit_code != 0,
             waiting=waiting,
             done=self.agent.channel.done if self.agent.channel else 0,
             turn=facts.turn,

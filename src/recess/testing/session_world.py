@@ -18,6 +18,7 @@ from recess.contextlog.memory import MemoryLog
 from recess.errors import NotFound
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
+from recess.testing.session_agents import coder
 from recess.testing.session_harness import ProcessMachines
 
 AGENT_PACKAGE = Path(__file__).resolve().parents[1] / "_agent"
@@ -136,3 +137,39 @@ async def world(**settings: Any) -> AsyncIterator[World]:
 def texts(entries: list[Entry]) -> list[str]:
     """Return the assistant's texts."""
     return [str(e.body["text"]) for e in entries if e.kind == "assistant"]
+
+
+def kinds(entries: list[Entry]) -> list[str]:
+    """Return the kinds in order."""
+    return [e.kind for e in entries]
+
+
+def notes(entries: list[Entry]) -> list[dict[str, Any]]:
+    """Return the bodies of the notes."""
+    return [dict(e.body) for e in entries if e.kind == "note"]
+
+
+async def appears(path: Path) -> None:
+    """Wait for a file that a process writes."""
+    async with asyncio.timeout(20):
+        while not path.exists():  # noqa: ASYNC110, ASYNC240 - another process writes it, there is no event to await
+            await asyncio.sleep(0.01)
+
+
+async def machine_of(w: World, session: str) -> str:
+    """Return the id of a session's machine."""
+    return str((await w.log.get(session)).meta["machine"])
+
+
+async def deploy_coder(w: World, shared: Path, version: str, **config: Any) -> AgentVersion:
+    """Deploy the test agent; its tools talk to the test through files in `shared`."""
+    files = {"agent.py": coder(version)}
+    return await w.sessions.deploy("coder", files, {"env": {"SHARED": str(shared)}, **config})
+
+
+@asynccontextmanager
+async def coder_world(shared: Path, **settings: Any) -> AsyncIterator[tuple[World, str]]:
+    """Make a world with the test agent deployed and one session of it."""
+    async with world(**settings) as made:
+        await deploy_coder(made, shared, "1")
+        yield made, (await made.sessions.start("coder")).id

@@ -1,4 +1,4 @@
-"""Agents for the fault tests: a scripted model, tools that tell the test through files in $SHARED."""
+"""An agent for tests of sessions: a scripted model, tools that tell the test through files in $SHARED. Source text only."""
 
 CODER = '''
 import asyncio, os, pathlib, time
