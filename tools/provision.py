@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     try:
         config.home.mkdir(parents=True, exist_ok=True, mode=0o700)
         store = ImageStore(config.images_dir)
-        if not any(image.name == BASE_IMAGE for image in store.list_images()):
+        if not any(image.name == BASE_IMAGE for image in store.list()):
             _check_space(config.images_dir)
         boot = ensure_boot_files(config.images_dir, config.bin_dir / "guestd", _say)
         base = store.ensure_base(_say)

@@ -136,7 +136,7 @@ class ImageStore:
 
     inspect = get
 
-    def list_images(self) -> list[ImageInfo]:
+    def list(self) -> Sequence[ImageInfo]:
         """Return all images by name. Raises Corrupt as `get`."""
         return [self.get(name) for name in self._known()]
 
@@ -182,7 +182,7 @@ class ImageStore:
                 shutil.rmtree(folder, ignore_errors=True)
         return freed
 
-    def _known(self) -> list[str]:
+    def _known(self) -> Sequence[str]:
         if not self._names.is_dir():
             return []
         return sorted(unquote(p.name.removesuffix(".json")) for p in self._names.glob("[!.]*.json"))

@@ -38,7 +38,7 @@ def store(tmp_path, builder):
 def test_an_image_is_created_found_and_listed(store, tmp_path):
     told: list[str] = []
     info = store.create("media", ["ffmpeg", "ffmpeg"], told.append)
-    assert info == store.get("media") == store.list_images()[0]
+    assert info == store.get("media") == store.list()[0]
     assert info.packages == tuple(sorted({"ffmpeg", *debian.BASE_PACKAGES}))
     assert info.size_bytes == 8192 == info.root_path.stat().st_size
     assert info.root_path.stat().st_mode & 0o222 == 0
@@ -93,7 +93,7 @@ def test_package_names_that_are_none(store, builder, package):
 def test_names_with_slash_and_colon_stay_in_their_folder(store, tmp_path):
     store.create("lib/python:3.12")
     assert store.get("lib/python:3.12").name == "lib/python:3.12"
-    assert [i.name for i in store.list_images()] == ["lib/python:3.12"]
+    assert [i.name for i in store.list()] == ["lib/python:3.12"]
     assert len(list((tmp_path / "names").iterdir())) == 1
 
 
@@ -181,6 +181,6 @@ def test_two_builds_at_once(store):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [i.name for i in store.list_images()] == ["i0", "i1", "i2", "i3"]
-    for image in store.list_images():
+    assert [i.name for i in store.list()] == ["i0", "i1", "i2", "i3"]
+    for image in store.list():
         store.verify(image.name)
