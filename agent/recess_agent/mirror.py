@@ -12,7 +12,7 @@ Entry = dict[str, Any]
 
 
 class Mirror:
-    """Entries in order of position. An entry: {position, kind, body, turn, ref, ts}."""
+    """Entries in order of position. An entry: {session, position, kind, body, turn, ref, ts}."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []

@@ -17,7 +17,7 @@ from recess_agent.app import Agent
 from recess_agent.mirror import Mirror
 from recess_agent.stream import Collector, Reply, ToolCall, unique_ids
 from recess_agent.tools import Call, Tool, render
-from recess_agent.transcript import in_turn_order, messages, to_openai
+from recess_agent.transcript import messages, to_openai
 from recess_agent.wire import SessionClosed, Wire
 
 DELTA_S = 0.05
@@ -88,7 +88,7 @@ class Session:
 
         `format` is "openai" (chat completions) or "neutral" ({role, text, tool_calls?, tool_call_id?}).
         """
-        neutral = messages(in_turn_order(self._mirror.entries))
+        neutral = messages(self._mirror.entries)
         if format == "neutral":
             return neutral
         if format == "openai":
@@ -217,7 +217,14 @@ class Session:
     async def _append(self, kind: str, body: Json, *, ref: str = "", serial: str = "") -> Json:
         turn = self._turn.number if self._turn else 0
         result = await self._wire.request("append", kind=kind, body=body, ref=ref, turn=turn, serial=serial)
-        entry = {"position": result["position"], "kind": kind, "body": body, "turn": turn, "ref": ref}
+        entry = {
+            "session": self.id,
+            "position": result["position"],
+            "kind": kind,
+            "body": body,
+            "turn": turn,
+            "ref": ref,
+        }
         self._mirror.add({**entry, "ts": result.get("ts", 0.0)})
         return result
 

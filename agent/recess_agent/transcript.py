@@ -1,192 +1,356 @@
 """What the model sees: a valid transcript out of any log. Pure; the rules are those of docs/internals/context-log.md.
 
-Always valid, whatever the log holds: at most one system message, first; each tool call is followed at once by exactly
-one tool message, in the order of the calls; a result without its call is not shown; what the system itself says is a
-user message that begins with `[recess] `.
+The host has the same rules (it cannot be imported here, and this cannot be imported there); a property test holds the two
+equal on any log. Every assistant entry opens a block with one slot a tool call; outcomes fill slots, whatever stands
+between them in the log; when the blocks are written out, an unfilled slot gets a text that says why it is unfilled.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-Entry = dict[str, Any]
+_FAR = 1 << 62
 Message = dict[str, Any]
 
-PREFIX = "[recess] "
-OUTCOMES = ("tool.result", "tool.settled", "tool.doubt")
+NOTE_MARK = "[recess] "
+DOUBT = "outcome unknown: it may or may not have happened. Do not retry without checking."
 NOT_IN_BRANCH = "not run in this branch"
 NO_RESULT = "no result is recorded"
-DOUBT = "outcome unknown: it may or may not have happened. Do not retry without checking."
 
 
-def in_turn_order(entries: list[Entry]) -> list[Entry]:
-    """Put each queued user message where its turn begins, and leave out those whose turn has not begun.
+class Entry(NamedTuple):
+    """One entry of the log, as far as a transcript needs it."""
 
-    A message sent while a turn was at work waits in the log among that turn's entries; the model must see it as the
-    beginning of its own turn. One sent with mode "steer" is seen where it came.
-    """
-    accepted = {int(e["body"].get("inbox", 0)): e["position"] for e in reversed(entries) if e["kind"] == "turn.start"}
-    newest = max(accepted, default=0)
-    branched = max((e["position"] for e in entries if e["kind"] in ("fork", "rewind")), default=0)
-    queued = {e["position"]: e for e in entries if e["kind"] == "user" and e["body"].get("mode") != "steer"}
-    out: list[Entry] = []
-    for entry in entries:
-        position = entry["position"]
-        if position in queued:
-            left_behind = position not in accepted and (position < newest or position < branched)
-            if left_behind:
-                out.append(entry)
+    session: str
+    position: int
+    kind: str
+    body: Mapping[str, Any]
+    ref: str
+
+
+def _entry(data: Mapping[str, Any]) -> Entry:
+    return Entry(str(data.get("session", "")), int(data["position"]), data["kind"], data["body"], data.get("ref") or "")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A system, compact or rewind entry, reduced to what decides the branch. `to` is 0 for system entries."""
+
+    position: int
+    kind: str
+    to: int
+
+
+@dataclass(frozen=True)
+class TailPlan:
+    """Read everything after `after`, and the system entry at `system` (0: none) if it is not among that."""
+
+    after: int
+    system: int
+
+
+def plan_tail(marks_newest_first: Iterable[Mark]) -> TailPlan:
+    """Decide where the tail begins; takes no more marks than it needs."""
+    upper = _FAR
+    after: int | None = None
+    system = 0
+    for mark in marks_newest_first:
+        if mark.position > upper:
             continue
-        if entry["kind"] == "turn.start":
-            inbox = int(entry["body"].get("inbox", 0))
-            if accepted.get(inbox) == position and inbox in queued:
-                out.append(queued[inbox])
-        out.append(entry)
-    return out
+        if mark.kind == "rewind":
+            upper = min(upper, mark.to)
+        elif mark.kind == "compact" and after is None:
+            after = min(mark.to, mark.position - 1)
+        elif mark.kind == "system" and not system:
+            system = mark.position
+        if after is not None and system:
+            break
+    return TailPlan(after or 0, system)
 
 
-def messages(entries: list[Entry]) -> list[Message]:
-    """Return neutral messages: {role, text}, an assistant's `tool_calls`, a tool's `tool_call_id`, `name`, `error`."""
-    branch = _branch(entries)
-    out: list[Message] = []
-    system = [e for e in branch if e["kind"] == "system"]
-    if system:
-        out.append({"role": "system", "text": str(system[-1]["body"].get("text", ""))})
-    branch, summary = _compacted(branch)
-    if summary:
-        out.append(_note("Summary of what came before: " + summary))
-    for index, entry in enumerate(branch):
-        _show(entry, branch, index, out)
-    return out
+def mark_of(entry: Entry) -> Mark | None:
+    """Return the entry as a mark, or None if it is no mark (or one whose `to` is unreadable: it then does nothing)."""
+    if entry.kind == "system":
+        return Mark(entry.position, entry.kind, 0)
+    if entry.kind in ("compact", "rewind"):
+        to = entry.body.get("to")
+        if isinstance(to, int) and 0 <= to < entry.position:
+            return Mark(entry.position, entry.kind, to)
+    return None
 
 
-def _branch(entries: list[Entry]) -> list[Entry]:
+def on_branch(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries that no rewind hides, in order; rewinds themselves are kept."""
+    upper = _FAR
     kept: list[Entry] = []
-    for entry in entries:
-        if entry["kind"] == "rewind":
-            to = int(entry["body"].get("to", 0))
-            kept = [one for one in kept if one["position"] <= to]
+    for entry in reversed(entries):
+        if entry.position > upper:
+            continue
         kept.append(entry)
+        if entry.kind == "rewind" and (mark := mark_of(entry)):
+            upper = min(upper, mark.to)
+    kept.reverse()
     return kept
 
 
-def _compacted(branch: list[Entry]) -> tuple[list[Entry], str]:
-    compact = [e for e in branch if e["kind"] == "compact"]
-    if not compact:
-        return branch, ""
-    to = int(compact[-1]["body"].get("to", 0))
-    return [e for e in branch if e["position"] > to], str(compact[-1]["body"].get("summary", ""))
+def model_view(entries: Sequence[Entry]) -> tuple[Entry | None, Entry | None, list[Entry]]:
+    """Return (newest system entry, newest compaction, entries after what it stands for), all on the branch."""
+    kept = on_branch(entries)
+    plan = plan_tail(mark for entry in reversed(kept) if (mark := mark_of(entry)))
+    system = next((e for e in kept if e.position == plan.system), None)
+    compacts = [e for e in kept if e.kind == "compact" and mark_of(e)]
+    return system, (compacts[-1] if compacts else None), [e for e in kept if e.position > plan.after]
 
 
-def _show(entry: Entry, branch: list[Entry], index: int, out: list[Message]) -> None:
-    kind, body = entry["kind"], entry["body"]
-    if kind == "user" or (kind == "answer" and not body.get("hidden")):
-        out.append({"role": "user", "text": str(body.get("text", ""))})
-    elif kind == "assistant":
-        _show_assistant(entry, branch, index, out)
-    elif kind == "tool.settled":
-        if _seen_doubt(branch, index, entry["ref"]):
-            out.append(_note(f"call {entry['ref']}, whose outcome was unknown, is settled: {body.get('output', '')}"))
-    else:
-        text = _told(kind, body)
-        if text:
-            out.append(_note(text))
+@dataclass
+class _Slot:
+    """One tool call of a reply: `call_id` as logged, `shown_id` unique within the reply."""
+
+    call_id: str
+    shown_id: str
+    name: str
+    start: Entry | None = None
+    text: str | None = None
+    error: bool = False
+    doubt: bool = False
 
 
-def _show_assistant(entry: Entry, branch: list[Entry], index: int, out: list[Message]) -> None:
-    body = entry["body"]
-    calls = [call for call in body.get("tool_calls") or [] if call.get("id")]
-    text = str(body.get("text", ""))
-    if not calls:
-        if text:
-            out.append({"role": "assistant", "text": text})
-        return
-    out.append({"role": "assistant", "text": text, "tool_calls": calls})
-    for call in calls:
-        output, error = _outcome(branch, index, str(call["id"]))
-        message: Message = {"role": "tool", "tool_call_id": call["id"], "name": call.get("name", ""), "text": output}
-        if error:
-            message["error"] = True
-        out.append(message)
+@dataclass
+class _Block:
+    """An assistant entry (None: what comes before the first), its slots, and the user-side messages after it."""
+
+    entry: Entry | None
+    message: Message | None = None
+    slots: list[_Slot] = field(default_factory=list)
+    after: list[Message] = field(default_factory=list)
+    cut: str = ""  # why no further outcome can come: text for unfilled slots
+    forked: bool = False
 
 
-def _outcome(branch: list[Entry], index: int, call_id: str) -> tuple[str, bool]:
-    """Return the text and whether it is a failure, as known before the model was asked again."""
-    started, doubt, cut = False, "", ""
-    asked_again = False
-    for entry in branch[index + 1 :]:
-        kind, body = entry["kind"], entry["body"]
-        asked_again = asked_again or kind == "assistant"
-        if entry["ref"] == call_id and kind in OUTCOMES:
-            if kind == "tool.doubt":
-                doubt = f"{DOUBT} ({body.get('reason', '')})"
-            elif not (doubt and asked_again):
-                return str(body.get("output", "")), bool(body.get("error"))
-        elif kind == "tool.start" and entry["ref"] == call_id:
-            started = body.get("effect") == "once"
-        elif kind == "fork" and "parent" in body and not cut:
-            cut = NOT_IN_BRANCH
-        elif kind == "turn.cut" and not cut:
-            cut = NOT_IN_BRANCH if body.get("cause") == "fork" else f"cut: {body.get('cause', '')}, not run"
-    if doubt:
-        return doubt, True
-    if cut == NOT_IN_BRANCH:
-        return cut, True
-    if started:
-        return DOUBT, True
-    return cut or NO_RESULT, True
-
-
-def _seen_doubt(branch: list[Entry], index: int, call_id: str) -> bool:
-    doubted = False
-    for entry in branch[:index]:
-        if entry["kind"] == "tool.doubt" and entry["ref"] == call_id:
-            doubted, asked = True, False
-        elif doubted and entry["kind"] == "assistant":
-            asked = True
-    return doubted and asked
-
-
-def _told(kind: str, body: dict[str, Any]) -> str:
-    if kind == "turn.cut":
-        detail = f": {body['detail']}" if body.get("detail") else ""
-        return f"The work was cut off ({body.get('cause', 'unknown')}{detail})."
-    if kind == "turn.end" and body.get("status") in ("failed", "cancelled"):
-        error = f": {body['error']}" if body.get("error") else ""
-        return f"The turn {body['status']}{error}."
-    if kind == "machine.restore" and (body.get("stale") or (int(body.get("rung", 1)) >= 4 and body.get("position"))):
-        return f"The machine was restored. {body.get('lost') or 'It is older than this conversation.'}"
-    if kind == "machine.lost":
-        return f"The machine was lost ({body.get('why', '')}). {body.get('lost', '')}".rstrip()
-    return ""
-
-
-def _note(text: str) -> Message:
-    return {"role": "user", "text": PREFIX + text, "note": True}
-
-
-def to_openai(neutral: list[Message]) -> list[Message]:
-    """Return the messages in the OpenAI chat format."""
-    return [_openai(one) for one in neutral]
-
-
-def _openai(message: Message) -> Message:
-    if message["role"] == "tool":
-        return {"role": "tool", "tool_call_id": message["tool_call_id"], "content": message["text"]}
-    out: Message = {"role": message["role"], "content": message["text"]}
-    if message.get("tool_calls"):
-        out["content"] = message["text"] or None
-        out["tool_calls"] = [
-            {
-                "id": call["id"],
-                "type": "function",
-                "function": {"name": call.get("name", ""), "arguments": _arguments(call.get("arguments"))},
-            }
-            for call in message["tool_calls"]
-        ]
+def messages(log: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Return neutral messages: {role, text}, an assistant's `tool_calls`, a tool's `tool_call_id`, `name`, `error`."""
+    entries = [_entry(one) for one in log]
+    system, compact, rest = model_view(entries)
+    blocks = [_Block(None)]
+    if compact is not None:
+        summary = _text(compact.body, "summary")
+        blocks[0].after.append(_note(f"Summary of the conversation before this point:\n{summary}"))
+    for entry in in_turn_order(entries, rest):
+        _take(blocks, entry)
+    out: list[Message] = []
+    if system is not None and _text(system.body, "text"):
+        out.append({"role": "system", "text": _text(system.body, "text")})
+    for block in blocks:
+        out += _write(block)
     return out
 
 
-def _arguments(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value if value is not None else {}, ensure_ascii=False)
+def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entry]:
+    """Return `shown` with each queued user message where its turn begins, those whose turn has not begun left out.
+
+    A message sent while a turn is at work stands among that turn's entries in the log; the reply after it was made
+    without it, so the model must see it at the beginning of its own turn (the first turn.start whose `inbox` names it).
+    One that was passed over (a later one was accepted, or a fork or rewind came after it) stays where it came, and so
+    does one sent with mode "steer".
+    """
+    accepted: dict[int, int] = {}
+    branched = 0
+    for entry in entries:
+        inbox = entry.body.get("inbox") if entry.kind == "turn.start" else None
+        if isinstance(inbox, int) and inbox < entry.position:
+            accepted.setdefault(inbox, entry.position)
+        if entry.kind in ("fork", "rewind"):
+            branched = entry.position
+    passed = max([branched, *accepted])
+    placed: list[tuple[float, Entry]] = []
+    for entry in shown:
+        if entry.kind != "user" or entry.body.get("mode") == "steer":
+            placed.append((entry.position, entry))
+        elif entry.position in accepted:
+            placed.append((accepted[entry.position] - 0.5, entry))
+        elif entry.position < passed:
+            placed.append((entry.position, entry))
+    return [entry for _, entry in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _take(blocks: list[_Block], entry: Entry) -> None:
+    """Put one entry where it belongs. Kinds that are not named here are not for the model."""
+    block = blocks[-1]
+    if block.entry is not None and entry.session != block.entry.session:
+        block.forked = True
+    if entry.kind == "assistant":
+        blocks.append(_open_block(entry))
+    elif entry.kind == "user":
+        block.after.append({"role": "user", "text": _text(entry.body, "text")})
+    elif entry.kind == "answer":
+        if not _fill(blocks, entry, _text(entry.body, "text")) and entry.body.get("hidden") is not True:
+            block.after.append({"role": "user", "text": _text(entry.body, "text")})
+    elif entry.kind == "tool.start":
+        slot = _find(blocks, entry.ref, lambda s: s.start is None and s.text is None)
+        if slot is not None:
+            slot.start = entry
+    elif entry.kind in ("tool.result", "tool.settled"):
+        _outcome(blocks, entry)
+    elif entry.kind == "tool.doubt":
+        slot = _find(blocks, entry.ref, lambda s: s.text is None)
+        if slot is not None:
+            slot.text, slot.error, slot.doubt = _doubt_text(_text(entry.body, "reason")), True, True
+    else:
+        if entry.kind == "turn.cut":
+            block.cut = block.cut or _text(entry.body, "cause") or "crash"
+        elif entry.kind == "fork" and "parent" in entry.body:
+            block.forked = True
+        told = _told(entry)
+        if told:
+            block.after.append(_note(told))
+
+
+def _open_block(entry: Entry) -> _Block:
+    slots: list[_Slot] = []
+    calls: list[dict[str, Any]] = []
+    raw = entry.body.get("tool_calls")
+    seen: set[str] = set()
+    for i, call in enumerate(raw if isinstance(raw, list) else ()):
+        name = call.get("name") if isinstance(call, Mapping) else None
+        if not isinstance(name, str) or not name:
+            continue
+        call_id = call.get("id") if isinstance(call.get("id"), str) else ""
+        shown = call_id or f"call_{entry.position}_{i}"
+        while shown in seen:
+            shown += "~"
+        seen.add(shown)
+        arguments = call.get("arguments")
+        calls.append({"id": shown, "name": name, "arguments": arguments if isinstance(arguments, (dict, str)) else {}})
+        slots.append(_Slot(call_id or shown, shown, name))
+    message: Message = {"role": "assistant", "text": _text(entry.body, "text")}
+    if calls:
+        message["tool_calls"] = calls
+    return _Block(entry, message if calls or message["text"] else None, slots)
+
+
+def _find(blocks: list[_Block], call_id: str, wanted: Any) -> _Slot | None:
+    """Return the newest reply's first slot of this call that is `wanted`."""
+    for block in reversed(blocks):
+        for slot in block.slots:
+            if slot.call_id == call_id and wanted(slot):
+                return slot
+    return None
+
+
+def _fill(blocks: list[_Block], entry: Entry, text: str, *, error: bool = False) -> bool:
+    slot = _find(blocks, entry.ref, lambda s: s.text is None) if entry.ref else None
+    if slot is None:
+        return False
+    slot.text, slot.error = text, error
+    return True
+
+
+def _outcome(blocks: list[_Block], entry: Entry) -> None:
+    """A result ends an open call, or a doubt: in its place while no later reply has seen the doubt, else as a note."""
+    text, error = _text(entry.body, "output"), bool(entry.body.get("error"))
+    if _fill(blocks, entry, text, error=error):
+        return
+    doubted = _find(blocks, entry.ref, lambda s: s.doubt)
+    if doubted is None:
+        return
+    doubted.doubt = False
+    if doubted in blocks[-1].slots:
+        doubted.text, doubted.error = text, error
+    else:
+        blocks[-1].after.append(_note(f"The outcome of {doubted.name} ({doubted.shown_id}) is known now: {text}"))
+
+
+def _write(block: _Block) -> list[Message]:
+    out = [block.message] if block.message is not None else []
+    for slot in block.slots:
+        text, error = (slot.text, slot.error) if slot.text is not None else (_unfilled(slot, block), True)
+        answer: Message = {"role": "tool", "tool_call_id": slot.shown_id, "name": slot.name, "text": text}
+        out.append({**answer, "error": True} if error else answer)
+    return out + block.after
+
+
+def _unfilled(slot: _Slot, block: _Block) -> str:
+    """Say why a call has no outcome. Only a started `once` call is a doubt: the others may be asked for again."""
+    if slot.start is not None and slot.start.body.get("effect") == "once":
+        return _doubt_text("it was started and its result was never recorded")
+    if block.forked:
+        return NOT_IN_BRANCH
+    if block.cut:
+        begun = "it had begun and " if slot.start is not None else "it was not started and "
+        return f"cut ({block.cut}): {begun}{NO_RESULT}"
+    return NO_RESULT
+
+
+def _doubt_text(reason: str) -> str:
+    return f"{DOUBT} ({reason})" if reason else DOUBT
+
+
+def _told(entry: Entry) -> str:
+    """Return what the model is told of an entry that is no message, or ''."""
+    body = entry.body
+    if entry.kind == "turn.cut":
+        return _sentence(f"Your turn was cut ({_text(body, 'cause') or 'crash'})", _text(body, "detail"))
+    if entry.kind == "turn.end" and body.get("status") in ("failed", "cancelled"):
+        return _sentence(f"The turn was ended: {body['status']}", _text(body, "error"))
+    if entry.kind == "machine.lost":
+        return _sentence("Your machine was lost", _text(body, "why"), _text(body, "lost"))
+    if entry.kind == "machine.restore":
+        return _restored(body)
+    return ""
+
+
+def _restored(body: Mapping[str, Any]) -> str:
+    """Only a machine that is not what the conversation makes of it is worth a word: not the first one, not a thaw."""
+    rung = body.get("rung")
+    late = isinstance(rung, int) and rung >= 4
+    if body.get("stale") is not True and not (late and body.get("position")):
+        return ""
+    if rung == 5:
+        first = "Your machine is a fresh one: files, processes and memory of the old one are gone"
+    elif rung == 4:
+        first = "Your machine was booted again from its disk: files are there, processes and memory are gone"
+    else:
+        first = (
+            f"Your machine was brought back to its state at entry {body.get('position')} of the log, which ended at "
+            f"{body.get('head')}: what happened in the machine after that is gone"
+        )
+    return _sentence(first, _text(body, "why"), _text(body, "lost"))
+
+
+def _sentence(*parts: str) -> str:
+    return ". ".join(part.rstrip(". ") for part in parts if part) + "."
+
+
+def _note(text: str) -> Message:
+    return {"role": "user", "text": NOTE_MARK + text, "note": True}
+
+
+def _text(body: Mapping[str, Any], name: str) -> str:
+    value = body.get(name)
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def to_openai(transcript: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages in the form of OpenAI's chat completions API (arguments as JSON text, errors as text)."""
+    out: list[dict[str, Any]] = []
+    for message in transcript:
+        role, text = message["role"], message["text"]
+        if role == "tool":
+            content = f"Error: {text}" if message.get("error") else text
+            out.append({"role": "tool", "tool_call_id": message["tool_call_id"], "content": content})
+        elif message.get("tool_calls"):
+            calls = [
+                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": _wire(c["arguments"])}}
+                for c in message["tool_calls"]
+            ]
+            out.append({"role": role, "content": text or None, "tool_calls": calls})
+        else:
+            out.append({"role": role, "content": text})
+    return out
+
+
+def _wire(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

@@ -168,6 +168,7 @@ async def serve(stream: ByteStream, accept: Accept, on_request: OnRequest, on_de
 def entry_data(entry: Entry) -> dict[str, Any]:
     """Return an entry in the form the agent's copy of the log has it."""
     return {
+        "session": entry.session,
         "position": entry.position, "kind": entry.kind, "body": dict(entry.body), "turn": entry.turn,
         "ref": entry.ref, "ts": entry.ts,
     }  # fmt: skip

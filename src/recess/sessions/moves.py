@@ -56,6 +56,9 @@ async def restart_agent(sup: Supervisor) -> None:
         await sup.agent.shut()
         await settle_turn(sup.deps.log, desk, cause="crash", detail=end_detail(sup), machine_lives=True)
         return  # look again: the attempts may be used up
+    if desk.facts.open:
+        # Counted when its process starts, not when it asks: code that never gets so far uses its attempts up too.
+        await desk.next_attempt()
     await start_agent(sup)
 
 

@@ -1,0 +1,53 @@
+"""The agent's transcript and the host's are the same function, on any log; and it is always valid."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recess.contextlog.contract import Entry
+from recess.contextlog.transcript import check_transcript
+from recess.contextlog.transcript import messages as host_messages
+from recess.contextlog.transcript import to_openai as host_openai
+from recess.sessions.channel import entry_data
+from recess_agent.transcript import messages as agent_messages
+from recess_agent.transcript import to_openai as agent_openai
+
+IDS = st.sampled_from(["c0", "c1", "c2", ""])
+TEXT = st.sampled_from(["", "one", "two"])
+CALL = st.fixed_dictionaries({"id": IDS, "name": st.sampled_from(["f", "g", ""]), "arguments": st.sampled_from([{}, {"a": 1}, "raw"])})
+NUMBER = st.integers(0, 40)
+
+BODIES = {
+    "system": st.fixed_dictionaries({"text": TEXT}),
+    "user": st.fixed_dictionaries({"text": TEXT}, optional={"mode": st.sampled_from(["queue", "steer"])}),
+    "answer": st.fixed_dictionaries({"text": TEXT}, optional={"hidden": st.booleans()}),
+    "assistant": st.fixed_dictionaries({"text": TEXT, "tool_calls": st.lists(CALL, max_size=3), "part": NUMBER}),
+    "tool.start": st.fixed_dictionaries({"name": TEXT, "effect": st.sampled_from(["local", "pure", "keyed", "once"])}),
+    "tool.result": st.fixed_dictionaries({"output": TEXT}, optional={"error": st.booleans()}),
+    "tool.settled": st.fixed_dictionaries({"output": TEXT, "by": st.just("verify")}),
+    "tool.doubt": st.fixed_dictionaries({"reason": TEXT}),
+    "turn.start": st.fixed_dictionaries({"inbox": NUMBER, "attempt": st.just(1)}),
+    "turn.end": st.fixed_dictionaries({"status": st.sampled_from(["done", "failed", "cancelled"])}, optional={"error": TEXT}),
+    "turn.cut": st.fixed_dictionaries({"cause": st.sampled_from(["crash", "fork"])}, optional={"detail": TEXT}),
+    "machine.restore": st.fixed_dictionaries(
+        {"rung": st.integers(1, 5), "stale": st.booleans(), "position": NUMBER, "head": NUMBER, "why": TEXT},
+        optional={"lost": TEXT},
+    ),
+    "machine.lost": st.fixed_dictionaries({"why": TEXT}),
+    "compact": st.fixed_dictionaries({"summary": TEXT, "to": NUMBER}),
+    "rewind": st.fixed_dictionaries({"to": NUMBER}),
+    "fork": st.fixed_dictionaries({"parent": st.just("ses_p"), "at": NUMBER}),
+    "x.own": st.fixed_dictionaries({}),
+}  # fmt: skip
+ENTRY = st.sampled_from(sorted(BODIES)).flatmap(lambda kind: st.tuples(st.just(kind), BODIES[kind], IDS, st.sampled_from(["a", "b"])))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ENTRY, max_size=30))
+def test_host_and_agent_agree_on_any_log(drawn):
+    log = [
+        Entry(session, i + 1, kind, body, 1, ref, "", 1, "v", 0.0, 1) for i, (kind, body, ref, session) in enumerate(drawn)
+    ]
+    ours = agent_messages([entry_data(e) for e in log])
+    assert ours == host_messages(log)
+    assert check_transcript(ours) == []
+    assert agent_openai(ours) == host_openai(ours)
