@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The long run on real machines: the tests in tests/machines, tests/faults and tests/e2e, again and again.
+#
+#   tools/soak.sh [MINUTES]       default 60; stops at the first failure
+#
+# Ends with one line of JSON (rounds, minutes, host) for SPECIFICATION.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly minutes=${1:-60}
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || {
+	printf 'usage: tools/soak.sh [MINUTES]\n' >&2
+	exit 2
+}
+folders=()
+for folder in machines faults e2e; do
+	compgen -G "tests/$folder/test_*.py" >/dev/null && folders+=("tests/$folder")
+done
+rounds=0
+while ((SECONDS < minutes * 60)); do
+	.venv/bin/pytest -q -x "${folders[@]}"
+	rounds=$((rounds + 1))
+	printf '==> round %d done after %d min\n' "$rounds" $((SECONDS / 60)) >&2
+done
+printf '{"rounds": %d, "minutes": %d, "cores": %d, "kernel": "%s", "date": "%s"}\n' \
+	"$rounds" $((SECONDS / 60)) "$(nproc)" "$(uname -r)" "$(date -u +%F)"
