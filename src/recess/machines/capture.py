@@ -12,6 +12,7 @@ collector sweeps; the machine's earlier snapshot stays its newest.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,44 +38,72 @@ class Taken:
     capture: Capture
     forkable: bool
     began: float
-    freezer_s: float  # the workload's standstill; with `sync` without the freeze call, which holds the syncfs
+    freezer_s: float  # the workload's standstill as the host saw it, guestd's freezer included
     timings_s: dict[str, float]
 
 
 async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
     """Freeze, capture and (with `resume`) wake. On an error a machine that ran runs again.
 
-    Raises DriverFailed, OutOfSpace, Unsupported; GuestFailed or Timeout when the workload could not be woken: then
-    the caller must end the machine, it is not served half-awake.
+    Raises DriverFailed, OutOfSpace, Unsupported, GuestFailed, Timeout. If `live.workload_frozen` is then set on a
+    machine that is not paused, its workload could not be woken: the caller must end it, it is not served half-awake.
     """
     began = clock.monotonic_s()
-    forkable, was_frozen = True, live.workload_frozen
-    if not was_frozen and live.paused_since == 0.0:
-        try:
-            await live.link.freeze(sync=sync, timeout_s=SYNC_FREEZE_S if sync else FREEZE_S)
-            live.workload_frozen = True
-        except (GuestFailed, Timeout):
-            forkable = False
-    still = clock.monotonic_s()
+    pause = _Pause(live, clock, sync)
+    parked = live.workload_frozen or live.paused_since != 0.0
     try:
-        capture = await live.vm.capture(resume=resume)
+        capture = await live.vm.capture(
+            resume=resume, before_pause=None if parked else pause.freeze, after_resume=None if parked else pause.wake
+        )
     except UNDO:
-        if live.workload_frozen and not was_frozen:
-            await live.wake(clock.monotonic_s() - still)
+        with contextlib.suppress(GuestFailed, Timeout):
+            await pause.wake()
         raise
-    captured = clock.monotonic_s()
-    try:
-        if resume and live.workload_frozen:
-            await live.wake(capture.standstill_s)
-    except UNDO:
-        capture.close()
-        raise
-    woken = clock.monotonic_s()
     if not resume and live.paused_since == 0.0:
-        live.paused_since = captured
-    timings = {f"capture.{k}": v for k, v in capture.timings_s.items()}
-    timings |= {"freeze": still - began, "capture": captured - still, "wake": woken - captured}
-    return Taken(capture, forkable, began, woken - (still if sync else began), timings)
+        live.paused_since = clock.monotonic_s()
+    timings = {f"capture.{k}": v for k, v in capture.timings_s.items()} | pause.timings_s
+    return Taken(capture, pause.forkable, began, pause.standstill_s(), timings)
+
+
+class _Pause:
+    """The workload's side of one capture: frozen right before the vCPUs stop, woken as soon as they run again."""
+
+    def __init__(self, live: Live, clock: Clock, sync: bool) -> None:
+        self._live = live
+        self._clock = clock
+        self._sync = sync
+        self._still = 0.0
+        self._woken = 0.0
+        self.forkable = True
+        self.timings_s: dict[str, float] = {}
+
+    async def freeze(self) -> None:
+        """Freeze the workload; a guest that does not answer is captured all the same."""
+        began = self._clock.monotonic_s()
+        try:
+            await self._live.link.freeze(sync=self._sync, timeout_s=SYNC_FREEZE_S if self._sync else FREEZE_S)
+            self._live.workload_frozen = True
+        except (GuestFailed, Timeout):
+            self.forkable = False
+        now = self._clock.monotonic_s()
+        # With `sync` the call holds a syncfs, during which the workload still runs: the standstill begins after it.
+        self._still = now if self._sync else began
+        self.timings_s["freeze"] = now - began
+
+    async def wake(self) -> None:
+        """Let the workload run again, if it was frozen here."""
+        if self._still == 0.0 or not self._live.workload_frozen:
+            return
+        began = self._clock.monotonic_s()
+        await self._live.wake(began - self._still)
+        self._woken = self._clock.monotonic_s()
+        self.timings_s["wake"] = self._woken - began
+
+    def standstill_s(self) -> float:
+        """Return how long the workload stood still; up to now if it was left so."""
+        if self._still == 0.0:
+            return 0.0
+        return (self._woken or self._clock.monotonic_s()) - self._still
 
 
 async def store_capture(

@@ -9,7 +9,7 @@ Memory is an array of 4 KiB pages by guest RAM offset; a disk is an array of 4 K
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,9 @@ DISK_NAME = "disk.raw"
 
 CONSOLE_NAME = "console.log"
 """The serial console's file in a machine's directory: bounded, the newest bytes last. Kept by `kill` for post-mortems."""
+
+
+Hook = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -168,12 +171,18 @@ class Vm(Protocol):
         """Let the vCPUs run. A running VM may be unpaused again."""
         ...
 
-    async def capture(self, *, resume: bool) -> Capture:
+    async def capture(
+        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+    ) -> Capture:
         """Take memory, disk and device state of one instant; compression is not the driver's business.
 
         The VM may be running or paused. `resume=True` lets it run again as early as possible (the disk is finished
         by copy-before-write); False leaves it paused. On any error the VM runs again if it ran before, and nothing
         half-made is left. Raises OutOfSpace, DriverFailed, Unsupported.
+
+        `before_pause` is awaited when all that can be prepared is, right before the vCPUs stop (the caller freezes
+        the workload there); `after_resume` as soon as they run again with `resume`, while the disk is still being
+        finished (the caller lets the workload go there). Both may use the link; what they raise is raised here.
         """
         ...
 
@@ -189,6 +198,11 @@ class Vm(Protocol):
     async def kill(self) -> None:
         """End the VM and everything that belongs to it: processes, sockets, the writable disk. Never fails; may be
         called twice. The console's file stays (it is small); the caller removes the directory when it forgets it."""
+        ...
+
+    async def detach(self) -> None:
+        """Drop every connection to the VM and let it go on, for the next server to adopt. The object is of no more
+        use. May be called twice."""
         ...
 
     async def wait_dead(self) -> str:

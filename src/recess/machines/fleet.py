@@ -229,7 +229,7 @@ class Fleet:
                 await asyncio.gather(live.watcher, return_exceptions=True)
             await live.let_go()
             with contextlib.suppress(RecessError):
-                await live.link.close()
+                await live.vm.detach()
         self._live.clear()
         for task in list(self._aside):
             task.cancel()

@@ -54,8 +54,9 @@ class SnapshotTaker:
         go_on = resume and record.state == RUNNING
         try:
             return live, await take(live, self._parts.clock, resume=go_on, sync=not resume)
-        except (GuestFailed, Timeout) as exc:
-            await self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc.message}")
+        except UNDO as exc:
+            if live.workload_frozen and live.paused_since == 0.0:
+                await finish(self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc}"))
             raise
 
     async def store(

@@ -22,7 +22,16 @@ from recess.drivers.fake.link import FakeLink
 from recess.drivers.fake.pages import POKE_FIRST, Pages, as_pages, changed, decode, encode
 from recess.drivers.fake.programs import standard_programs
 from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState
-from recess.machines.contract import Capabilities, Capture, Fingerprint, RestoreParts, TemplateRef, VmSpec, VmStats
+from recess.machines.contract import (
+    Capabilities,
+    Capture,
+    Fingerprint,
+    Hook,
+    RestoreParts,
+    TemplateRef,
+    VmSpec,
+    VmStats,
+)
 from recess.units import PAGE_BYTES
 
 _CONSOLE_BYTES = 65536
@@ -134,10 +143,15 @@ class FakeVm:
         memory = encode(msgspec.msgpack.encode(self.guest.memory), self.poked)
         return memory, encode(msgspec.msgpack.encode(self.guest.disk), {})
 
-    async def capture(self, *, resume: bool) -> Capture:
+    async def capture(
+        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+    ) -> Capture:
         """Take memory, disk and device state of one instant."""
         self._check()
         was_running = self.guest.vcpus.is_set()
+        if before_pause is not None:
+            await before_pause()
+            self._check()
         start = time.perf_counter()
         self.guest.stop_vcpus()
         try:
@@ -148,9 +162,11 @@ class FakeVm:
             if was_running:
                 self.guest.run_vcpus()
             raise
-        if resume:
+        if resume and was_running:
             self.guest.run_vcpus()
         standstill = time.perf_counter() - start
+        if resume and was_running and after_resume is not None:
+            await after_resume()
         return Capture(
             memory=changed(memory, self._base_memory), disk=changed(disk, self._base_disk),
             vmstate=_device_state(), base=self.base, fingerprint=fingerprint,
@@ -171,6 +187,10 @@ class FakeVm:
         ref.vmstate.write_bytes(_device_state())
         await self.kill()
         return ref
+
+    async def detach(self) -> None:
+        """Let go of the VM; it stays in the host."""
+        await self._link.cut("this server let go of it")
 
     async def kill(self) -> None:
         """End the VM; may be called twice."""

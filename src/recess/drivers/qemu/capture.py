@@ -1,9 +1,10 @@
 """One snapshot's raw material: memory, disk and device state of one instant, with the shortest standstill.
 
-    before the pause    the keeper makes and touches its buffer; the disk's target is filled; the channel falls silent
+    before the pause    the keeper makes and touches its buffer; the disk's target is filled; the caller freezes the
+                        workload (`before_pause`); the channel falls silent
     in the pause        stop; the keeper copies the pages while QEMU saves its devices and starts the disk's
                         copy-before-write; cont
-    after it            QEMU finishes the disk's copy; the changed blocks are picked out
+    after it            the caller lets the workload go (`after_resume`); QEMU finishes the disk's copy; the changed blocks are picked out
 
 If anything fails the disk's copy is given up, the VM runs again if it ran before, and nothing is left: every file
 here is nameless from the start. If the server dies in between, the next one finds the mark `capturing` and undoes it
@@ -28,7 +29,7 @@ from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, ma
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.drivers.qemu.state import save_state
 from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
-from recess.machines.contract import Capture
+from recess.machines.contract import Capture, Hook
 from recess.units import MIB, PAGE_BYTES
 
 _BITMAP = "since-start"
@@ -48,7 +49,9 @@ async def track_disk(qmp: Qmp) -> None:
     await qmp.execute("block-dirty-bitmap-add", arguments)
 
 
-async def capture(vm: Handles, *, resume: bool) -> Capture:
+async def capture(
+    vm: Handles, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+) -> Capture:
     """Take a capture; see `machines.contract.Vm.capture`."""
     steps = Steps()
     with contextlib.ExitStack() as stack:
@@ -59,9 +62,15 @@ async def capture(vm: Handles, *, resume: bool) -> Capture:
                 (target, put_over), _ = await asyncio.gather(asyncio.to_thread(_fill_target, vm), _prepare(vm))
                 stack.callback(target.close)
                 steps.mark("prepare")
+                if before_pause is not None:
+                    await before_pause()
+                    steps.mark("before_pause")
                 async with _disk_copy(vm, target.fileno()) as start_copy:
                     memory, state, standstill_s = await _pause(vm, start_copy, ran=ran, resume=resume, steps=steps)
                     stack.callback(memory.close)
+                    if ran and resume and after_resume is not None:
+                        await after_resume()
+                        steps.mark("after_resume")
                 steps.mark("disk_copy")
                 base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
                 blocks = await asyncio.to_thread(

@@ -13,7 +13,7 @@ from recess.drivers.qemu.keeper import Process, read_pids
 from recess.drivers.qemu.template import export_template
 from recess.errors import IllegalState
 from recess.guestlink.link import GuestLink
-from recess.machines.contract import Capture, TemplateRef, VmStats
+from recess.machines.contract import Capture, Hook, TemplateRef, VmStats
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -45,10 +45,12 @@ class QemuVm:
             await vm.qmp.execute("cont")
             await unless_dead(vm.keeper, "unpause", vm.port.wait_connected())
 
-    async def capture(self, *, resume: bool) -> Capture:
+    async def capture(
+        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+    ) -> Capture:
         """Take memory, disk and device state of one instant."""
         async with self._turn:
-            return await capture(self._handles, resume=resume)
+            return await capture(self._handles, resume=resume, before_pause=before_pause, after_resume=after_resume)
 
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave a template's files."""
