@@ -102,7 +102,10 @@ def encode_manifest(manifest: ManifestV1) -> tuple[str, bytes]:
     if len(data) > MANIFEST_BYTES_MAX:
         raise BadInput(f"a manifest of {len(data)} bytes is over the cap of {MANIFEST_BYTES_MAX}")
     snapshot_id = make_id(SNAPSHOT, blake3(data).hexdigest())
-    decode_manifest(snapshot_id, data)  # what we could not read back is not written
+    try:
+        decode_manifest(snapshot_id, data)  # what could not be read back is not written
+    except Corrupt as exc:
+        raise BadInput(f"this cannot be a snapshot: {exc.message}") from exc
     return snapshot_id, data
 
 

@@ -23,6 +23,7 @@ from recess.snapshots.manifest_v1 import (
     FileV1,
     ManifestV1,
     PartV1,
+    VmstateV1,
     decode_manifest,
 )
 from recess.snapshots.pack_v1 import KIND as PACK_KIND
@@ -148,8 +149,13 @@ class OpenSnapshot:
 
     def verify(self) -> dict[str, int]:
         """Read everything this snapshot names, its template apart; return counts. Raises Corrupt, NotFound."""
-        for file in self.manifest.layers:
-            self.layer(file.id).verify(self._pool)
+        m = self.manifest
+        files: list[FileV1 | VmstateV1] = [*m.layers, *m.pagemaps, m.vmstate]
+        for file in files:
+            if self._blobs.stat(key_of(file.id)).size_bytes != file.bytes:
+                raise Corrupt(f"{file.id} has another size than when it was stored", blob=file.id)
+        for layer in self.manifest.layers:
+            self.layer(layer.id).verify(self._pool)
         self.vmstate()
         used: dict[str, list[NDArray[np.uint32]]] = {}
         pages = 0
@@ -160,10 +166,10 @@ class OpenSnapshot:
                 if source is not None and source.kind == KIND_LAYER:
                     layer_id = make_id(LAYER, source.digest.hex())
                     used.setdefault(layer_id, []).append(page_map.position[rows])
-        for file in self.manifest.layers:
-            slots = np.unique(np.concatenate(used.get(file.id, [np.empty(0, np.uint32)])))
-            if len(slots) != file.live or (len(slots) and int(slots[-1]) >= file.entries):
-                raise self._corrupt(f"is wrong about what it uses of {file.id[:16]}")
+        for layer in self.manifest.layers:
+            slots = np.unique(np.concatenate(used.get(layer.id, [np.empty(0, np.uint32)])))
+            if len(slots) != layer.live or (len(slots) and int(slots[-1]) >= layer.entries):
+                raise self._corrupt(f"is wrong about what it uses of {layer.id[:16]}")
         size = (
             sum(file.bytes for file in (*self.manifest.layers, *self.manifest.pagemaps)) + self.manifest.vmstate.bytes
         )

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 from blake3 import blake3
 
+from recess.blobs import MemoryBlobs
 from recess.errors import Corrupt
 from recess.snapshots import RawPart
 
@@ -14,7 +15,7 @@ def page(number):
     """A page whose content is told by a number; 0 is zeros. Half of it compresses."""
     out = np.zeros(4096, np.uint8)
     if number:
-        out[:2048] = np.random.Generator(np.random.PCG64(number)).integers(0, 256, 2048, np.uint8)
+        out[:2048] = np.frombuffer(blake3(b"page %d" % number).digest(length=2048), np.uint8)
         out[4088:] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
     out.flags.writeable = False
     return out
@@ -54,3 +55,25 @@ class FileSource:
         if not 0 <= block < len(self._blocks):
             raise Corrupt(f"no block {block}")
         return memoryview(self._blocks[block])
+
+
+def damage_each(data, *, every=1):
+    """Yield (what, bytes) with one bit flipped, at every `every`-th byte, and cut at as many places."""
+    for at in range(0, len(data), every):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << (at % 8)
+        yield f"bit of byte {at}", bytes(flipped)
+        yield f"cut at {at}", data[:at]
+    yield "one byte more", data + b"\0"
+
+
+class Blobs(MemoryBlobs):
+    """Memory blobs whose content a test may replace."""
+
+    def replace(self, key, data):
+        with self._lock:
+            self._blobs[key] = (data, self._blobs[key][1])
+
+    def age(self, seconds):
+        with self._lock:
+            self._blobs = {key: (data, at - seconds) for key, (data, at) in self._blobs.items()}

@@ -1,0 +1,111 @@
+"""The pure decisions: what is equal, what is rewritten, what may be restored, what a key is."""
+
+import numpy as np
+import pytest
+
+from recess.errors import BadInput
+from recess.frames import WorkPool
+from recess.snapshots import can_restore
+from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, fingerprints, first_equal, look_up, take
+from recess.snapshots.keys import digest_of, id_of, is_id, key_of
+from recess.snapshots.rewrite import Usage, files_to_rewrite
+from tests.unit.snapshots.helpers import pages
+
+H = "0" * 64
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = WorkPool()
+    yield pool
+    pool.close()
+
+
+def test_against_zeros(pool):
+    assert against_base(pages(0, 1, 0), np.arange(3, dtype=np.uint32), None, pool).tolist() == [IS_BASE, 0, IS_BASE]
+
+
+def test_against_a_template(pool):
+    template = pages(1, 2, 0, 3)
+    kinds = against_base(pages(1, 0, 0, 9), np.array([0, 1, 2, 3], np.uint32), template, pool)
+    assert kinds.tolist() == [IS_BASE, IS_ZERO, IS_BASE, 0]
+
+
+def test_many_batches(pool):
+    data = pages(*(n % 3 for n in range(1000)))
+    kinds = against_base(data, np.arange(1000, dtype=np.uint32), None, pool)
+    assert kinds.tolist() == [IS_BASE if n % 3 == 0 else 0 for n in range(1000)]
+    found = look_up(data, np.arange(0, 1000, 2), lambda part: (part[:, 4088] == 2).astype(np.int64) - 1, pool)
+    assert found.tolist() == [0 if n % 3 == 2 else -1 for n in range(0, 1000, 2)]
+
+
+def test_first_equal_across_parts(pool):
+    one, two = pages(1, 2, 1, 3), pages(3, 4, 2)
+    rows = (one, np.array([0, 1, 2, 3])), (two, np.array([0, 2]))
+    assert first_equal(rows, pool).tolist() == [0, 1, 0, 3, 3, 1]
+    assert first_equal([], pool).tolist() == []
+    assert first_equal([(pages(), np.empty(0, np.int64))], pool).tolist() == []
+
+
+def test_colliding_fingerprints_are_told_apart(pool, monkeypatch):
+    monkeypatch.setattr("recess.snapshots.classify._KEYS", np.zeros(512, np.uint64))
+    data = pages(1, 2, 1, 2, 1)
+    assert len(set(fingerprints(data, np.arange(5), pool).tolist())) == 1
+    assert first_equal([(data, np.arange(5))], pool).tolist() == [0, 1, 0, 3, 0]  # 3 is only compared with 0
+
+
+def test_take_copies_only_scattered_rows():
+    data = pages(1, 2, 3)
+    assert np.shares_memory(take(data, np.array([1, 2])), data)
+    assert np.array_equal(take(data, np.array([0, 2])), pages(1, 3))
+    assert len(take(data, np.empty(0, np.int64))) == 0
+
+
+def test_half_dead_files_are_rewritten():
+    usages = [Usage("a", 49, 100), Usage("b", 50, 100), Usage("c", 100, 100)]
+    assert files_to_rewrite(usages) == {"a"}
+
+
+def test_the_smallest_go_when_there_are_too_many():
+    usages = [Usage(f"f{n}", n, n) for n in range(1, 11)]
+    assert files_to_rewrite(usages, files_max=8) == {"f1", "f2", "f3"}
+    assert files_to_rewrite(usages, files_max=1) == {usage.id for usage in usages}
+    assert files_to_rewrite([]) == set()
+
+
+NODE = {
+    "driver": "qemu", "driver_version": "7.2.9", "accelerator": "tcg", "cpu_model": "qemu64", "cpu_flags": ["a", "b"],
+    "machine_type": "microvm", "kernel_hash": H,
+}  # fmt: skip
+
+
+def test_the_same_node_can_restore():
+    assert can_restore(NODE, NODE) == []
+    assert can_restore(NODE, NODE | {"cpu_flags": ["c", "b", "a"]}) == []
+    assert can_restore(NODE, NODE | {"cpu_flags": ("a", "b")}) == []
+
+
+@pytest.mark.parametrize("field", [f for f in NODE if f != "cpu_flags"])
+def test_each_difference_is_a_reason(field):
+    reasons = can_restore(NODE, NODE | {field: "other"})
+    assert len(reasons) == 1
+    assert "other" in reasons[0]
+    assert len(can_restore({k: v for k, v in NODE.items() if k != field}, NODE)) == 1
+
+
+def test_missing_flags_are_named():
+    assert can_restore(NODE, NODE | {"cpu_flags": ["a"]}) == ["this CPU lacks b"]
+    many = NODE | {"cpu_flags": [f"f{n:02}" for n in range(20)]}
+    assert can_restore(many, NODE)[0].endswith("f07 and 12 more")
+
+
+def test_keys():
+    assert key_of(f"lyr_{H}") == f"layers/lyr_{H}"
+    assert id_of(key_of(f"snp_{H}")) == f"snp_{H}"
+    assert id_of(f"layers/snp_{H}") is None
+    assert id_of("layers/other") is None
+    assert is_id(f"snp_{H}", "snp")
+    assert not is_id(f"snp_{H}", "lyr")
+    for bad in ("", "snp_", f"snp_{H}0", f"SNP_{H}", f"xxx_{H}", f"snp_{H}\n"):
+        with pytest.raises(BadInput):
+            digest_of(bad)

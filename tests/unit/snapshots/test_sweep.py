@@ -1,0 +1,166 @@
+"""Garbage collection: nothing live goes, nothing dead stays, and doubt stops it."""
+
+import threading
+
+import pytest
+
+from recess.errors import Corrupt, NotFound
+from recess.snapshots import SnapshotMeta, Store
+from recess.snapshots.publish import Pins
+from tests.unit.snapshots.helpers import ArrayTemplate, Blobs, page, raw
+from tests.unit.snapshots.test_store import read
+
+META = SnapshotMeta(fingerprint={}, spec={})
+HOUR = 3600.0
+
+
+@pytest.fixture
+def blobs():
+    return Blobs()
+
+
+@pytest.fixture
+def store(blobs):
+    store = Store(blobs)
+    yield store
+    store.close()
+
+
+def now(blobs):
+    return max(info.modified_s for info in blobs.list_blobs())
+
+
+def keys(blobs):
+    return {info.key for info in blobs.list_blobs()}
+
+
+def put(store, number, **more):
+    return store.write([raw("memory", 20, {0: number, 1: 77})], b"%d" % number, META, **more).snapshot_id
+
+
+def test_the_dead_go_and_the_living_stay(store, blobs):
+    one = put(store, 1)
+    two = put(store, 2, parent_id=one)
+    three = put(store, 3)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    assert store.collect([one, two, three], grace_s=HOUR, now=at)["files"] == 0
+    counts = store.collect([two], grace_s=HOUR, now=at)
+    assert counts["manifests"] == 2
+    assert counts["bytes"] > 0
+    assert store.list_ids() == [two]
+    store.verify(two)  # it refers to a page in the layer of `one`
+    assert len([key for key in keys(blobs) if key.startswith("layers/")]) == 2
+    assert store.collect([], grace_s=HOUR, now=at)["manifests"] == 1
+    assert keys(blobs) == set()
+
+
+def test_grace_keeps_the_young(store, blobs):
+    one = put(store, 1)
+    assert store.collect([], grace_s=HOUR, now=now(blobs) + HOUR - 1)["files"] == 0
+    store.verify(one)
+
+
+def test_a_young_manifest_keeps_old_files(store, blobs):
+    """Its row may not be written yet; the layers it refers to may be old."""
+    one = put(store, 1)
+    blobs.age(2 * HOUR)
+    two = put(store, 2, parent_id=one)
+    store.collect([], grace_s=HOUR, now=now(blobs))
+    assert store.list_ids() == [two]
+    store.verify(two)
+
+
+def test_the_template_lives_with_its_children(store, blobs):
+    base = put(store, 1)
+    template = ArrayTemplate(
+        base, {"memory": raw("memory", 20, {n: (1, 77)[n] if n < 2 else 0 for n in range(20)}).data}
+    )
+    child = put(store, 2, template=template)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    store.collect([child], grace_s=HOUR, now=at)
+    assert store.list_ids() == sorted([base, child])
+    store.verify(child)
+
+
+def test_an_unreadable_root_stops_everything(store, blobs):
+    one, two, three = put(store, 1), put(store, 2), put(store, 3)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    key = f"manifests/{one}"
+    good = blobs.get(key, max_bytes=1 << 20)
+    blobs.replace(key, good[:-1] + b"x")
+    before = keys(blobs)
+    with pytest.raises(Corrupt):
+        store.collect([two, one], grace_s=HOUR, now=at)
+    with pytest.raises(NotFound):
+        store.collect([two, "snp_" + "0" * 64], grace_s=HOUR, now=at)
+    assert keys(blobs) == before
+    store.collect([two], grace_s=HOUR, now=at)  # a damaged manifest that is dead is no reason
+    assert store.list_ids() == [two]
+    assert three != two
+
+
+def test_others_blobs_are_none_of_its_business(store, blobs):
+    blobs.put("log/entry", b"x")
+    blobs.put("layers/readme", b"x")
+    blobs.age(2 * HOUR)
+    store.collect([], grace_s=0, now=now(blobs) + HOUR)
+    assert keys(blobs) == {"log/entry", "layers/readme"}
+
+
+def test_a_blob_renewed_since_it_was_listed_stays(store, blobs, monkeypatch):
+    put(store, 1)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    listed = list(blobs.list_blobs())
+    monkeypatch.setattr(blobs, "list_blobs", lambda prefix="": (i for i in listed if i.key.startswith(prefix)))
+    blobs.age(-2 * HOUR)  # every blob was put again by another node
+    assert store.collect([], grace_s=HOUR, now=at)["files"] == 0
+    assert all(blobs.exists(info.key) for info in listed)
+
+
+def test_what_a_running_write_refers_to_stays(blobs):
+    """The parent dies and is swept while a child of it is being written: the child is whole all the same."""
+    store = Store(blobs)
+    one = put(store, 1)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    reached, swept = threading.Event(), threading.Event()
+    real_put = blobs.put
+
+    def slow_put(key, data):
+        if key.startswith("manifests/"):
+            reached.set()
+            assert swept.wait(20)
+        return real_put(key, data)
+
+    blobs.put = slow_put
+    made = []
+    writer = threading.Thread(target=lambda: made.append(put(store, 2, parent_id=one)))
+    writer.start()
+    assert reached.wait(20)
+    assert store.collect([], grace_s=HOUR, now=at)["manifests"] == 1
+    swept.set()
+    writer.join()
+    assert store.list_ids() == made
+    store.verify(made[0])
+    assert read(store, made[0], "memory", template=None)[1] == page(77).tobytes()
+    store.close()
+
+
+def test_pins_outlast_the_write_while_a_sweep_runs():
+    blobs, pins = Blobs(), Pins()
+    for key in ("a", "b", "c"):
+        blobs.put(key, b"")
+    pins.hold(["a", "a"])
+    pins.release(["a"])
+    assert not pins.delete(blobs, "a")
+    with pins.sweep():
+        pins.release(["a"])
+        assert not pins.delete(blobs, "a")
+        assert pins.delete(blobs, "b")
+    assert pins.delete(blobs, "a")
+    pins.hold(["c"])
+    assert pins.delete(blobs, "c", own=1)
