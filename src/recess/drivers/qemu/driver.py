@@ -12,7 +12,7 @@ from recess.config import Config
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
 from recess.drivers.qemu.handles import end_vm
-from recess.drivers.qemu.host import HostFacts, find_tools, inspect_host, run_tiny_guest
+from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.layout import layout_for
 from recess.drivers.qemu.vm import QemuVm
@@ -48,14 +48,19 @@ class QemuDriver:
         self._facts: HostFacts | None = None
         self._inspecting = asyncio.Lock()
 
-    async def probe(self) -> Mapping[str, Any]:
-        """Inspect the host anew and run a tiny guest on the chosen accelerator."""
-        self._facts = None
-        facts = await self._host()
-        binary, keeper = find_tools(self._config)
-        verdict = await run_tiny_guest(self._config, binary, keeper, facts.qemu.accelerator)
-        if verdict:
-            raise DriverFailed(f"QEMU does not run guests here: {verdict}", hint="see recess doctor", log=verdict)
+    @classmethod
+    def from_config(cls, config: Config) -> QemuDriver:
+        """Return the driver as a node uses it."""
+        return cls(config)
+
+    async def probe(self, *, fresh: bool = False) -> Mapping[str, Any]:
+        """Say what is known of this host; `fresh` inspects it anew and runs a tiny guest on the chosen accelerator."""
+        facts = await self._host(fresh=fresh)
+        if fresh:
+            binary, keeper = find_tools(self._config)
+            verdict = await run_tiny_guest(self._config, binary, keeper, facts.qemu.accelerator)
+            if verdict:
+                raise DriverFailed(f"QEMU does not run guests here: {verdict}", hint="see recess doctor", log=verdict)
         return {
             "driver": self.name,
             "qemu": str(facts.qemu.binary),
@@ -97,10 +102,10 @@ class QemuDriver:
         folder = self._config.run_dir / "m"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
-    async def _host(self) -> HostFacts:
+    async def _host(self, *, fresh: bool = False) -> HostFacts:
         async with self._inspecting:
-            if self._facts is None:
-                facts = await inspect_host(self._config, tb_mib=self._tb_mib)
+            if self._facts is None or fresh:
+                facts = await host_facts(self._config, tb_mib=self._tb_mib, fresh=fresh)
                 if not self._devices_command:
                     facts = dataclasses.replace(facts, saves_device_state=False)
                 self._facts = facts

@@ -1,4 +1,6 @@
-"""What this host's QEMU is and can do: found once, by running it. The accelerator is the one that truly runs a guest.
+"""What this host's QEMU is and can do: found by running it. The accelerator is the one that truly runs a guest.
+
+Found once a host boot: the answer is kept in the run folder (in memory), under a key of everything it depends on.
 
 Every QEMU here is started through a keeper with a deadline of its own, so a server that dies meanwhile leaves a
 leftover that ends by itself. This module knows nothing of machines' images or states.
@@ -7,6 +9,8 @@ leftover that ends by itself. This module knows nothing of machines' images or s
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,6 +18,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from recess.config import Config
 from recess.drivers.qemu import keeper as keepers
@@ -62,9 +68,31 @@ def find_tools(config: Config) -> tuple[Path, Path]:
     return Path(found).absolute(), keeper
 
 
-async def inspect_host(config: Config, *, tb_mib: int) -> HostFacts:
-    """Run QEMU and say what it is. Raises MissingTool, DriverFailed."""
+async def host_facts(config: Config, *, tb_mib: int, fresh: bool = False) -> HostFacts:
+    """Return what is known of this host, or find out (`fresh`: in any case). Raises MissingTool, DriverFailed."""
     binary, keeper = find_tools(config)
+    path = config.run_dir / f"qemu-{_key(config, binary, keeper, tb_mib)}.json"
+    if not fresh:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            return msgspec.json.decode(path.read_bytes(), type=HostFacts, dec_hook=lambda kind, value: kind(value))
+    facts = await inspect_host(config, binary, keeper, tb_mib=tb_mib)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a second at the next start
+        aside.write_bytes(msgspec.json.encode(facts, enc_hook=str))
+        aside.replace(path)
+    return facts
+
+
+def _key(config: Config, binary: Path, keeper: Path, tb_mib: int) -> str:
+    """Return a name for everything the facts depend on."""
+    files = [(str(path), stat.st_mtime_ns, stat.st_size) for path in (binary, keeper) for stat in [path.stat()]]
+    kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    text = repr((files, config.accelerator, kvm, tb_mib, os.getuid()))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+async def inspect_host(config: Config, binary: Path, keeper: Path, *, tb_mib: int) -> HostFacts:
+    """Run QEMU and say what it is. Raises MissingTool, DriverFailed."""
     accelerator, why = await choose_accelerator(config, binary, keeper)
     version, flags, commands = await _ask(config, binary, keeper, accelerator)
     if version < MINIMUM_VERSION:
