@@ -221,7 +221,7 @@ mod tests {
 
     #[test]
     fn random_bytes_never_panic_and_stay_bounded() {
-        let mut seed = 0x1234_5678_9ABC_DEFu64;
+        let mut seed = 0x1234_5678_9ABC_DEF0_u64;
         let mut d = Decoder::default();
         for round in 0..2000 {
             let piece: Vec<u8> = (0..97)

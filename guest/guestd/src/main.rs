@@ -2,10 +2,13 @@
 //!
 //! It knows the guest protocol and the guest's kernel. It must never know of sessions, snapshots, models or names.
 
+mod channel;
 mod conn;
 mod crc;
+mod doors;
 mod fail;
 mod files;
+mod flow;
 mod frame;
 mod freezer;
 mod helper;
@@ -94,7 +97,7 @@ fn process(args: &[String]) -> Outcome<()> {
             _ => return Err(usage()),
         }
     }
-    let channel = server::inherit(fd.ok_or_else(usage)?)?;
+    let channel = doors::inherit(fd.ok_or_else(usage)?)?;
     // SAFETY: plain call: orphans of jobs come to us, as they do to PID 1.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1) };
     let freezer = match &cgroup {

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::doors;
 use crate::fail::{Fail, Outcome};
 use crate::files;
 use crate::helper;
@@ -254,7 +255,7 @@ impl Server {
             text => text.parse().map_err(|_| Fail::bad(format!("not an address: {text}")))?,
         };
         let stream = a.stream()?;
-        let fd = server::dial(SocketAddr::new(ip, port))?;
+        let fd = doors::dial(SocketAddr::new(ip, port))?;
         self.add_stream(stream, End::Socket { w: Watched::new(fd), dialing: Some(id), incoming: false })?;
         Ok(None)
     }

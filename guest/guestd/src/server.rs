@@ -5,30 +5,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use crate::conn::Conn;
+use crate::doors::Listener;
 use crate::fail::{Fail, Outcome};
-use crate::frame::{self, Event, Frame, MAX_PAYLOAD, WINDOW};
+use crate::flow::drain;
+use crate::frame::MAX_PAYLOAD;
 use crate::freezer::Freezer;
 use crate::helper::{self, Helper};
 use crate::jobs::{self, Pulled, Table};
-use crate::json::{self, obj, Value};
-use crate::ring::{Cursor, Read};
+use crate::json::obj;
+use crate::ring::Cursor;
 use crate::streams::{End, Stream};
 use crate::sys::{self, Poller, Watched, EDGE, IN, OUT};
-use crate::{stats, VERSION};
 
 pub const PROTO: i64 = 1;
 /// Streams that the guest may have open towards the host; more connections wait in the listener's backlog.
 const MAX_INCOMING: usize = 128;
-const MAX_STREAMS: usize = 512;
-const BACKLOG: i32 = 128;
-/// Reads of the port in one round: a host that floods must not keep jobs' output from moving.
-const READS_PER_ROUND: usize = 16;
 
 /// Where guestd runs and what it offers.
 pub struct Options {
@@ -39,12 +34,6 @@ pub struct Options {
     pub hooks: PathBuf,
     /// The file system to sync before a freeze.
     pub disk: Option<OwnedFd>,
-}
-
-struct Listener {
-    w: Watched,
-    service: &'static str,
-    unix: bool,
 }
 
 pub struct PendingHelper {
@@ -64,14 +53,14 @@ pub struct Server {
     pub proxy_port: Option<u16>,
     pub serial: u32,
     poller: Poller,
-    acceptor: Option<Watched>,
-    listeners: Vec<Listener>,
-    helpers: BTreeMap<u32, PendingHelper>,
+    pub acceptor: Option<Watched>,
+    pub listeners: Vec<Listener>,
+    pub helpers: BTreeMap<u32, PendingHelper>,
     signals: Watched,
-    scratch: Vec<u8>,
-    next_open: u32,
-    port_readable: bool,
-    finished: bool,
+    pub scratch: Vec<u8>,
+    pub next_open: u32,
+    pub port_readable: bool,
+    pub finished: bool,
 }
 
 const T_PORT: u64 = 0;
@@ -135,34 +124,6 @@ impl Server {
     pub fn set_acceptor(&mut self, fd: OwnedFd) -> Outcome<()> {
         sys::set_nonblocking(fd.as_raw_fd()).map_err(|e| Fail::io("listener", &e))?;
         self.acceptor = Some(Watched::new(fd));
-        Ok(())
-    }
-
-    /// Open the two doors for the workload. Connections wait in the backlog until a host listens.
-    pub fn open_doors(&mut self) -> Outcome<()> {
-        if let Some(port) = self.opts.proxy_port {
-            let listener = TcpListener::bind(SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
-            let listener = listener.map_err(|e| Fail::io("proxy port", &e))?;
-            self.proxy_port = listener.local_addr().ok().map(|a| a.port());
-            self.add_listener(listener.into(), "proxy", false)?;
-        }
-        if let Some(run) = &self.opts.run_dir {
-            let fail = |e: std::io::Error| Fail::io("session.sock", &e);
-            std::fs::create_dir_all(run).map_err(fail)?;
-            let path = run.join("session.sock");
-            let _ = std::fs::remove_file(&path); // an earlier run's; bind tells if it could not be removed
-            let listener = UnixListener::bind(&path).map_err(fail)?;
-            std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).map_err(fail)?;
-            self.add_listener(listener.into(), "session", true)?;
-        }
-        Ok(())
-    }
-
-    fn add_listener(&mut self, fd: OwnedFd, service: &'static str, unix: bool) -> Outcome<()> {
-        // SAFETY: plain call; raises the backlog that std set.
-        sys::check(unsafe { libc::listen(fd.as_raw_fd(), BACKLOG) }).map_err(|e| Fail::io(service, &e))?;
-        sys::set_nonblocking(fd.as_raw_fd()).map_err(|e| Fail::io(service, &e))?;
-        self.listeners.push(Listener { w: Watched::new(fd), service, unix });
         Ok(())
     }
 
@@ -255,356 +216,10 @@ impl Server {
         }
     }
 
-    // ---- the channel to the host
-
-    /// The channel is gone: the former connection's streams end, processes live on.
-    pub fn hang_up(&mut self) {
-        self.conn.reset();
-        self.conn.decoder.clear();
-        self.streams.clear();
-        self.helpers.clear(); // nobody waits for their answers; the children end by themselves
-    }
-
-    fn read_port(&mut self) {
-        for _ in 0..READS_PER_ROUND {
-            let Some(port) = &self.conn.port else {
-                self.port_readable = false;
-                return;
-            };
-            match sys::read(port.raw(), &mut self.scratch) {
-                Ok(0) => {
-                    self.port_readable = false;
-                    self.port_closed();
-                    return;
-                }
-                Ok(n) => {
-                    let mut decoder = std::mem::take(&mut self.conn.decoder);
-                    decoder.feed(&self.scratch[..n]);
-                    while let Some(event) = decoder.next() {
-                        match event {
-                            Event::Frame(f) => self.on_frame(&f),
-                            Event::Garbage => self.on_garbage(),
-                        }
-                    }
-                    self.conn.decoder = decoder;
-                }
-                Err(e) => {
-                    self.port_readable = false;
-                    if !sys::would_block(&e) {
-                        self.port_closed();
-                    }
-                    return;
-                }
-            }
-        }
-    }
-
-    /// A virtio port stays open without a host and wakes us when one comes; a socket is done with.
-    fn port_closed(&mut self) {
-        self.hang_up();
-        if !self.opts.own_machine {
-            self.conn.port = None;
-            self.finished = self.acceptor.is_none();
-        }
-    }
-
-    /// The byte stream is damaged: nothing of this connection can be trusted any more; only a new hello helps.
-    fn on_garbage(&mut self) {
-        if self.conn.attached() {
-            self.conn.reset();
-            self.streams.clear();
-            self.helpers.clear();
-            self.conn.frame(frame::DESYNC, 0, 0, b"");
-        }
-    }
-
-    fn on_frame(&mut self, f: &Frame) {
-        if f.kind == frame::HELLO {
-            self.on_hello(f);
-            return;
-        }
-        if !self.conn.attached() {
-            return;
-        }
-        match f.kind {
-            frame::REQUEST => match self.conn.assemble(f.stream, f.flags, f.payload) {
-                Ok(Some(body)) => self.on_request(f.stream, &body),
-                Ok(None) => {}
-                Err(fail) => self.conn.reply(f.stream, Err(fail)),
-            },
-            frame::DATA => self.on_data(f.stream, f.payload),
-            frame::CREDIT => {
-                if let (Some(s), Ok(bytes)) = (self.streams.get_mut(&f.stream), f.payload.try_into()) {
-                    s.credit = (s.credit + u32::from_le_bytes(bytes) as usize).min(WINDOW);
-                }
-            }
-            frame::EOF => {
-                if let Some(s) = self.streams.get_mut(&f.stream) {
-                    s.in_eof = true;
-                    self.deliver(f.stream);
-                }
-            }
-            frame::RESET if f.flags & frame::FLAG_LINGER != 0 => self.linger(f.stream),
-            frame::RESET => drop(self.streams.remove(&f.stream)),
-            frame::PING => self.conn.frame(frame::PONG, 0, f.stream, &f.payload[..f.payload.len().min(64)]),
-            frame::LISTEN => self.conn.listening = f.flags & 1 == 1,
-            _ => {} // a newer host's: unknown frames mean nothing here
-        }
-    }
-
-    /// A hello with a new nonce is a new connection: streams of the former one end. With the same nonce it is the
-    /// same host asking again, because its hello met the unfinished frame of an earlier one.
-    fn on_hello(&mut self, f: &Frame) {
-        let body = json::parse(f.payload).unwrap_or(Value::Null);
-        let nonce = body.get("nonce").and_then(Value::as_str).unwrap_or_default();
-        if nonce.len() != 32 {
-            return;
-        }
-        if self.conn.nonce.as_deref() != Some(nonce) {
-            self.conn.reset();
-            self.streams.clear();
-            self.helpers.clear();
-        }
-        if f.flags & frame::FLAG_RETRY != 0 {
-            self.conn.pad();
-        }
-        let same = body.get("proto").and_then(Value::as_int) == Some(PROTO);
-        let reply = obj([
-            ("proto", PROTO.into()),
-            ("nonce", nonce.into()),
-            ("guestd", VERSION.into()),
-            ("boot_id", stats::boot_id().into()),
-            ("mode", if self.opts.own_machine { "machine" } else { "process" }.into()),
-            ("frozen", self.freezer.frozen.into()),
-        ]);
-        self.conn.frame(frame::HELLO, 0, 0, reply.text().as_bytes());
-        if same {
-            self.conn.nonce = Some(nonce.to_string());
-        }
-    }
-
-    // ---- streams
-
-    pub fn add_stream(&mut self, id: u32, end: End) -> Outcome<()> {
-        if id == 0 || id % 2 == 0 || self.streams.contains_key(&id) {
-            return Err(Fail::bad("not a free odd stream number"));
-        }
-        if self.streams.len() >= MAX_STREAMS {
-            return Err(Fail::new("busy", format!("{MAX_STREAMS} streams are open")));
-        }
-        self.streams.insert(id, Stream::new(end));
-        Ok(())
-    }
-
-    /// End a stream from our side and say why.
-    pub fn abort(&mut self, id: u32, why: &Fail) {
-        if let Some(s) = self.streams.remove(&id) {
-            if let End::Put { request, .. } = s.end {
-                self.conn.reply(request, Err(why.clone()));
-            } else {
-                self.conn.reset_stream(id, why);
-            }
-        }
-    }
-
-    fn on_data(&mut self, id: u32, payload: &[u8]) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        if s.in_eof || payload.len() > s.may_receive() {
-            self.abort(id, &Fail::bad("data beyond the credit or the end of file"));
-            return;
-        }
-        s.pending.extend(payload);
-        self.deliver(id);
-    }
-
-    /// The host closed the stream: deliver what it sent before, take nothing more, then close.
-    fn linger(&mut self, id: u32) {
-        match self.streams.get_mut(&id) {
-            Some(s) if matches!(s.end, End::Socket { dialing: None, .. }) => {
-                s.in_eof = true;
-                s.out_eof = true;
-                self.deliver(id);
-            }
-            _ => drop(self.streams.remove(&id)),
-        }
-    }
-
-    /// Move what the host sent to where it goes, as far as it goes now.
-    fn deliver(&mut self, id: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        let end = match &mut s.end {
-            End::Socket { dialing: Some(_), .. } => return,
-            End::Job { key, .. } => {
-                let key = *key;
-                self.feed_job(key);
-                return;
-            }
-            End::Socket { w, .. } => drain(&mut s.pending, |b| sys::write(w.raw(), b)),
-            End::Put { sink, .. } => match sink {
-                Some(sink) => put_all(sink.as_mut(), &mut s.pending),
-                None => return,
-            },
-            End::Get { .. } => Ok(std::mem::take(&mut s.pending).len()),
-        };
-        match end {
-            Ok(n) => self.credit(id, n),
-            Err(fail) => {
-                self.abort(id, &fail);
-                return;
-            }
-        }
-        self.after_delivery(id);
-    }
-
-    fn credit(&mut self, id: u32, n: usize) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        if let (Some(grant), false) = (s.delivered(n), s.in_eof) {
-            self.conn.frame(frame::CREDIT, 0, id, &grant.to_le_bytes());
-        }
-        s.tidy();
-    }
-
-    /// Once all is delivered, pass on the end of file.
-    fn after_delivery(&mut self, id: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        if !s.in_eof || s.in_done || !s.pending.is_empty() {
-            return;
-        }
-        s.in_done = true;
-        match &mut s.end {
-            End::Socket { w, .. } => {
-                // SAFETY: plain call; a peer that is gone makes it fail, which the next read tells.
-                unsafe { libc::shutdown(w.raw(), libc::SHUT_WR) };
-                if s.out_eof {
-                    // Closing with unread input would reset the connection under the peer's last read.
-                    for _ in 0..READS_PER_ROUND {
-                        if sys::read(w.raw(), &mut self.scratch).map_or(true, |n| n == 0) {
-                            break;
-                        }
-                    }
-                    self.streams.remove(&id);
-                }
-            }
-            End::Put { sink, request } => {
-                let (sink, request) = (sink.take(), *request);
-                self.streams.remove(&id);
-                if let Some(sink) = sink {
-                    let outcome = sink.finish();
-                    self.conn.reply(request, outcome);
-                }
-            }
-            End::Job { .. } | End::Get { .. } => {}
-        }
-    }
-
-    fn on_socket(&mut self, id: u32, mask: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        if let End::Socket { w, dialing, .. } = &mut s.end {
-            if let Some(request) = *dialing {
-                let outcome = socket_error(w.raw());
-                *dialing = None;
-                if outcome.is_err() {
-                    self.streams.remove(&id);
-                }
-                self.conn.reply(request, outcome.map(|()| obj([])));
-            }
-        }
-        if mask & OUT != 0 {
-            self.deliver(id);
-        }
-        self.read_socket(id);
-    }
-
-    fn read_socket(&mut self, id: u32) {
-        let room = self.conn.room();
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        let End::Socket { w, dialing: None, .. } = &s.end else { return };
-        let want = s.credit.min(room).min(self.scratch.len());
-        if want == 0 || s.out_eof || self.freezer.frozen {
-            return;
-        }
-        match sys::read(w.raw(), &mut self.scratch[..want]) {
-            Ok(0) => {
-                s.out_eof = true;
-                self.conn.frame(frame::EOF, 0, id, b"");
-                if s.in_done {
-                    self.streams.remove(&id);
-                }
-            }
-            Ok(n) => {
-                s.credit -= n;
-                self.conn.frame(frame::DATA, 0, id, &self.scratch[..n]);
-            }
-            Err(e) if sys::would_block(&e) => {}
-            Err(e) => self.abort(id, &Fail::io("connection", &e)),
-        }
-    }
-
-    /// Move sources and rings towards the host until credit, room or data end; returns whether anything moved.
-    fn pump(&mut self) -> bool {
-        let ids: Vec<u32> = self.streams.keys().copied().collect();
-        ids.into_iter().fold(false, |moved, id| self.pump_one(id) || moved)
-    }
-
-    fn pump_one(&mut self, id: u32) -> bool {
-        let room = self.conn.room();
-        let Some(s) = self.streams.get_mut(&id) else { return false };
-        let want = s.credit.min(room).min(self.scratch.len());
-        match &mut s.end {
-            End::Get { source } if want > 0 && !s.out_eof => match source.read(&mut self.scratch[..want]) {
-                Ok(0) => {
-                    self.conn.frame(frame::EOF, 0, id, b"");
-                    self.streams.remove(&id);
-                }
-                Ok(n) => {
-                    s.credit -= n;
-                    self.conn.frame(frame::DATA, 0, id, &self.scratch[..n]);
-                }
-                Err(fail) => self.abort(id, &fail),
-            },
-            End::Job { key, cursor } if want > 0 => {
-                let Some(job) = self.jobs.jobs.get(key) else {
-                    self.abort(id, &Fail::new("no_job", "the job was forgotten"));
-                    return true;
-                };
-                match job.ring.read(cursor, want) {
-                    Read::Gap => self.conn.frame(frame::DATA, 0, id, b""),
-                    Read::Bytes(channel, data) => {
-                        s.credit -= data.len();
-                        self.conn.frame(frame::DATA, channel, id, data);
-                    }
-                    Read::End => {
-                        let (Some(code), true) = (job.exit_code, job.settled) else { return false };
-                        let body = obj([("exit_code", i64::from(code).into())]).text();
-                        self.conn.frame(frame::EXIT, 0, id, body.as_bytes());
-                        self.streams.remove(&id);
-                    }
-                }
-            }
-            _ => return false,
-        }
-        true
-    }
-
-    fn move_all(&mut self) {
-        loop {
-            self.settle_jobs();
-            let moved = self.pump();
-            match self.conn.flush() {
-                Ok(true) if moved => {}
-                Ok(_) => return,
-                Err(_) => {
-                    self.port_closed();
-                    return;
-                }
-            }
-        }
-    }
-
     // ---- jobs
 
     /// Give a job's stdin what its attached streams hold.
-    fn feed_job(&mut self, key: u32) {
+    pub fn feed_job(&mut self, key: u32) {
         let ids: Vec<u32> = self.streams.iter().filter(|(_, s)| s.is_of(key)).map(|(id, _)| *id).collect();
         for id in ids {
             let (Some(s), Some(job)) = (self.streams.get_mut(&id), self.jobs.jobs.get_mut(&key)) else { continue };
@@ -631,7 +246,7 @@ impl Server {
     }
 
     /// Jobs that ended: take what their pipes still hold; once empty their readers may be told of the end.
-    fn settle_jobs(&mut self) {
+    pub fn settle_jobs(&mut self) {
         if self.freezer.frozen {
             return;
         }
@@ -680,32 +295,7 @@ impl Server {
         }
     }
 
-    // ---- doors, hosts, helpers
-
-    fn on_accept_host(&mut self) {
-        let Some(acceptor) = &self.acceptor else { return };
-        // SAFETY: no address is asked for.
-        let fd = unsafe { libc::accept4(acceptor.raw(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
-        if let Ok(fd) = sys::own(fd) {
-            if self.set_port(fd).is_err() {
-                self.conn.port = None;
-            }
-        }
-    }
-
-    fn on_accept(&mut self, index: usize) {
-        let Some(l) = self.listeners.get(index) else { return };
-        let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-        // SAFETY: no address is asked for.
-        let fd = unsafe { libc::accept4(l.w.raw(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
-        let Ok(fd) = sys::own(fd) else { return };
-        let meta = if l.unix { peer(&fd) } else { obj([]) };
-        let body = obj([("service", l.service.into()), ("meta", meta)]);
-        let id = self.next_open;
-        self.next_open = self.next_open.checked_add(2).unwrap_or(2);
-        self.streams.insert(id, Stream::new(End::Socket { w: Watched::new(fd), dialing: None, incoming: true }));
-        self.conn.frame(frame::OPEN, 0, id, body.text().as_bytes());
-    }
+    // ---- helpers
 
     /// Answer `request` when this helper ends.
     pub fn add_helper(&mut self, request: u32, h: Helper) {
@@ -730,12 +320,6 @@ impl Server {
     }
 }
 
-impl Stream {
-    fn is_of(&self, job: u32) -> bool {
-        matches!(&self.end, End::Job { key, .. } if *key == job)
-    }
-}
-
 /// The cursors of a job's attached readers, and whether any of them holds input for it.
 fn attached(streams: &BTreeMap<u32, Stream>, job: u32) -> (Vec<Cursor>, bool) {
     let mut cursors = Vec::new();
@@ -749,88 +333,4 @@ fn attached(streams: &BTreeMap<u32, Stream>, job: u32) -> (Vec<Cursor>, bool) {
         }
     }
     (cursors, waiting)
-}
-
-/// Write as much as goes; returns how much went.
-fn drain(
-    pending: &mut std::collections::VecDeque<u8>,
-    mut write: impl FnMut(&[u8]) -> std::io::Result<usize>,
-) -> Outcome<usize> {
-    let mut total = 0;
-    while !pending.is_empty() {
-        match write(pending.as_slices().0) {
-            Ok(n) => {
-                pending.drain(..n);
-                total += n;
-            }
-            Err(e) if sys::would_block(&e) => break,
-            Err(e) => return Err(Fail::io("connection", &e)),
-        }
-    }
-    Ok(total)
-}
-
-fn put_all(sink: &mut dyn crate::streams::Sink, pending: &mut std::collections::VecDeque<u8>) -> Outcome<usize> {
-    let n = pending.len();
-    let (a, b) = pending.as_slices();
-    sink.write(a)?;
-    sink.write(b)?;
-    pending.clear();
-    Ok(n)
-}
-
-fn socket_error(fd: i32) -> Outcome<()> {
-    let mut code: libc::c_int = 0;
-    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: pointer and length describe the int.
-    unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut code).cast(), &mut len) };
-    if code == 0 { Ok(()) } else { Err(Fail::io("dial", &std::io::Error::from_raw_os_error(code))) }
-}
-
-/// Who connected to the unix socket.
-fn peer(fd: &OwnedFd) -> Value {
-    let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: pointer and length describe the struct.
-    unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut cred).cast(), &mut len) };
-    obj([("pid", i64::from(cred.pid).into()), ("uid", i64::from(cred.uid).into())])
-}
-
-/// A stream socket of this family, non-blocking, on its way to the address.
-pub fn dial(addr: std::net::SocketAddr) -> Outcome<OwnedFd> {
-    let fail = |e: std::io::Error| Fail::io(&format!("dial {addr}"), &e);
-    let family = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
-    // SAFETY: address structs are filled fully and outlive the calls.
-    unsafe {
-        let fd = sys::own(libc::socket(family, kind, 0)).map_err(fail)?;
-        let ret = match addr {
-            std::net::SocketAddr::V4(a) => {
-                let mut sa: libc::sockaddr_in = std::mem::zeroed();
-                sa.sin_family = libc::AF_INET as u16;
-                sa.sin_port = a.port().to_be();
-                sa.sin_addr.s_addr = u32::from_ne_bytes(a.ip().octets());
-                libc::connect(fd.as_raw_fd(), (&raw const sa).cast(), size_of_val(&sa) as u32)
-            }
-            std::net::SocketAddr::V6(a) => {
-                let mut sa: libc::sockaddr_in6 = std::mem::zeroed();
-                sa.sin6_family = libc::AF_INET6 as u16;
-                sa.sin6_port = a.port().to_be();
-                sa.sin6_addr.s6_addr = a.ip().octets();
-                libc::connect(fd.as_raw_fd(), (&raw const sa).cast(), size_of_val(&sa) as u32)
-            }
-        };
-        match sys::check(ret) {
-            Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => Err(fail(e)),
-            _ => Ok(fd),
-        }
-    }
-}
-
-/// Take a descriptor number that the parent left open for us.
-pub fn inherit(fd: i32) -> Outcome<OwnedFd> {
-    // SAFETY: only queries; ownership is taken below once it is known to be open.
-    sys::check(unsafe { libc::fcntl(fd, libc::F_GETFD) }).map_err(|e| Fail::io("--serve-fd", &e))?;
-    // SAFETY: the number was given to us by the parent for this purpose and is used once.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -139,6 +139,7 @@ fn prepare(procs: Option<RawFd>, tty: bool, ids: Option<&Ids>, cwd: &std::ffi::C
         if let Some(fd) = procs {
             sys::write(fd, b"0")?; // join before anything of the user's runs
         }
+        sys::reset_signals()?;
         sys::check(libc::setsid())?;
         if tty {
             sys::check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;

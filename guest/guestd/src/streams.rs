@@ -70,4 +70,9 @@ impl Stream {
             self.pending = VecDeque::new();
         }
     }
+
+    /// Is this a reader of that job?
+    pub fn is_of(&self, job: u32) -> bool {
+        matches!(&self.end, End::Job { key, .. } if *key == job)
+    }
 }

@@ -123,6 +123,19 @@ pub fn kill_group(pgid: i32, signal: i32) -> io::Result<()> {
     check(unsafe { libc::kill(-pgid, signal) }).map(drop)
 }
 
+/// Give a child between fork and exec the signals every program expects: none blocked, none ignored. guestd blocks
+/// those it reads from its signalfd, and masks survive exec.
+pub fn reset_signals() -> io::Result<()> {
+    // SAFETY: the set is initialised before use; plain calls.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut none);
+        check(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+    Ok(())
+}
+
 pub fn is_root() -> bool {
     // SAFETY: always succeeds.
     unsafe { libc::geteuid() == 0 }

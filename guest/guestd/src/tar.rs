@@ -356,3 +356,134 @@ fn finish_file(f: &File, mode: u32, mtime: i64) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{symlink, PermissionsExt};
+    use std::path::PathBuf;
+
+    /// A member as tar writes it.
+    fn member(name: &str, kind: u8, link: &str, data: &[u8]) -> Vec<u8> {
+        let mut b = [0u8; BLOCK];
+        b[..name.len()].copy_from_slice(name.as_bytes());
+        b[100..107].copy_from_slice(b"0000750");
+        b[124..135].copy_from_slice(format!("{:011o}", data.len()).as_bytes());
+        b[136..147].copy_from_slice(format!("{:011o}", 1_700_000_000).as_bytes());
+        b[156] = kind;
+        b[157..157 + link.len()].copy_from_slice(link.as_bytes());
+        b[257..262].copy_from_slice(b"ustar");
+        b[263..265].copy_from_slice(b"00");
+        seal(&mut b);
+        let mut out = b.to_vec();
+        out.extend_from_slice(data);
+        out.resize(out.len().next_multiple_of(BLOCK), 0);
+        out
+    }
+
+    fn seal(b: &mut [u8; BLOCK]) {
+        b[148..156].copy_from_slice(b"        ");
+        let sum: u32 = b.iter().map(|x| u32::from(*x)).sum();
+        b[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+
+    fn pax_record(key: &str, value: &str) -> Vec<u8> {
+        let rest = format!(" {key}={value}\n");
+        let len = (1..).find(|n: &usize| n.to_string().len() + rest.len() == *n).unwrap();
+        format!("{len}{rest}").into_bytes()
+    }
+
+    fn scratch(tag: &str) -> PathBuf {
+        let p = std::env::temp_dir().join(format!("guestd-tar-{tag}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&p);
+        fs::create_dir_all(&p).unwrap();
+        p
+    }
+
+    fn unpack(dir: &Path, parts: &[Vec<u8>], step: usize) -> Outcome<()> {
+        let mut all = parts.concat();
+        all.extend_from_slice(&[0u8; 1024]);
+        let mut sink = Box::new(open(dir)?);
+        for piece in all.chunks(step) {
+            sink.write(piece)?;
+        }
+        sink.finish().map(drop)
+    }
+
+    #[test]
+    fn unpacks_files_folders_links_and_long_names() {
+        let long = format!("{}/{}/file", "d".repeat(90), "e".repeat(90));
+        let parts = [
+            member("./", b'5', "", b""),
+            member("a/", b'5', "", b""),
+            member("a/f", b'0', "", b"hello"),
+            member("deep/er/g", 0, "", &vec![7u8; 1300]),
+            member("l", b'2', "a/f", b""),
+            member("h", b'1', "a/f", b""),
+            member("x", b'x', "", &[pax_record("path", &long), pax_record("mtime", "1600000000.5")].concat()),
+            member("short", b'0', "", b"long"),
+            member("././@LongLink", b'L', "", format!("{long}2\0").as_bytes()),
+            member("short", b'0', "", b"gnu"),
+        ];
+        for step in [1, 511, 4096] {
+            let dir = scratch(&format!("ok{step}"));
+            unpack(&dir, &parts, step).unwrap();
+            assert_eq!(fs::read_to_string(dir.join("l")).unwrap(), "hello");
+            assert_eq!(fs::read_to_string(dir.join("h")).unwrap(), "hello");
+            assert_eq!(fs::read(dir.join("deep/er/g")).unwrap(), vec![7u8; 1300]);
+            assert_eq!(fs::read_to_string(dir.join(&long)).unwrap(), "long");
+            assert_eq!(fs::read_to_string(dir.join(format!("{long}2"))).unwrap(), "gnu");
+            assert_eq!(fs::metadata(dir.join("a/f")).unwrap().permissions().mode() & 0o7777, 0o750);
+            unpack(&dir, &parts, step).unwrap(); // over itself
+            fs::remove_dir_all(&dir).unwrap();
+        }
+    }
+
+    #[test]
+    fn nothing_leads_out() {
+        let base = scratch("out");
+        let dir = base.join("in");
+        let outside = base.join("secret");
+        fs::write(&outside, "old").unwrap();
+        for name in ["../secret", "/etc/x", "a/../../secret", "..", ""] {
+            assert_eq!(unpack(&dir, &[member(name, b'0', "", b"new")], 512).unwrap_err().kind, "bad_input", "{name}");
+        }
+        let through = [member("up", b'2', "..", b""), member("up/secret", b'0', "", b"new")];
+        unpack(&dir, &through, 512).unwrap();
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "old");
+        assert_eq!(fs::read_to_string(dir.join("secret")).unwrap(), "new");
+        symlink(&base, dir.join("old-link")).unwrap();
+        assert!(unpack(&dir, &[member("old-link/secret", b'0', "", b"new")], 512).is_err());
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "old");
+        let hard = [member("h", b'1', "old-link/../../secret", b"")];
+        assert_eq!(unpack(&dir, &hard, 512).unwrap_err().kind, "bad_input");
+        // A file that is a link is replaced, never written through.
+        symlink(&outside, dir.join("f")).unwrap();
+        unpack(&dir, &[member("f", b'0', "", b"new")], 512).unwrap();
+        assert_eq!(fs::read_to_string(&outside).unwrap(), "old");
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn damaged_and_unwanted_archives_are_refused() {
+        let dir = scratch("bad");
+        let mut flipped = member("f", b'0', "", b"data");
+        flipped[0] ^= 1;
+        assert!(unpack(&dir, &[flipped], 512).is_err());
+        assert!(unpack(&dir, &[member("dev", b'3', "", b"")], 512).is_err());
+        assert!(unpack(&dir, &[member("x", b'x', "", b"99 path=a\n")], 512).is_err());
+        let mut sink = Box::new(open(&dir).unwrap());
+        sink.write(&member("cut", b'0', "", &[1; 2000])[..1500]).unwrap();
+        assert_eq!(sink.finish().unwrap_err().kind, "bad_input");
+        for bad in [&b"5 a\n"[..], b"x a=b\n", b"0 a=b\n", b"999 a=b\n", b" a=b\n", b"6 a=b "] {
+            assert!(pax(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));
+        }
+        let mut huge = [0u8; 12];
+        huge[0] = 0x80;
+        huge[4..].copy_from_slice(&u64::MAX.to_be_bytes());
+        assert_eq!(number(&huge), None);
+        huge[4..].copy_from_slice(&(9u64 << 33).to_be_bytes());
+        assert_eq!(number(&huge), Some(9 << 33));
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

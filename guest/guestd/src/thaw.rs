@@ -178,6 +178,8 @@ fn run_hook(hook: &Path, t: &Thaw, bound_ms: u64) -> Outcome<()> {
     cmd.envs(t.env.iter().map(|(k, v)| (k, v)));
     cmd.env("RECESS_GENERATION", &t.generation).env("RECESS_EPOCH", t.epoch.to_string());
     cmd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).current_dir("/");
+    // SAFETY: guestd has one thread, so the child of fork may do anything the parent could.
+    unsafe { cmd.pre_exec(sys::reset_signals) };
     let mut child = cmd.spawn().map_err(|e| Fail::io(&name, &e))?;
     let pid = child.id() as i32;
     // SAFETY: our own child, not yet reaped.

@@ -19,6 +19,8 @@ from recess.guestlink.frames import MAX_PAYLOAD, WINDOW, Kind
 _LINGER = 1  # on RESET: deliver first what was sent before
 _KEPT_BYTES = 1024 * 1024  # output kept for a later reader while somebody only waits for the end
 
+_PIECE_BYTES = 4096
+
 
 class Wire(Protocol):
     """What a stream needs of its link."""
@@ -60,8 +62,9 @@ class Stream:
         if len(payload) > self._granted or self._ended:
             raise GuestFailed(f"the guest sent {len(payload)} bytes beyond its credit on stream {self.number}")
         self._granted -= len(payload)
-        self._inbox.append((channel, payload))
-        self._wake.set()
+        if payload:
+            self._inbox.append((channel, payload))
+            self._wake.set()
 
     def on_credit(self, payload: bytes) -> None:
         """The guest took bytes. Raises GuestFailed for credit that was never used."""
@@ -213,17 +216,21 @@ class JobHandle(Stream):
 
     def on_exit(self, exit_code: int) -> None:
         """The process has ended and all its output was sent."""
-        if self._ended:
-            raise GuestFailed(f"the guest ended job {self.job_id} twice")
+        if not 0 <= exit_code <= 255:
+            raise GuestFailed(f"the guest sent an impossible exit code: {exit_code}")
         self._exit_code = exit_code
         self._ended = True
         self._wake.set()
         self._wire.forget_stream(self.number, 0)
 
     def on_data(self, channel: int, payload: bytes) -> None:
-        """Output came; while somebody only waits, keep the newest of it and let the process go on."""
+        """Output came (nothing on channel 0: a gap); while somebody only waits, keep the newest and go on."""
         super().on_data(channel, payload)
+        if not payload and (not self._inbox or self._inbox[-1][1]):
+            self._inbox.append((0, b""))
+            self._wake.set()
         if self._waiters and not self._reading:
+            self._merge_last()
             self._absorb()
 
     async def output(self) -> AsyncIterator[tuple[int, bytes]]:
@@ -279,6 +286,15 @@ class JobHandle(Stream):
         paid = min(count, self._prepaid)
         self._prepaid -= paid
         super()._consumed(count - paid)
+
+    def _merge_last(self) -> None:
+        """Join small pieces of one channel: many tiny frames must not cost more than their bytes."""
+        if len(self._inbox) < 2:
+            return
+        (channel, data), (before, earlier) = self._inbox[-1], self._inbox[-2]
+        if channel == before and earlier and len(earlier) + len(data) <= _PIECE_BYTES:
+            self._inbox.pop()
+            self._inbox[-1] = (channel, earlier + data)
 
     def _absorb(self) -> None:
         """Grant credit for what waits unread, dropping the oldest beyond the cap, with a mark where it was."""

@@ -1,0 +1,60 @@
+"""The guest link against a real guestd as a process on this host; the same suite runs against machines."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from recess.errors import NotFound
+from recess.guestlink import ExecRequest
+from recess.testing.guestlink_process import guestd_process
+from recess.testing.guestlink_suite import GuestLinkSuite, run
+
+UNPRIVILEGED = 65534
+UNIFIED = next((p for p in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (p / "cgroup.procs").exists()), None)
+
+
+class TestAsAProcess(GuestLinkSuite):
+    @pytest.fixture
+    async def guest(self, tmp_path):
+        async with guestd_process(tmp_path) as guest:
+            yield guest
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
+class TestAsAnOrdinaryUser(GuestLinkSuite):
+    @pytest.fixture
+    async def guest(self, short_tmp):
+        async with guestd_process(short_tmp, user=UNPRIVILEGED) as guest:
+            yield guest
+
+    @pytest.fixture
+    def short_tmp(self, tmp_path):
+        for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest keeps them to their owner
+            folder.chmod(0o755)
+        return tmp_path
+
+
+@pytest.mark.skipif(os.getuid() != 0 or UNIFIED is None, reason="needs root and cgroup v2")
+class TestWithTheRealFreezer(GuestLinkSuite):
+    @pytest.fixture
+    async def guest(self, tmp_path):
+        async with guestd_process(tmp_path, cgroup=UNIFIED / f"recess-test-{os.getpid()}") as guest:
+            assert (await guest.link.info())["freezer"] == "cgroup"
+            yield guest
+
+    async def test_children_that_left_their_group_are_frozen_too(self, guest):
+        mark = f"{guest.scratch}/n"
+        script = f"setsid sh -c 'i=0; while :; do i=$((i+1)); echo $i > {mark}.t; mv {mark}.t {mark}; done' & wait"
+        await guest.link.exec(ExecRequest(["sh", "-c", script]))
+        while True:
+            try:
+                await guest.link.stat(mark)
+                break
+            except NotFound:
+                await run(guest.link, "true")
+        await guest.link.freeze()
+        before = await guest.link.read_file(mark)
+        for _ in range(20):
+            await guest.link.ping()
+        assert await guest.link.read_file(mark) == before
