@@ -2,18 +2,20 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recess_agent.transcript import messages as agent_messages
+from recess_agent.transcript import to_openai as agent_openai
 
 from recess.contextlog.contract import Entry
 from recess.contextlog.transcript import check_transcript
 from recess.contextlog.transcript import messages as host_messages
 from recess.contextlog.transcript import to_openai as host_openai
 from recess.sessions.channel import entry_data
-from recess_agent.transcript import messages as agent_messages
-from recess_agent.transcript import to_openai as agent_openai
 
 IDS = st.sampled_from(["c0", "c1", "c2", ""])
 TEXT = st.sampled_from(["", "one", "two"])
-CALL = st.fixed_dictionaries({"id": IDS, "name": st.sampled_from(["f", "g", ""]), "arguments": st.sampled_from([{}, {"a": 1}, "raw"])})
+CALL = st.fixed_dictionaries(
+    {"id": IDS, "name": st.sampled_from(["f", "g", ""]), "arguments": st.sampled_from([{}, {"a": 1}, "raw"])}
+)
 NUMBER = st.integers(0, 40)
 
 BODIES = {
@@ -38,14 +40,17 @@ BODIES = {
     "fork": st.fixed_dictionaries({"parent": st.just("ses_p"), "at": NUMBER}),
     "x.own": st.fixed_dictionaries({}),
 }  # fmt: skip
-ENTRY = st.sampled_from(sorted(BODIES)).flatmap(lambda kind: st.tuples(st.just(kind), BODIES[kind], IDS, st.sampled_from(["a", "b"])))
+ENTRY = st.sampled_from(sorted(BODIES)).flatmap(
+    lambda kind: st.tuples(st.just(kind), BODIES[kind], IDS, st.sampled_from(["a", "b"]))
+)
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(ENTRY, max_size=30))
 def test_host_and_agent_agree_on_any_log(drawn):
     log = [
-        Entry(session, i + 1, kind, body, 1, ref, "", 1, "v", 0.0, 1) for i, (kind, body, ref, session) in enumerate(drawn)
+        Entry(session, i + 1, kind, body, 1, ref, "", 1, "v", 0.0, 1)
+        for i, (kind, body, ref, session) in enumerate(drawn)
     ]
     ours = agent_messages([entry_data(e) for e in log])
     assert ours == host_messages(log)

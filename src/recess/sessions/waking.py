@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from recess.contextlog.branch import on_branch
 from recess.contextlog.contract import Draft, Entry, SessionRow
 from recess.sessions.agent_job import LABEL, end_job
 from recess.sessions.decisions import Rung, keeps_agent, plan_wake
@@ -52,7 +53,7 @@ async def stored_snapshots(log: SessionLog, row: SessionRow, *, to: int | None =
     head = row.head if to is None else min(to, row.head)
     entries: list[Entry] = []
     if head > 0:
-        entries = await log.read(row.id, after=max(0, head - SCAN), to=head, limit=SCAN)
+        entries = on_branch(await log.read(row.id, after=max(0, head - SCAN), to=head, limit=SCAN))
     found = [_stored(e) for e in reversed(entries) if e.kind == "machine.snapshot"]
     own = Stored(row.snapshot, row.snapshot_position, str(row.meta.get("job", "")))
     if row.snapshot and row.snapshot_position <= head and all(one.snapshot != row.snapshot for one in found):

@@ -1,6 +1,6 @@
 """An agent for tests of sessions: a scripted model, tools that tell the test through files in $SHARED. Source text only."""
 
-CODER = '''
+CODER = """
 import asyncio, os, pathlib, time
 from recess_agent import agent, tool
 
@@ -77,7 +77,7 @@ async def coder(s):
                 break
             await s.run_tools(reply)
         await s.note(version=VERSION, pid=os.getpid(), cache=list(cache), attempt=turn.attempt)
-'''
+"""
 
 
 def coder(version: str = "1") -> str:

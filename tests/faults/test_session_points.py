@@ -1,0 +1,142 @@
+"""The server dies at every named point of the sessions room; the next one carries on and nothing is lost or doubled."""
+
+import asyncio
+
+import pytest
+
+from recess import crashpoints
+from recess.testing.crash import known_crash_points
+from recess.testing.session_world import coder_world, deploy_coder, kinds, machine_of, notes
+
+LIFE = [
+    "session.after_assistant",
+    "session.after_freeze",
+    "session.after_restore",
+    "session.after_snapshot",
+    "session.after_thaw",
+    "session.after_tool_result",
+    "session.after_tool_start",
+    "session.after_turn_end",
+    "session.after_turn_start",
+    "session.before_append",
+    "session.before_freeze",
+]
+# The machine is up and the row still says frozen: the next server ends it and restores, with memory on real machines,
+# without on these.
+BEFORE_RUNNING = ("session.after_thaw", "session.after_restore", "session.before_append")
+UPGRADE = ["session.after_code", "session.before_upgrade", "session.after_upgrade_stop"]
+RECOVERY = ["session.after_settle"]
+FORK = ["session.after_live_snapshot", "session.after_fork"]
+REWIND = ["session.after_rewind"]
+
+
+def test_every_point_is_tried():
+    assert sorted(LIFE + UPGRADE + RECOVERY + FORK + REWIND) == known_crash_points("session.")
+
+
+@pytest.fixture(autouse=True)
+def _disarmed():
+    yield
+    crashpoints.disarm_all()
+
+
+async def crash_at(w, name, *, kill_machine=""):
+    """Wait until the armed point was passed, then lose the server."""
+    async with asyncio.timeout(20):
+        while name in crashpoints._armed:
+            await asyncio.sleep(0.005)
+    if kill_machine:
+        await w.sessions.abandon()
+        await w.machines.kill(kill_machine, why="test")
+    await w.crash_server()
+
+
+@pytest.mark.parametrize("vm", ["lives", "dies"])
+@pytest.mark.parametrize("name", LIFE)
+async def test_a_crash_in_the_life_of_a_session(tmp_path, name, vm):
+    async with coder_world(tmp_path) as (w, s):
+        (tmp_path / "go-a").touch()
+        await w.say(s, "work a", turn=1)
+        await w.until_state(s, "frozen")
+        crashpoints.arm(name)
+        await w.sessions.send(s, "work a", key="m2")
+        await crash_at(w, name, kill_machine=await machine_of(w, s) if vm == "dies" else "")
+        await w.sessions.recover()
+        await w.until(s, "turn.end", count=2)
+        await w.say(s, "hi", turn=3)
+        log = await w.entries(s)
+        assert [e.body["status"] for e in log if e.kind == "turn.end"] == ["done"] * 3
+        inboxes = {e.turn: e.body["inbox"] for e in log if e.kind == "turn.start"}
+        users = [e.position for e in log if e.kind == "user"]
+        assert list(inboxes.values()) == users  # each message answered by its own turn, in order
+        await w.until_state(s, "frozen")
+        row = await w.log.get(s)
+        assert row.snapshot_position == row.head
+        if vm == "lives" and name not in BEFORE_RUNNING:
+            assert {n["pid"] for n in notes(log)} == {notes(log)[0]["pid"]}  # the very same process all along
+
+
+@pytest.mark.parametrize("name", UPGRADE)
+async def test_a_crash_in_an_upgrade(tmp_path, name):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        crashpoints.arm(name)
+        new = await deploy_coder(w, tmp_path, "2")
+        await w.sessions.send(s, "two", key="m2")
+        await crash_at(w, name)
+        await w.sessions.recover()
+        await w.until(s, "turn.end", count=2)
+        log = await w.entries(s)
+        assert notes(log)[-1]["version"] == "2"
+        assert (await w.log.get(s)).code_version == new.version
+        assert 1 <= kinds(log).count("code") <= 2
+
+
+async def test_a_crash_after_the_settle_pass(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "launch x", key="m1")
+        await w.until(s, "tool.start")
+        machine = await machine_of(w, s)
+        await w.sessions.abandon()
+        await w.machines.kill(machine, why="test")
+        crashpoints.arm("session.after_settle")
+        w.new_server()
+        await w.sessions.recover()
+        await crash_at(w, "session.after_settle")
+        await w.sessions.recover()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert kinds(log).count("tool.doubt") == 1
+        assert kinds(log).count("turn.cut") == 1
+
+
+@pytest.mark.parametrize("name", FORK)
+async def test_a_crash_in_a_fork_leaves_the_parent_whole(tmp_path, name):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        crashpoints.arm(name)
+        fork = asyncio.create_task(w.sessions.fork(s))
+        await crash_at(w, name)
+        fork.cancel()
+        await asyncio.gather(fork, return_exceptions=True)
+        await w.sessions.recover()
+        await w.say(s, "two", turn=2)
+        child = await w.sessions.fork(s)
+        await w.say(child.id, "three", turn=3)
+        assert kinds(await w.entries(s)).count("turn.end") == 2
+
+
+async def test_a_crash_in_a_rewind_can_be_repeated(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        await w.until_state(s, "frozen")
+        mark = (await w.log.get(s)).head
+        await w.say(s, "two", turn=2)
+        await w.until_state(s, "frozen")
+        crashpoints.arm("session.after_rewind")
+        with pytest.raises(crashpoints.Crashed):
+            await w.sessions.rewind(s, to=mark)
+        await w.crash_server()
+        await w.sessions.recover()
+        await w.sessions.rewind(s, to=mark)
+        await w.say(s, "three", turn=3)
