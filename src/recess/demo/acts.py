@@ -45,9 +45,9 @@ async def end_of_turn(world: World, session: str, position: int, text: str) -> l
     return seen
 
 
-async def life(world: World, machine: str) -> dict[str, str]:
+async def life(world: World, session: str) -> dict[str, str]:
     """Ask the dev server over HTTP inside the machine, and the kernel, for what only their memory knows."""
-    lines = (await world.client.run_in(machine, _LIFE)).split("\n")
+    lines = (await world.client.run_in(session, _LIFE)).split("\n")
     server = json.loads(lines[0])
     return {
         "nonce": str(server["nonce"]), "pid": str(server["pid"]), "served": str(server["served"]), "boot_id": lines[1],
@@ -68,7 +68,7 @@ async def open_house(world: World) -> None:
     row = await world.client.start_session(AGENT, SESSION, report.tell)
     report.check(step, "the session exists", row.get("name") == SESSION, row)
     machine_s = time.monotonic() - started  # the first time: its template is booted, warmed and kept
-    report.check(step, "it has a machine", bool(await world.client.machine_of(SESSION)) and bool(world.machines()))
+    report.check(step, "it has a machine", bool(row["machine"]) and bool(world.machines()))
     report.end(step, server_s=server_s, machine_s=machine_s, version=version[:12])
 
 
@@ -82,17 +82,16 @@ async def build(world: World) -> None:
     outputs = read.tool_outputs(seen)
     report.check(step, "a git repository was cloned", world.git.commit[:7] in outputs[0][1], outputs[0])
     report.check(step, "a local Python package was installed", "1.0" in outputs[2][1], outputs[2])
-    machine = await client.machine_of(SESSION)
-    page = await client.run_in(machine, "curl -sS http://127.0.0.1:8000/")
+    page = await client.run_in(SESSION, "curl -sS http://127.0.0.1:8000/")
     report.check(step, "the dev server answers over HTTP", "Lunch menu" in page, page)
     known = json.loads(read.output_of(seen, "recall"))
     report.check(step, "the agent's dict is filled", known["memory"].get("colour") == "teal", known)
     found = await client.run_in(
-        machine, "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-' || true"
+        SESSION, "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-' || true"
     )
     report.check(step, "the model's key was used and is in no process of the machine", found.strip() == "0", found)
     report.check(step, "the model refused no transcript and no key", not world.model.refused, list(world.model.refused))
-    world.memory.update(await life(world, machine), machine=machine)
+    world.memory.update(await life(world, SESSION))
     world.memory.update(agent_nonce=known["process"]["nonce"], position=str(seen[-1]["position"]))
     report.end(step, model_calls=len(world.model.requests), tool_calls=len(outputs), git_objects=world.git.served)
 
@@ -137,7 +136,7 @@ async def message(world: World) -> None:
     report.check(step, "the agent's RAM-only nonce is unchanged", process["nonce"] == past["agent_nonce"], process)
     report.check(step, "the dict is there", known["memory"] == {"colour": "teal", "port": "8000"}, known)
     report.check(step, "the dev server answered the agent", "Lunch menu" in read.output_of(seen, "sh"), seen)
-    now = await life(world, past["machine"])
+    now = await life(world, SESSION)
     report.check(step, "the dev server is the same process, its nonce unchanged", _same(now, past, "nonce", "pid"), now)
     report.check(step, "the kernel never rebooted", _same(now, past, "boot_id"), now)
     going_on = float(now["uptime_s"]) > float(past["uptime_s"]) and int(now["served"]) > int(past["served"])
@@ -154,7 +153,7 @@ async def fork(world: World) -> None:
     report, client, past = world.report, world.client, world.memory
     step = report.begin("fork", "try both ways: the session is forked twice")
     children: list[Json] = []
-    async with client.heartbeat(past["machine"]) as heart:
+    async with client.heartbeat(SESSION) as heart:
         moments = [time.monotonic()]
         for name in ("red", "blue"):
             body = {"name": f"{SESSION}-{name}"}
@@ -168,8 +167,7 @@ async def fork(world: World) -> None:
         )
     )
     parent = {e["position"]: read.said(e) for e in await client.entries(SESSION)}
-    machines = [await client.machine_of(child["id"]) for child in children]
-    lives = [await life(world, machine) for machine in machines]
+    lives = [await life(world, child["id"]) for child in children]
     for child in children:
         at = int(child["fork_position"])
         log = await client.entries(child["id"])
@@ -179,7 +177,7 @@ async def fork(world: World) -> None:
             step, "log equal up to the fork", len(shared) == at and shared == [parent[p] for p in range(1, at + 1)]
         )
         report.check(step, "log different after it", bool(own) and own[0] != parent.get(at + 1), own[:1])
-    pages = [await client.run_in(machine, f"cat {SITE}") for machine in machines]
+    pages = [await client.run_in(child["id"], f"cat {SITE}") for child in children]
     report.check(
         step, "files differ only after the fork", "Variant red" in pages[0] and "Variant blue" in pages[1], pages
     )
@@ -257,7 +255,7 @@ async def upgrade(world: World) -> None:
     whole = all(words in text for words in ("Build me a small site", "Is it still up", "Charge 5 dollars"))
     report.check(step, "it has the whole context", whole, text)
     report.check(step, "the dev server answered the new agent", "Lunch menu" in read.output_of(seen, "sh"), seen)
-    now = await life(world, await client.machine_of(SESSION))
+    now = await life(world, SESSION)
     report.check(
         step, "the dev server never stopped: the same process and nonce", _same(now, past, "nonce", "pid"), now
     )

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Self
 
-from recess.errors import RecessError
+from recess.errors import GuestFailed, RecessError
 from recess.sdk.exec_stream import ExecStream
 from recess.sdk.transport import Transport
 
@@ -53,12 +53,16 @@ class Heartbeat:
         self.beats: list[float] = []
 
     async def __aenter__(self) -> Self:
+        """Start it and wait for the first beat. Raises GuestFailed, IllegalState if the machine is being put away."""
         start = {"argv": ["python3", "-c", _PROGRAM], "stdin": True}
         self._stream = await asyncio.to_thread(ExecStream, self._transport, self._machine, start)
         self._thread = threading.Thread(target=self._listen, daemon=True, name="heartbeat")
         self._thread.start()
         async with asyncio.timeout(FIRST_BEAT_S):
             await self._first.wait()
+        if not self.beats:
+            await self.__aexit__()
+            raise GuestFailed("the heartbeat was cut off before its first beat")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -76,3 +80,5 @@ class Heartbeat:
         if self._stream is not None:
             with contextlib.suppress(RecessError, OSError):
                 self._stream.run(heard)
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+            self._loop.call_soon_threadsafe(self._first.set)

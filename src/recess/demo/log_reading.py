@@ -49,7 +49,8 @@ def snapshot_figures(entry: Json) -> dict[str, float | int | str]:
     """Return a machine.snapshot entry's figures under the story's names."""
     figures = dict(entry["body"].get("figures") or {})
     names = {"standstill_s": "standstill_s", "durable_s": "durable_s", "stored_bytes": "new_bytes"}
-    return {ours: figures[theirs] for ours, theirs in names.items() if theirs in figures}
+    # A machine that was left paused never stood still for anybody: no standstill to tell.
+    return {ours: figures[theirs] for ours, theirs in names.items() if figures.get(theirs)}
 
 
 def restore_figures(entry: Json) -> dict[str, float | int | str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 import click
@@ -22,6 +23,9 @@ def demo(json_path: Path | None, keep: bool) -> int:
     # Imported here: the story's servers cost what no other verb should pay.
     from recess.demo import StoryOptions, tell_story
 
+    # The story's providers are servers: a client that is killed (it is part of the story) must be an error of one
+    # write, not the end of this process.
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     out = Output(command="demo")
     try:
         asyncio.run(tell_story(load_config(), StoryOptions(json_path=json_path, keep=keep), out.line))
