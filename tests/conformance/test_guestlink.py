@@ -11,7 +11,9 @@ from recess.testing.guestlink_process import guestd_process
 from recess.testing.guestlink_suite import GuestLinkSuite, run
 
 UNPRIVILEGED = 65534
-UNIFIED = next((p for p in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (p / "cgroup.procs").exists()), None)
+UNIFIED = next(
+    (p for p in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")) if (p / "cgroup.procs").exists()), None
+)
 
 
 class TestAsAProcess(GuestLinkSuite):

@@ -138,13 +138,13 @@ fn await_events(dir: &Path, line: &str, deadline: u64) -> Outcome<bool> {
     }
 }
 
-/// SIGSTOP every group and wait until each leader has stopped or died.
+/// SIGSTOP every group and wait until no leader can run its program any more.
 fn stop_groups(groups: &[i32], deadline: u64) -> Outcome<bool> {
     for g in groups {
         let _ = sys::kill_group(*g, libc::SIGSTOP); // a group that is gone needs nothing
     }
     for g in groups {
-        while !stopped(*g) {
+        while !rests(&fs::read_to_string(format!("/proc/{g}/stat")).unwrap_or_default()) {
             if sys::monotonic_ms() >= deadline {
                 return Ok(false);
             }
@@ -155,12 +155,35 @@ fn stop_groups(groups: &[i32], deadline: u64) -> Outcome<bool> {
     Ok(true)
 }
 
-fn stopped(pid: i32) -> bool {
-    // SAFETY: siginfo_t is plain data, valid when zeroed; WNOWAIT leaves the state for the reaper.
-    unsafe {
-        let mut info: libc::siginfo_t = std::mem::zeroed();
-        let flags = libc::WSTOPPED | libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
-        let ret = libc::waitid(libc::P_PID, pid as libc::id_t, &mut info, flags);
-        ret < 0 || info.si_pid() != 0
+/// Judge a line of /proc/PID/stat: stopped, dead, gone, or asleep in the kernel where only its end or the stop that is
+/// pending lets it out (a shell whose vfork child was stopped before its exec waits so).
+fn rests(stat: &str) -> bool {
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    matches!(state, None | Some('T' | 't' | 'Z' | 'X' | 'D'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states() {
+        assert!(rests("") && rests("7 (a) b) T 1") && rests("7 (sh) D 1") && rests("7 (sh) Z 1"));
+        assert!(!rests("7 (T) R 1") && !rests("7 (sh) S 1"));
+    }
+
+    #[test]
+    fn a_process_is_stopped_and_goes_on() {
+        use std::os::unix::process::CommandExt;
+        let mut child = std::process::Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
+        let group = [child.id() as i32];
+        let mut freezer = Freezer::signals();
+        freezer.freeze(&group, 5000).unwrap();
+        freezer.freeze(&group, 5000).unwrap();
+        assert!(freezer.frozen);
+        freezer.unfreeze(&group).unwrap();
+        assert!(!freezer.frozen);
+        freezer.destroy(&group);
+        child.wait().unwrap();
     }
 }
