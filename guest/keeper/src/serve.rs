@@ -127,6 +127,15 @@ impl Keeper {
         }
     }
 
+    /// Take in whoever has connected but was not yet accepted: a VMM that dies at once is gone before the first turn.
+    fn welcome_all(&mut self) {
+        let mut known = usize::MAX;
+        while known != self.clients.len() {
+            known = self.clients.len();
+            self.welcome();
+        }
+    }
+
     /// Answer one request. False: the client is gone or does not read, and is dropped.
     fn serve(&mut self, at: usize) -> bool {
         let mut buffer = [0u8; REQUEST_LIMIT];
@@ -227,6 +236,7 @@ impl Keeper {
         if let Some(console) = self.console.as_mut() {
             console.drain();
         }
+        self.welcome_all();
         let words = self.log.last(LAST_WORDS).unwrap_or_default();
         let obituary = obituary(end, self.reason, &words);
         if let Some(path) = &self.home.record {

@@ -11,9 +11,9 @@ from typing import Any
 from recess.config import Config
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
-from recess.drivers.qemu.handles import end_vm
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
+from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.layout import layout_for
 from recess.drivers.qemu.vm import QemuVm
 from recess.errors import DriverFailed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal
-from recess.drivers.qemu.keeper import Keeper, Obituary, read_pids
+from recess.drivers.qemu.keeper import Keeper, Obituary, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
@@ -20,9 +19,6 @@ from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint
 
 T = TypeVar("T")
-
-_LAST_WORDS_S = 3.0
-_END_S = 5.0
 
 
 class Steps:
@@ -84,14 +80,6 @@ def died(what: str, obituary: Obituary) -> DriverFailed:
     return DriverFailed(f"the VM ended during {what}: {obituary.line()}", log=obituary.log, end=obituary.end)
 
 
-async def last_words(keeper: Keeper) -> Obituary | None:
-    """Return how the VM ended if it did so now or within a moment, else None."""
-    await asyncio.wait([keeper.death], timeout=_LAST_WORDS_S)
-    if keeper.death.done() and keeper.death.exception() is None:
-        return keeper.death.result()
-    return None
-
-
 async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`, or raise DriverFailed as soon as the VM is gone."""
     task = asyncio.ensure_future(work)
@@ -114,38 +102,3 @@ async def passed_file(qmp: Qmp, fd: int) -> AsyncIterator[str]:
     finally:
         with contextlib.suppress(DriverFailed):
             await qmp.execute("remove-fd", {"fdset-id": number})
-
-
-async def end_vm(layout: Layout, keeper: Keeper | None) -> None:
-    """End keeper and VMM, whichever still lives, and remove the run folder. Never fails, bounded in time."""
-    pids = read_pids(layout)
-    if keeper is not None and not keeper.gone.done():
-        with contextlib.suppress(Exception):
-            await keeper.kill()
-            await asyncio.wait([keeper.gone], timeout=_END_S)
-    for name in ("keeper", "vmm"):  # should the keeper hang: with it the kernel ends the VMM
-        process = pids.get(name)
-        if process is not None and process.alive():
-            process.kill()
-            await wait_gone(process.pid, _END_S)
-    layout.remove_run()
-
-
-async def wait_gone(pid: int, timeout_s: float) -> bool:
-    """Wait until this process is gone (it need not be a child); False if it is still there."""
-    try:
-        fd = os.pidfd_open(pid)
-    except OSError:
-        return True
-    loop = asyncio.get_running_loop()
-    gone = asyncio.Event()
-    loop.add_reader(fd, gone.set)
-    try:
-        async with asyncio.timeout(timeout_s):
-            await gone.wait()
-        return True
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)

@@ -24,7 +24,7 @@ import msgspec
 from recess.config import Config
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.argv import CONSOLE_FD, CPU_MODEL, MACHINE_TYPE, MONITOR_FD, Qemu
-from recess.drivers.qemu.keeper import Keeper, Obituary
+from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
 from recess.drivers.qemu.qmp import Qmp
@@ -180,37 +180,46 @@ class _Trial:
     """A QEMU for a moment, in a run folder of its own that is gone afterwards."""
 
     def __init__(self, config: Config) -> None:
-        run = config.run_dir / "m" / f"{PROBE_PREFIX}{secrets.token_hex(6)}"
-        self.layout = Layout(run, run)
+        name = f"{PROBE_PREFIX}{secrets.token_hex(6)}"
+        self.layout = Layout(config.run_dir / "m" / name, config.run_dir / name)
         self._keeper: Keeper | None = None
+        self._obituary: Obituary | None = None
 
     async def __aenter__(self) -> _Trial:
         self.layout.run.mkdir(parents=True, mode=0o700)
+        self.layout.directory.mkdir(mode=0o700)
         return self
 
     async def __aexit__(self, *_exc: Any) -> None:
-        if self._keeper is not None and not self._keeper.death.done():
-            await self._keeper.kill()
-            await self._keeper.gone
-        self.layout.remove_run()
+        await end_vm(self.layout, self._keeper)
+        if self._keeper is not None:
+            self._keeper.close()
+        shutil.rmtree(self.layout.directory, ignore_errors=True)
 
     async def start(self, keeper: Path, argv: list[str], *, deadline_s: float = _DEADLINE_S) -> None:
         """Start it, to be dead in `deadline_s` at the latest."""
         ram = self.layout.ram
         ram.touch()
         await asyncio.to_thread(keepers.launch, keeper, self.layout, ram, argv)
-        self._keeper = Keeper.connect(self.layout.run)
-        await self._keeper.deadline(deadline_s)
+        try:
+            self._keeper = Keeper.connect(self.layout)
+            await self._keeper.deadline(deadline_s)
+        except DriverFailed:
+            self._obituary = keepers.read_obituary(self.layout)  # it may have done its work already
+            if self._obituary is None:
+                raise
 
     async def death(self) -> Obituary:
         """Return how it ended."""
+        if self._obituary is not None:
+            return self._obituary
         if self._keeper is None:
-            raise DriverFailed("nothing was started")
+            raise DriverFailed("nothing was started", log="")
         return await self._keeper.death
 
     async def explain(self, error: RecessError) -> RecessError:
         """Return the error with QEMU's last words, if it is dead."""
-        if self._keeper is None or not (self._keeper.death.done() or self._keeper.gone.done()):
+        obituary = self._obituary or (await last_words(self._keeper) if self._keeper else None)
+        if obituary is None:
             return error
-        obituary = await self.death()
         return DriverFailed(f"QEMU does not run here: {obituary.line()}", log=obituary.log)

@@ -22,6 +22,8 @@ from recess.errors import DriverFailed, OutOfSpace, Timeout
 
 _MESSAGE_LIMIT = 8192
 _START_TIMEOUT_S = 30.0
+_LAST_WORDS_S = 3.0
+_END_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ class Process:
                 os.close(fd)
 
 
+def parse_obituary(text: str) -> Obituary:
+    """Return what the keeper said at the end: `dead END REASON`, a newline, the log's tail."""
+    head, _, log = text.partition("\n")
+    _, end, reason = [*head.split(" ", 2), "", ""][:3]
+    return Obituary(end or "unknown", reason or "no reason was told", log)
+
+
+def read_obituary(layout: Layout) -> Obituary | None:
+    """Return what the keeper recorded at the VM's end, or None if it has not ended (or the keeper with it)."""
+    try:
+        return parse_obituary(layout.end_record.read_text(errors="replace"))
+    except OSError:
+        return None
+
+
 def read_pids(layout: Layout) -> dict[str, Process]:
     """Return what the keeper wrote of itself ("keeper") and of QEMU ("vmm"); empty if it never got there."""
     try:
@@ -80,6 +97,7 @@ def launch(binary: Path, layout: Layout, ram: Path, argv: Sequence[str]) -> None
 
     Raises DriverFailed with what was said when either could not be started; nothing then runs.
     """
+    layout.end_record.unlink(missing_ok=True)  # of an earlier life
     command = [str(binary), "run", "--dir", str(layout.run), "--ram", str(ram), "--console", str(layout.console)]
     command += ["--record", str(layout.end_record), "--", *argv]
     try:
@@ -99,8 +117,9 @@ def launch(binary: Path, layout: Layout, ram: Path, argv: Sequence[str]) -> None
 class Keeper:
     """A connection to one keeper. `death` is done when the VMM (or the keeper, and with it the VMM) is gone."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, layout: Layout) -> None:
         self._sock = sock
+        self._layout = layout
         self._loop = asyncio.get_running_loop()
         self._answers: deque[asyncio.Future[tuple[str, int | None]]] = deque()
         self.death: asyncio.Future[Obituary] = self._loop.create_future()
@@ -108,17 +127,20 @@ class Keeper:
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
-    def connect(cls, run: Path) -> Keeper:
-        """Connect to the keeper of this run folder. Raises DriverFailed if there is none."""
+    def connect(cls, layout: Layout) -> Keeper:
+        """Connect to the keeper of this VM. Raises DriverFailed if there is none, with the VM's last words if any."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
-            with socket_address(run, KEEPER_SOCKET) as address:
+            with socket_address(layout.run, KEEPER_SOCKET) as address:
                 sock.connect(address)
             sock.setblocking(False)
         except OSError as exc:
             sock.close()
-            raise DriverFailed(f"the VM's keeper cannot be reached: {exc.strerror}") from exc
-        return cls(sock)
+            obituary = read_obituary(layout)
+            if obituary is not None:
+                raise DriverFailed(f"the VM has ended: {obituary.line()}", log=obituary.log) from exc
+            raise DriverFailed(f"the VM's keeper cannot be reached: {exc.strerror}", log="") from exc
+        return cls(sock, layout)
 
     async def deadline(self, seconds: float | None) -> None:
         """Have the VM killed this many seconds from now; None takes the deadline away."""
@@ -199,10 +221,8 @@ class Keeper:
                     os.close(fd)
 
     def _bury(self, text: str) -> None:
-        head, _, log = text.partition("\n")
-        _, end, reason = head.split(" ", 2)
         if not self.death.done():
-            self.death.set_result(Obituary(end, reason, log))
+            self.death.set_result(parse_obituary(text))
 
     def close(self) -> None:
         """Drop the connection; keeper and VM go on, and `death` fails with DriverFailed. May be called twice."""
@@ -218,12 +238,55 @@ class Keeper:
         self._sock.close()
         self.gone.set_result(None)
         if not self.death.done():
-            self.death.set_result(Obituary("unknown", why, ""))
+            self.death.set_result(read_obituary(self._layout) or Obituary("unknown", why, ""))
         while self._answers:
             answer = self._answers.popleft()
             if not answer.done():
                 answer.set_exception(DriverFailed(f"the VM is gone: {why}"))
                 answer.exception()
+
+
+async def last_words(keeper: Keeper) -> Obituary | None:
+    """Return how the VM ended if it did so now or within a moment, else None."""
+    await asyncio.wait([keeper.death], timeout=_LAST_WORDS_S)
+    if keeper.death.done() and keeper.death.exception() is None:
+        return keeper.death.result()
+    return None
+
+
+async def end_vm(layout: Layout, keeper: Keeper | None) -> None:
+    """End keeper and VMM, whichever still lives, and remove the run folder. Never fails, bounded in time."""
+    pids = read_pids(layout)
+    if keeper is not None and not keeper.gone.done():
+        with contextlib.suppress(Exception):
+            await keeper.kill()
+            await asyncio.wait([keeper.gone], timeout=_END_S)
+    for name in ("keeper", "vmm"):  # should the keeper hang: with it the kernel ends the VMM
+        process = pids.get(name)
+        if process is not None and process.alive():
+            process.kill()
+            await wait_gone(process.pid, _END_S)
+    layout.remove_run()
+
+
+async def wait_gone(pid: int, timeout_s: float) -> bool:
+    """Wait until this process is gone (it need not be a child); False if it is still there."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return True
+    loop = asyncio.get_running_loop()
+    gone = asyncio.Event()
+    loop.add_reader(fd, gone.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await gone.wait()
+        return True
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
 
 
 def _drop(answer: asyncio.Future[tuple[str, int | None]]) -> None:

@@ -22,10 +22,10 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
-from recess.drivers.qemu.handles import Handles, Steps, end_vm, unless_dead
+from recess.drivers.qemu.handles import Handles, Steps, unless_dead
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
-from recess.drivers.qemu.keeper import Keeper
+from recess.drivers.qemu.keeper import Keeper, end_vm
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.qmp import Qmp
@@ -236,7 +236,7 @@ class _Begin:
         if self.port is None:
             raise DriverFailed("the link's socket was not opened", log="")
         await asyncio.to_thread(keepers.launch, place.keeper_binary, layout, Path(self.journal.ram), argv)
-        self._keeper = keeper = Keeper.connect(layout.run)
+        self._keeper = keeper = Keeper.connect(layout)
         self._qmp = await unless_dead(keeper, "start", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
         return Handles(layout, self.journal, place.host, place.fingerprint, self.port, keeper, self._qmp)
 
@@ -279,7 +279,7 @@ async def adopt(place: Place) -> Handles | None:
     try:
         if begin is None or journal is None or journal.phase != "running":
             raise DriverFailed("nothing that can be taken over", log="")
-        begin._keeper = keeper = Keeper.connect(layout.run)
+        begin._keeper = keeper = Keeper.connect(layout)
         begin.port = LinkPort.open(layout, hello_timeout_s=place.hello_timeout_s)
         begin._qmp = await unless_dead(keeper, "adoption", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
         vm = Handles(layout, journal, place.host, place.fingerprint, begin.port, keeper, begin._qmp)

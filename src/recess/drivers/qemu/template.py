@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from recess.drivers.qemu import disk
-from recess.drivers.qemu.handles import Handles, end_vm
+from recess.drivers.qemu.handles import Handles
+from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.state import save_state
 from recess.images.files import space_errors
 from recess.machines.contract import TemplateRef

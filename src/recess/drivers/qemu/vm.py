@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 
 from recess.drivers.qemu.capture import capture
-from recess.drivers.qemu.handles import Handles, end_vm, unless_dead
-from recess.drivers.qemu.keeper import Process, read_pids
+from recess.drivers.qemu.handles import Handles, unless_dead
+from recess.drivers.qemu.keeper import Process, end_vm, read_pids
 from recess.drivers.qemu.template import export_template
 from recess.errors import IllegalState
 from recess.guestlink.link import GuestLink

@@ -1,0 +1,168 @@
+"""The real keeper with ordinary programs in the place of QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from recess.config import load_config
+from recess.drivers.qemu import disk
+from recess.drivers.qemu.keeper import Keeper, Obituary, Process, end_vm, launch, read_obituary, read_pids, wait_gone
+from recess.drivers.qemu.layout import KEEPER_SOCKET, Layout, socket_address
+from recess.errors import DriverFailed
+
+_clients: list[Keeper] = []
+BINARY = load_config().bin_dir / "keeper"
+
+
+@pytest.fixture
+async def layout(tmp_path: Path) -> AsyncIterator[Layout]:
+    layout = Layout(tmp_path / "run", tmp_path / "machine")
+    layout.run.mkdir()
+    layout.directory.mkdir()
+    os.close(disk.create_sparse(layout.ram, 16 * 4096))
+    yield layout
+    await end_vm(layout, None)
+    while _clients:
+        _clients.pop().close()
+
+
+def start(layout: Layout, *argv: str) -> Keeper:
+    launch(BINARY, layout, layout.ram, argv)
+    return connect(layout)
+
+
+def connect(layout: Layout) -> Keeper:
+    _clients.append(Keeper.connect(layout))
+    return _clients[-1]
+
+
+async def ended(layout: Layout, *argv: str) -> Obituary:
+    """Start a program that ends by itself, perhaps before we have connected, and return how it ended."""
+    try:
+        return await asyncio.wait_for(start(layout, *argv).death, 20)
+    except DriverFailed:
+        obituary = read_obituary(layout)
+        assert obituary is not None
+        return obituary
+
+
+async def test_it_outlives_whoever_started_it_and_cleans_up(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    pids = read_pids(layout)
+    assert pids["vmm"].alive()
+    assert os.getsid(pids["keeper"].pid) not in (os.getsid(0), os.getsid(pids["vmm"].pid))
+    second = connect(layout)  # another server
+    await second.kill()
+    for client in (keeper, second):
+        obituary = await asyncio.wait_for(client.death, 5)
+        assert (obituary.end, obituary.reason) == ("signal:9", "killed")
+        await asyncio.wait_for(client.gone, 5)
+    assert not layout.run.exists()
+    assert layout.end_record.read_text().startswith("dead signal:9 killed")
+
+
+async def test_last_words_and_exit_code_are_told(layout: Layout) -> None:
+    obituary = await ended(layout, "/bin/sh", "-c", "echo alas >&2; echo con >&4; exit 3")
+    assert obituary.end == "exit:3"
+    assert "alas" in obituary.log
+    assert obituary.line() == "it ended by itself (exit code 3)"
+    assert layout.console.read_text() == "con\n"
+
+
+async def test_a_deadline_can_be_moved_and_then_kills(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    await keeper.deadline(0.2)
+    await keeper.deadline(60)
+    await asyncio.sleep(0.3)
+    assert not keeper.death.done()
+    await keeper.deadline(0)
+    assert (await asyncio.wait_for(keeper.death, 5)).reason == "deadline passed"
+
+
+async def test_a_dead_keeper_takes_the_vmm_along(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    pids = read_pids(layout)
+    os.kill(pids["keeper"].pid, signal.SIGKILL)
+    assert await wait_gone(pids["vmm"].pid, 5)
+    assert (await asyncio.wait_for(keeper.death, 5)).reason == "its keeper is gone"
+    with pytest.raises(DriverFailed):
+        await keeper.kill()
+    await end_vm(layout, keeper)
+    assert not layout.run.exists()
+
+
+async def test_sigterm_ends_both(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    os.kill(read_pids(layout)["keeper"].pid, signal.SIGTERM)
+    assert "told to stop" in (await asyncio.wait_for(keeper.death, 5)).reason
+
+
+async def test_a_flooded_console_stays_small(layout: Layout) -> None:
+    script = "head -c 5000000 /dev/zero | tr '\\0' 'x' >&4; echo end >&4"
+    await ended(layout, "/bin/sh", "-c", script)
+    data = layout.console.read_bytes()
+    assert len(data) <= 1 << 20
+    assert data.endswith(b"xend\n")
+
+
+async def test_secrets_of_the_environment_stay_out(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_API_KEY", "hush")
+    log = (await ended(layout, "/usr/bin/env")).log
+    assert "PATH=" in log
+    assert "hush" not in log
+
+
+async def test_a_program_that_is_not_there(layout: Layout) -> None:
+    with pytest.raises(DriverFailed, match="No such file"):
+        launch(BINARY, layout, layout.ram, ["/nonexistent/qemu"])
+    assert not layout.run.exists()
+
+
+async def test_no_keeper(layout: Layout, tmp_path: Path) -> None:
+    with pytest.raises(DriverFailed, match="no keeper"):
+        launch(tmp_path / "absent", layout, layout.ram, ["/bin/true"])
+
+
+async def test_nonsense_is_answered_and_harms_nobody(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    stranger = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with socket_address(layout.run, KEEPER_SOCKET) as address:
+        stranger.connect(address)
+    stranger.settimeout(5)
+    for request in (b"\xff\xfe", b"inject 5", b"inject 99999999999999999999", b"deadline -1", b"x" * 5000):
+        stranger.send(request)
+        assert stranger.recv(200).startswith(b"err bad-request")
+    stranger.close()
+    with pytest.raises(DriverFailed, match="not mapped"):
+        await keeper.capture("private")  # sleep has no RAM file
+    await keeper.kill()
+    await asyncio.wait_for(keeper.gone, 5)
+
+
+async def test_shared_memory_is_captured_from_its_file(layout: Layout) -> None:
+    fd = os.open(layout.ram, os.O_RDWR)
+    os.pwrite(fd, b"\7" * 4096, 3 * 4096)
+    os.pwrite(fd, bytes(4096), 9 * 4096)
+    os.close(fd)
+    keeper = start(layout, "/bin/sleep", "60")
+    packed = disk.map_packed(*await keeper.capture("file"))
+    assert bytes(packed.pages.indices) == (3).to_bytes(4, "little")
+    assert bytes(packed.pages.data) == b"\7" * 4096
+    everything = disk.map_packed(*await keeper.capture("file-all"))
+    assert everything.pages.count == 2
+    await keeper.kill()
+    await asyncio.wait_for(keeper.gone, 5)
+
+
+def test_a_process_is_known_by_its_start_time() -> None:
+    me = Process(os.getpid(), int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]))
+    assert me.alive()
+    assert not Process(me.pid, me.start + 1).alive()
+    Process(me.pid, me.start + 1).kill()  # another process: nothing happens
