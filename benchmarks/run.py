@@ -1,0 +1,321 @@
+"""`make bench`: the figures of DESIGN's budget table, each beside the bare QEMU of the same run; JSON and a table.
+
+    python -m benchmarks.run [--json FILE] [--repeats N] [--seconds S]
+
+Uses the images of the configured home and a home of its own for everything else. Absolute times are worth only as
+ratios to the bare column of the same run: the machine, its load and its accelerator are recorded with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bare import Bare, BareVm, Files
+from benchmarks.figures import Figure, table
+from benchmarks.workload import HEARTBEAT, WORK
+from recess.config import Config, load_config
+from recess.drivers.qemu.host import measure_tsc_khz
+from recess.errors import NotFound
+from recess.guestlink.link import ExecRequest, GuestLink
+from recess.images import clone_sparse, ensure_blank_disk
+from recess.machines import warmup
+from recess.machines.service import MachineSpec
+from recess.node.local import LocalNode
+
+MEMORY = 512 << 20
+DISK = 4 << 30
+SPEC = MachineSpec(image="base", memory_bytes=MEMORY, disk_bytes=DISK, network="none")
+
+
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+async def start_work(link: GuestLink, code: str) -> None:
+    """Start a Python program in the guest and wait until it says that it is ready."""
+    job = await link.exec(ExecRequest(argv=["python3", "-u", "-c", code], cwd="/root"))
+    async for _stream, data in job.output():
+        if b"ready" in data:
+            break
+    await job.detach()
+
+
+async def beat(link: GuestLink) -> float:
+    """Return the heartbeat's worst gap since it was asked last, in seconds."""
+    await link.remove("/run/beat")
+    await link.write_file("/run/beat-ask", b"")
+    for _ in range(500):
+        await asyncio.sleep(0.02)
+        try:
+            return float(await link.read_file("/run/beat"))
+        except NotFound:  # not written yet
+            continue
+    raise RuntimeError("the heartbeat does not answer")
+
+
+async def timed(work: Awaitable[Any]) -> tuple[Any, float]:
+    """Await and return (result, seconds)."""
+    started = time.perf_counter()
+    result = await work
+    return result, time.perf_counter() - started
+
+
+async def snapshots(node: LocalNode, bare: Bare, repeats: int) -> list[Figure]:
+    """Standstill, durable, bytes, restore: ours and bare over the same workload."""
+    machines = node.machines
+    row = await machines.create(SPEC, name="bench-work")
+    link = await machines.link(row.id)
+    await start_work(link, WORK)
+    await start_work(link, HEARTBEAT)
+    await asyncio.sleep(1.0)
+    idle = [await beat(link) for _ in range(5)]
+    host, felt, durable, size = [], [], [], []
+    first = await machines.snapshot(row.id, name="bench-first")
+    for _ in range(repeats):
+        await asyncio.sleep(0.3)
+        await beat(link)
+        snap = await machines.snapshot(row.id)
+        felt.append(await beat(link))
+        host.append(float(snap.figures["freezer_s"]))
+        durable.append(float(snap.figures["durable_s"]))
+        size.append(float(snap.figures["new_bytes"]))
+    restores = []
+    for i in range(repeats):
+        child, report = await machines.restore(snap.id, name=f"bench-r{i}")
+        restores.append(report.seconds)
+        await machines.remove(child.id, force=True)
+    forks = []
+    for i in range(max(5, repeats // 2)):
+        children, seconds = await timed(machines.fork(row.id, 1, names=[f"bench-f{i}"]))
+        forks.append(seconds)
+        await machines.remove(children[0].id, force=True)
+    await machines.remove(row.id, force=True)
+    say("bare: the same work under QEMU alone")
+    b = await bare_snapshots(bare, max(5, repeats // 2))
+    ms, mb = 1e3, 1e-6
+    note = f"worst gap of a 2 ms heartbeat in the guest; without a snapshot {max(idle) * ms:.1f} ms"
+    return [
+        Figure("standstill, host (freezer included)", "ms", _scale(host, ms), _scale(b["still"], ms), 25, 60),
+        Figure("standstill, felt by the workload", "ms", _scale(felt, ms), note=note),
+        Figure("snapshot durable", "ms", _scale(durable, ms), _scale(b["durable"], ms), 100),
+        Figure("stored, first snapshot over a warm template", "MB", (first.figures["new_bytes"] * mb,), _scale(b["bytes"], mb), 4),
+        Figure("stored, each later snapshot", "MB", _scale(size, mb)),
+        Figure("restore to guestd's reply", "ms", _scale(restores, ms), _scale(b["restore"], ms), 120),
+        Figure("fork of a running machine to child's reply", "ms", _scale(forks, ms), _scale(b["fork"], ms), 150),
+    ]  # fmt: skip
+
+
+def _scale(samples: list[float], factor: float) -> tuple[float, ...]:
+    return tuple(s * factor for s in samples)
+
+
+async def bare_snapshots(bare: Bare, repeats: int) -> dict[str, list[float]]:
+    """QEMU's own whole-machine snapshot: save, fsync, compress (zstd -1), restore."""
+    vm, _ = await bare.fork()
+    await start_work(vm.link, WORK)
+    out: dict[str, list[float]] = {"still": [], "durable": [], "bytes": [], "restore": [], "fork": []}
+    folder = Path(tempfile.mkdtemp(prefix="recess-bare-"))
+    state = folder / "state"
+    for _ in range(repeats):
+        await asyncio.sleep(0.3)
+        started = time.perf_counter()
+        out["still"].append(await vm.save(state))
+        with state.open("rb") as f:
+            os.fsync(f.fileno())
+        out["durable"].append(time.perf_counter() - started)
+        packed = await _output("zstd", "-1", "-q", "-c", str(state))
+        out["bytes"].append(float(packed))
+        child, seconds = await bare.restore(state)
+        out["restore"].append(seconds)
+        out["fork"].append(seconds + out["still"][-1])  # a bare fork of a running machine is a save and a restore
+        await child.kill()
+    await vm.kill()
+    shutil.rmtree(folder)
+    return out
+
+
+async def _output(*argv: str) -> int:
+    """Run a program and return how many bytes it wrote."""
+    process = await asyncio.create_subprocess_exec(*argv, stdout=asyncio.subprocess.PIPE)
+    total = 0
+    while process.stdout and (data := await process.stdout.read(1 << 20)):
+        total += len(data)
+    await process.wait()
+    return total
+
+
+async def template_forks(node: LocalNode, bare: Bare, repeats: int, seconds: float) -> list[Figure]:
+    """Fork of a template, starts a minute at 2 in parallel, memory of 8 idle forks."""
+    machines = node.machines
+    ours, theirs = [], []
+    for i in range(repeats):  # interleaved: both see the same load
+        row, took = await timed(machines.create(SPEC, name=f"bench-t{i}"))
+        ours.append(took)
+        await machines.remove(row.id, force=True)
+        vm, took = await bare.fork()
+        theirs.append(took)
+        await vm.kill()
+    count = iter(range(1_000_000))
+
+    async def one() -> None:
+        row = await machines.create(SPEC, name=f"bench-s{next(count)}")
+        await (await machines.link(row.id)).ping()
+        await machines.remove(row.id, force=True)
+
+    async def one_bare() -> None:
+        vm, _ = await bare.fork()
+        await vm.kill()
+
+    rate, rate_bare = [], []
+    for _ in range(3):
+        rate.append(await per_minute(one, seconds / 3))
+        rate_bare.append(await per_minute(one_bare, seconds / 3))
+    rows = [await machines.create(SPEC, name=f"bench-p{i}") for i in range(8)]
+    await asyncio.sleep(1.0)
+    pss = [float((await machines.stats(r.id))["pss_bytes"]) for r in rows]
+    for r in rows:
+        await machines.remove(r.id, force=True)
+    vms: list[BareVm] = [(await bare.fork())[0] for _ in range(8)]
+    await asyncio.sleep(1.0)
+    pss_bare = [float(vm.pss_bytes()) for vm in vms]
+    for vm in vms:
+        await vm.kill()
+    return [
+        Figure("fork of a template to child's reply", "ms", _scale(ours, 1e3), _scale(theirs, 1e3), 90),
+        Figure("starts a minute, 2 in parallel, each answered", "1/min", tuple(rate), tuple(rate_bare), 1400, more_is_better=True),
+        Figure("memory per idle fork, 8 of one template (PSS, keeper included)", "MB", _scale(pss, 1e-6), _scale(pss_bare, 1e-6), 55),
+    ]  # fmt: skip
+
+
+async def per_minute(one: Callable[[], Awaitable[None]], seconds: float) -> float:
+    """Run `one` two at a time for this long; return how many a minute."""
+    started, done = time.perf_counter(), 0
+
+    async def worker() -> None:
+        nonlocal done
+        while time.perf_counter() - started < seconds:
+            await one()
+            done += 1
+
+    await asyncio.gather(worker(), worker())
+    return done / (time.perf_counter() - started) * 60
+
+
+async def cold_template(home: Path, images: Path) -> list[Figure]:
+    """Bytes over a template that was frozen right after boot."""
+    steps = warmup.STEPS
+    warmup.STEPS = ()
+    try:
+        node = await open_node(home, images)
+        try:
+            row = await node.machines.create(SPEC, name="bench-cold")
+            await start_work(await node.machines.link(row.id), WORK)
+            await asyncio.sleep(1.0)
+            snap = await node.machines.snapshot(row.id)
+            await node.machines.remove(row.id, force=True)
+        finally:
+            await node.close(detach=False)
+    finally:
+        warmup.STEPS = steps
+    return [Figure("stored, first snapshot over a cold template", "MB", (snap.figures["new_bytes"] * 1e-6,), (), 10)]
+
+
+def make_home(home: Path, images: Path) -> Config:
+    """Make a fresh home that shares the user's images."""
+    home.mkdir(parents=True)
+    (home / "images").symlink_to(images)
+    return load_config(home=home)
+
+
+async def open_node(home: Path, images: Path) -> LocalNode:
+    """Open a node on a fresh home."""
+    return await LocalNode.open(make_home(home, images), progress=say)
+
+
+def bare_files(node: LocalNode, images: Path, scratch: Path) -> Files:
+    """Return the files for the bare QEMU: the same kernel, initrd and root."""
+    from recess.images import ImageStore, ensure_boot_files
+
+    config = node.config
+    boot = ensure_boot_files(images, config.bin_dir / "guestd")
+    disk = scratch / "disk"
+    clone_sparse(ensure_blank_disk(images, DISK).path, disk)
+    root = ImageStore(images).get("base").root_path
+    qemu = config.qemu_bin or shutil.which("qemu-system-x86_64") or "qemu-system-x86_64"
+    khz = measure_tsc_khz(config.bin_dir / "keeper")
+    return Files(qemu, boot.kernel, boot.initrd, root, disk, MEMORY >> 20, khz)
+
+
+async def measure(repeats: int, seconds: float) -> list[Figure]:
+    """Measure everything."""
+    images = load_config().images_dir
+    scratch = Path(tempfile.mkdtemp(prefix="recess-bench-"))
+    node = await open_node(scratch / "warm", images)
+    bare = Bare(bare_files(node, images, scratch))
+    try:
+        say("templates")
+        row = await node.machines.create(SPEC, name="bench-first-fork")
+        await node.machines.remove(row.id, force=True)
+        await bare.make_template()
+        say("forks and starts")
+        figures = await template_forks(node, bare, repeats, seconds)
+        say("snapshots and restores")
+        figures = [*await snapshots(node, bare, repeats), *figures]
+    finally:
+        bare.close()
+        await node.close(detach=False)
+    say("a cold template")
+    figures += await cold_template(scratch / "cold", images)
+    shutil.rmtree(scratch)
+    return figures
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what the figures were measured on."""
+    cpu = next(
+        (
+            ln.split(":", 1)[1].strip()
+            for ln in Path("/proc/cpuinfo").read_text().splitlines()
+            if ln.startswith("model name")
+        ),
+        "?",
+    )
+    return {
+        "cpu": cpu, "cores": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", default="build/bench.json", help="where to write the figures")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of each throughput run")
+    args = parser.parse_args()
+    figures = asyncio.run(measure(args.repeats, args.seconds))
+    facts = machine_facts()
+    out = Path(args.json)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": facts, "figures": [f.to_json() for f in figures]}, indent=1))
+    print(", ".join(f"{k} {v}" for k, v in facts.items()))
+    print(table(figures))
+    for f in figures:
+        if f.note:
+            print(f"{f.name}: {f.note}")
+
+
+if __name__ == "__main__":
+    main()
