@@ -33,7 +33,7 @@ SYNC_FREEZE_S = 10.0
 
 @dataclass
 class Taken:
-    """A capture and what it cost the guest. Seconds; `began` is monotonic."""
+    """A capture and what it cost the guest. Seconds; `began` (monotonic) is when the workload began to stand still."""
 
     capture: Capture
     forkable: bool
@@ -62,7 +62,7 @@ async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
     if not resume and live.paused_since == 0.0:
         live.paused_since = clock.monotonic_s()
     timings = {f"capture.{k}": v for k, v in capture.timings_s.items()} | pause.timings_s
-    return Taken(capture, pause.forkable, began, pause.standstill_s(), timings)
+    return Taken(capture, pause.forkable, pause.still or began, pause.standstill_s(), timings)
 
 
 class _Pause:
@@ -72,7 +72,7 @@ class _Pause:
         self._live = live
         self._clock = clock
         self._sync = sync
-        self._still = 0.0
+        self.still = 0.0
         self._woken = 0.0
         self.forkable = True
         self.timings_s: dict[str, float] = {}
@@ -87,23 +87,23 @@ class _Pause:
             self.forkable = False
         now = self._clock.monotonic_s()
         # With `sync` the call holds a syncfs, during which the workload still runs: the standstill begins after it.
-        self._still = now if self._sync else began
+        self.still = now if self._sync else began
         self.timings_s["freeze"] = now - began
 
     async def wake(self) -> None:
         """Let the workload run again, if it was frozen here."""
-        if self._still == 0.0 or not self._live.workload_frozen:
+        if self.still == 0.0 or not self._live.workload_frozen:
             return
         began = self._clock.monotonic_s()
-        await self._live.wake(began - self._still)
+        await self._live.wake(began - self.still)
         self._woken = self._clock.monotonic_s()
         self.timings_s["wake"] = self._woken - began
 
     def standstill_s(self) -> float:
         """Return how long the workload stood still; up to now if it was left so."""
-        if self._still == 0.0:
+        if self.still == 0.0:
             return 0.0
-        return (self._woken or self._clock.monotonic_s()) - self._still
+        return (self._woken or self._clock.monotonic_s()) - self.still
 
 
 async def store_capture(

@@ -86,6 +86,7 @@ class Fleet:
         reason = await live.vm.wait_dead()
         live.reason = live.ending or reason
         await self._drop(live)
+        await live.vm.kill()  # its process is gone by itself: sockets, disk and connections go with this
         if not live.ending:
             await self._fall(live.id, reason)
         live.gone.set()

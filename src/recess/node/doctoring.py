@@ -6,15 +6,19 @@ A check that fails ends the guest's part; whatever was started is removed again.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
+from dataclasses import asdict
 from typing import Any
 
 from recess.config import Config
 from recess.errors import GuestFailed, RecessError
 from recess.guestlink.link import ExecRequest
+from recess.images import BASE_IMAGE, ImageStore
 from recess.machines.manager import Manager
 from recess.machines.service import MachineSpec
+from recess.node.doctor import judge_host, read_host
 from recess.node.drivers import Chosen
 from recess.units import MIB, format_duration
 
@@ -28,12 +32,25 @@ def check(name: str, ok: bool, detail: str, hint: str = "") -> Check:
 
 async def run_doctor(config: Config, chosen: Chosen, machines: Manager) -> dict[str, Any]:
     """Return {"ok", "checks", "level"}."""
-    checks = [await _driver_check(chosen)]
+    checks = await _host_checks(config) if chosen.driver.capabilities.own_kernel else []
+    checks.append(await _driver_check(chosen))
     level = "none"
-    if checks[-1]["ok"]:
+    if all(c["ok"] for c in checks):
         guest, level = await _try_guest(machines)
         checks.extend(guest)
     return {"ok": all(c["ok"] for c in checks), "checks": checks, "level": level}
+
+
+async def _host_checks(config: Config) -> list[Check]:
+    def look() -> list[Check]:
+        try:
+            ImageStore(config.images_dir).get(BASE_IMAGE)
+            base = True
+        except RecessError:
+            base = False
+        return [asdict(found) for found in judge_host(read_host(config, base_image=base))]
+
+    return await asyncio.to_thread(look)
 
 
 async def _driver_check(chosen: Chosen) -> Check:
