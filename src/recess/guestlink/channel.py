@@ -91,6 +91,8 @@ class Channel:
         for stream in list(self._streams.values()):
             stream.fail(error)
         self._streams.clear()
+        if self._writer.transport.get_write_buffer_size():
+            self._writer.transport.abort()  # a guest that does not read would hold a polite close for ever
         self._writer.close()
         self._gone.set()
 
