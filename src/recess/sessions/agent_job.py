@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from recess.errors import GuestFailed, IllegalState, NotFound, RecessError, Timeout
+from recess.errors import GuestFailed, NotFound, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Job
 from recess.sessions.agent_config import AgentConfig
 from recess.sessions.code_tar import build, guest_folder, pieces, sdk_files
@@ -112,7 +112,7 @@ class AgentJob:
             except NotFound:
                 code = None
                 break
-            except (GuestFailed, IllegalState, Timeout, OSError):
+            except (RecessError, OSError):
                 # The link was cut (a pause, a thaw, a restarted guest channel); the process lives on in the guest. If
                 # the machine itself died, its own watcher says so and this one is cancelled.
                 job = None

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 FOLLOW_S = 1.0
 RETRIES_S = (0.5, 2.0, 5.0, 15.0)
 SUSPEND_S = 120.0
+STOP_S = 10.0
 
 
 class Sessions:
@@ -330,7 +331,8 @@ class Sessions:
             return
         if not supervisor.stopping:
             with suppress(RecessError, TimeoutError):
-                await asyncio.wait_for(supervisor.command(supervisor.detach), 10.0)
+                await asyncio.wait_for(supervisor.command(supervisor.detach), STOP_S)
+        await asyncio.wait({task}, timeout=STOP_S)  # it cleans up after itself; cancelled only if it does not get there
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
         self._live.pop(session, None)

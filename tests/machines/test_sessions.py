@@ -1,0 +1,181 @@
+"""The story on real machines: the same coroutine after lunch, forks that part in memory, crashes told, code that moves in."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from recess.config import Config
+from recess.node.local import LocalNode
+from recess.testing.session_world import kinds, notes
+
+AGENT = '''
+import os, pathlib, socket, subprocess, time
+from recess_agent import agent, tool
+
+VERSION = "VERSION_HERE"
+
+@tool
+def sh(cmd: str) -> str:
+    p = subprocess.run(cmd, shell=True, capture_output=True, text=True)
+    return (p.stdout + p.stderr).strip()
+
+@tool
+def serve(port: int) -> str:
+    subprocess.Popen(["python3", "-m", "http.server", str(port), "-b", "127.0.0.1"], start_new_session=True)
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return "serving"
+        time.sleep(0.1)
+    return "no server"
+
+@tool
+def stuck(name: str) -> str:
+    pathlib.Path("/root/stuck").write_text(name)
+    time.sleep(600)
+
+async def model(messages):
+    asked = [m["content"] for m in messages if m["role"] == "user" and not m["content"].startswith("[recess]")][-1]
+    last = messages[-1]
+    name, _, rest = asked.partition(" ")
+    if last["role"] == "user" and not last["content"].startswith("[recess]") and name in ("sh", "serve", "stuck"):
+        key = {"sh": "cmd", "serve": "port", "stuck": "name"}[name]
+        yield {"tool_calls": [{"id": "c", "name": name, "arguments": {key: int(rest) if name == "serve" else rest}}]}
+    else:
+        yield {"text": last["content"]}
+
+@agent(image="base", idle="1s", tools=[sh, serve, stuck])
+async def coder(s):
+    nonce, cache = os.urandom(8).hex(), {}
+    async for turn in s:
+        cache[turn.number] = turn.text
+        while True:
+            reply = await s.stream(model(s.messages()))
+            if not reply.tool_calls:
+                break
+            await s.run_tools(reply)
+        await s.note(version=VERSION, nonce=nonce, cache=len(cache), pid=os.getpid(), dice=os.urandom(8).hex())
+'''
+
+
+def source(version: str = "1") -> dict[str, str]:
+    """The agent's files."""
+    return {"agent.py": AGENT.replace("VERSION_HERE", version)}
+
+
+class Story:
+    """A node with one session, and words for what happens to it."""
+
+    def __init__(self, node: LocalNode, session: str) -> None:
+        self.node = node
+        self.id = session
+
+    async def say(self, text: str, *, turn: int, session: str = "") -> list:
+        """Send and wait for the turn's end; return the log."""
+        ident = session or self.id
+        position = (await self.node.sessions.send(ident, text)).position
+        await self.until("turn.end", turn=turn, after=position, session=ident)
+        return await self.node.sessions.read(ident)
+
+    async def until(self, kind: str, *, turn: int, after: int = 0, session: str = ""):
+        """Wait for an entry of a turn."""
+        async with asyncio.timeout(100):
+            async for item in self.node.sessions.follow(session or self.id, after=after):
+                if getattr(item, "kind", "") == kind and item.turn == turn:
+                    return
+
+    async def frozen(self) -> None:
+        """Wait until the session is put away and its VM gone."""
+        async with asyncio.timeout(60):
+            while (await self.node.sessions.get(self.id)).state != "frozen":
+                await self.node.log.wait(self.id, (await self.node.sessions.get(self.id)).head, 0.2)
+            await self.node.sessions.settled(self.id)
+
+    async def machine(self) -> str:
+        """The machine's id."""
+        return str((await self.node.sessions.get(self.id)).meta["machine"])
+
+
+@asynccontextmanager
+async def story(config: Config):
+    node = await LocalNode.open(config)
+    try:
+        await node.sessions.deploy("coder", source())
+        yield Story(node, (await node.sessions.start("coder")).id)
+    finally:
+        for row in await node.sessions.list_sessions():
+            await node.sessions.close(row.id)
+        await node.close(detach=False)
+
+
+async def test_lunch_fork_and_upgrade(real_config: Config) -> None:
+    async with story(real_config) as t:
+        await t.say("serve 8000", turn=1)
+        await t.say("sh touch /root/made; echo index > /root/index.html", turn=2)
+        await t.frozen()
+        machine = await t.machine()
+        assert (await t.node.machines.get(machine)).state == "suspended"
+        log = await t.say("sh curl -sS -m 10 --noproxy '*' http://127.0.0.1:8000/index.html", turn=3)
+        one, _two, three = notes(log)
+        assert (three["nonce"], three["pid"], three["cache"]) == (one["nonce"], one["pid"], 3)
+        assert [e.body["text"] for e in log if e.kind == "assistant"][-1] == "index"  # the dev server answers
+        assert [e.body["rung"] for e in log if e.kind == "machine.restore"] == [5, 2]
+        snapshot = next(e for e in log if e.kind == "machine.snapshot")
+        assert snapshot.position == snapshot.body["position"]
+
+        await t.frozen()
+        child = await t.node.sessions.fork(t.id, name="variant")
+        left = await t.say("sh hostname; rm /root/made", turn=4)
+        right = await t.say("sh hostname; ls /root/made", turn=4, session=child.id)
+        mine, theirs = notes(left)[-1], notes(right)[-1]
+        assert mine["nonce"] == theirs["nonce"] == one["nonce"]  # both coroutines went on from the same memory
+        assert mine["dice"] != theirs["dice"]  # and share no randomness
+        said = [[e.body["output"] for e in log if e.kind == "tool.result"][-1].split() for log in (left, right)]
+        assert said[0][0] != said[1][0]
+        assert said[1][1] == "/root/made"
+
+        await t.node.sessions.deploy("coder", source("2"))
+        log = await t.say("sh curl -sS -m 10 --noproxy '*' http://127.0.0.1:8000/index.html", turn=5)
+        assert (notes(log)[-1]["version"], notes(log)[-1]["cache"]) == ("2", 1)
+        assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "index"
+
+
+async def test_the_machine_is_killed_in_a_turn(real_config: Config) -> None:
+    async with story(real_config) as t:
+        await t.say("sh echo kept > /root/kept", turn=1)
+        await t.frozen()
+        await t.node.sessions.send(t.id, "stuck here")
+        await t.until("tool.start", turn=2)
+        await t.node.machines.kill(await t.machine(), why="the test pulls the plug")
+        await t.until("turn.end", turn=2)
+        log = await t.say("sh cat /root/kept; ls /root/stuck", turn=3)
+        restore = [e.body for e in log if e.kind == "machine.restore"][-1]
+        assert (restore["stale"], restore["agent_kept"]) == (True, False)
+        assert [e.body["attempt"] for e in log if e.kind == "turn.start" and e.turn == 2] == [1, 2]
+        told = [e.body["output"] for e in log if e.kind == "tool.result"]
+        assert "lost" in told[-2]
+        assert told[-1].startswith("kept")
+        assert "No such file" in told[-1]
+        assert notes(log)[-1]["nonce"] != notes(log)[0]["nonce"]
+
+
+async def test_a_restarted_server_takes_its_session_back(real_config: Config) -> None:
+    async with story(replace(real_config)) as t:
+        await t.node.sessions.deploy("coder", source(), {"idle": "60s"})
+        await t.say("sh true", turn=1)
+        await t.node.sessions.send(t.id, "sh sleep 3; echo slept")
+        await t.until("tool.start", turn=2)
+        await t.node.close(detach=True)
+        t.node = await LocalNode.open(real_config)
+        await t.until("turn.end", turn=2)
+        log = await t.node.sessions.read(t.id)
+        assert "turn.cut" not in kinds(log)
+        assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "slept"
+        assert notes(log)[0]["nonce"] == notes(log)[1]["nonce"]
+        assert [e.body["rung"] for e in log if e.kind == "machine.restore"] == [5, 1]
+        for row in await t.node.sessions.list_sessions():
+            await t.node.sessions.close(row.id)
+        await t.node.close(detach=False)
+        t.node = await LocalNode.open(real_config)
