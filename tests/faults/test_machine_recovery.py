@@ -246,3 +246,21 @@ async def test_corrupt_and_foreign_snapshots_are_refused_in_words(room):
         await room.manager.verify_snapshot(snap.id)
     assert (await room.manager.get("m1")).state == "suspended"
     assert room.host.vms == {}
+
+
+async def test_templates_that_nobody_uses_give_their_memory_back(room):
+    from recess.machines.templates import KEEP_CACHES
+
+    for n in range(KEEP_CACHES + 2):
+        await room.manager.create(replace(SMALL, image=f"image-{n}"), name=f"m{n}")
+    folders = lambda: {p.name for p in (room.parts.run_dir / "templates").iterdir()}  # noqa: E731
+    everything = folders()
+    await room.restart()
+    assert folders() == everything  # all of them have a machine
+    for n in range(KEEP_CACHES + 2):
+        await room.manager.suspend(f"m{n}")
+    await room.restart()
+    assert len(folders()) == KEEP_CACHES
+    for n in range(KEEP_CACHES + 2):
+        await room.manager.resume(f"m{n}")
+    assert folders() == everything

@@ -308,7 +308,9 @@ class Manager:
     async def recover(self) -> dict[str, int]:
         """Take over what an earlier server left; returns counts: adopted, lost, strays."""
         self.templates.sweep()
-        return await self.fleet.recover()
+        counts = await self.fleet.recover()
+        await self.templates.evict({live.template.id for live in self.fleet.all()})
+        return counts
 
     async def close(self, *, detach: bool = True) -> None:
         """Let go of the VMs (`detach`: they run on for the next server) or put every machine away first."""

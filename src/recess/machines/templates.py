@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ from recess.snapshots.contract import PageSource, SnapshotMeta
 from recess.units import format_duration
 
 _FILES = ("ram", "disk", "vmstate")
+KEEP_CACHES = 3
+"""How many templates' files stay in shared memory although no machine of theirs runs: some 100 MB each."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,19 @@ class Templates:
         """Remove half-built folders of a server that died. Call before anything else."""
         for folder in self._dir.glob("new-*") if self._dir.is_dir() else ():
             shutil.rmtree(folder, ignore_errors=True)
+
+    async def evict(self, in_use: Collection[str]) -> int:
+        """Drop the files of templates that no machine in `in_use` (template ids) stems from, but for the KEEP_CACHES
+        used last; they are rebuilt when they are asked for. Returns how many went."""
+        rows = sorted(await self._parts.catalog.templates.list_all(), key=lambda row: row.last_used, reverse=True)
+        spare = [row.manifest for row in rows if row.manifest not in in_use]
+        kept = {self._folder(i).name for i in (*in_use, *spare[:KEEP_CACHES])}
+        found = [p for p in self._dir.iterdir() if not p.name.startswith("new-")] if self._dir.is_dir() else []
+        gone = [p for p in found if p.name not in kept]
+        for folder in gone:
+            self._loaded = {i: t for i, t in self._loaded.items() if self._folder(i).name != folder.name}
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        return len(gone)
 
     async def ensure(self, image: str, spec: VmSpec) -> Template:
         """Return the template for this VM shape, made and announced if there is none yet."""

@@ -14,7 +14,7 @@ from recess.drivers.fake.driver import FakeVm
 from recess.drivers.fake.shell import SyntaxProblem, parse
 from recess.errors import DriverFailed, GuestFailed, NotFound, Timeout
 from recess.guestlink.link import ExecRequest, Thaw
-from recess.machines.contract import BootFiles, RestoreParts, VmSpec
+from recess.machines.contract import DISK_NAME, BootFiles, RestoreParts, VmSpec
 
 SPEC = VmSpec(64 << 20, 1, 64 << 20, BootFiles(Path("k"), "k" * 64, Path("i"), "i" * 64, Path("r"), "r" * 64))
 
@@ -31,6 +31,13 @@ def thaw(**changes):
     return Thaw(**(values | changes))
 
 
+async def boot(driver: FakeDriver, vm_id: str, directory: Path, **options) -> FakeVm:
+    directory.mkdir(exist_ok=True)
+    with (directory / DISK_NAME).open("wb") as disk:
+        disk.truncate(SPEC.disk_bytes)
+    return await driver.boot(vm_id, SPEC, directory, **options)
+
+
 async def sh(vm: FakeVm, script: str) -> tuple[int, str, str]:
     job = await vm.link.exec(ExecRequest(argv=["sh", "-c", script]))
     out = {0: b"", 1: b"", 2: b""}
@@ -41,7 +48,7 @@ async def sh(vm: FakeVm, script: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 async def vm(tmp_path):
-    vm = await FakeDriver().boot("mch_1", SPEC, tmp_path)
+    vm = await boot(FakeDriver(), "mch_1", tmp_path)
     yield vm
     await vm.kill()
 
@@ -86,7 +93,7 @@ def test_shell_syntax_errors(text):
 async def test_memory_files_and_processes_go_through_template_capture_and_restore(tmp_path):
     driver = FakeDriver()
     (tmp_path / "t").mkdir()
-    base = await driver.boot("tpl_1", SPEC, tmp_path / "b", for_template=True)
+    base = await boot(driver, "tpl_1", tmp_path / "b", for_template=True)
     await sh(base, "echo warm > /root/warm")
     await base.link.freeze(sync=True)
     template = await base.export_template(tmp_path / "t")
@@ -167,8 +174,8 @@ async def test_deaths(tmp_path):
     driver = FakeDriver(host=host)
     host.die_at = "boot"
     with pytest.raises(DriverFailed):
-        await driver.boot("mch_1", SPEC, tmp_path)
-    vm = await driver.boot("mch_1", SPEC, tmp_path)
+        await boot(driver, "mch_1", tmp_path)
+    vm = await boot(driver, "mch_1", tmp_path)
     host.die_at = "capture"
     with pytest.raises(DriverFailed):
         await vm.capture(resume=True)

@@ -21,8 +21,9 @@ from recess.drivers.fake.guest import FakeGuest, Program
 from recess.drivers.fake.link import FakeLink
 from recess.drivers.fake.pages import POKE_FIRST, Pages, as_pages, changed, decode, encode
 from recess.drivers.fake.programs import standard_programs
-from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState
+from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState, InvalidSpec
 from recess.machines.contract import (
+    DISK_NAME,
     Capabilities,
     Capture,
     Fingerprint,
@@ -180,13 +181,17 @@ class FakeVm:
         if not self.for_template:
             raise IllegalState(f"fake VM {self.id} was not booted for a template")
         self.guest.stop_vcpus()
-        memory, disk = self._now_pages()
         ref = TemplateRef(self.id, directory / "ram", directory / "disk", directory / "vmstate")
+        self._write_template(ref)
+        await self.kill()
+        return ref
+
+    def _write_template(self, ref: TemplateRef) -> None:
+        ref.ram.parent.mkdir(parents=True, exist_ok=True)
+        memory, disk = self._now_pages()
         _write_pages(ref.ram, memory, self.spec.memory_bytes)
         _write_pages(ref.disk, disk, self.spec.disk_bytes)
         ref.vmstate.write_bytes(_device_state())
-        await self.kill()
-        return ref
 
     async def detach(self) -> None:
         """Let go of the VM; it stays in the host."""
@@ -206,6 +211,7 @@ class FakeVm:
         if self._deadline is not None:
             self._deadline.cancel()
         self.guest.stop_vcpus()
+        (self.directory / DISK_NAME).unlink(missing_ok=True)
         await self._link.cut(f"the VM is dead: {reason}")
         await self.guest.stop()
 
@@ -266,7 +272,10 @@ class FakeDriver:
         return vm
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> FakeVm:
-        """Cold-boot an empty guest."""
+        """Cold-boot an empty guest. The disk must be there, as for a real driver, but its content is not looked at."""
+        disk = directory / DISK_NAME
+        if not disk.is_file() or disk.stat().st_size != spec.disk_bytes:
+            raise InvalidSpec(f"there is no disk of {spec.disk_bytes} bytes in {directory}")
         self.host.maybe_die("boot")
         vm = self._make(vm_id, spec, FakeGuest.booted(self.programs), directory)
         vm.for_template = for_template
