@@ -121,9 +121,8 @@ class BareVm:
 
     async def save(self, state: Path, *, ignore_shared: bool = False) -> float:
         """Write the whole state while the machine stands still; return the standstill in seconds."""
-        if ignore_shared:
-            caps = [{"capability": "x-ignore-shared", "state": True}]
-            await self.qmp("migrate-set-capabilities", capabilities=caps)
+        caps = [{"capability": "x-ignore-shared", "state": ignore_shared}]
+        await self.qmp("migrate-set-capabilities", capabilities=caps)
         await self.qmp("migrate-set-parameters", max_bandwidth=1 << 40)
         started = time.perf_counter()
         await self.qmp("stop")
