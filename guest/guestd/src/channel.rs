@@ -86,7 +86,9 @@ impl Server {
             },
             frame::DATA => self.on_data(f.stream, f.payload),
             frame::CREDIT => {
-                if let (Some(s), Ok(bytes)) = (self.streams.get_mut(&f.stream), f.payload.try_into()) {
+                if let (Some(s), Ok(bytes)) =
+                    (self.streams.get_mut(&f.stream), f.payload.try_into())
+                {
                     s.credit = (s.credit + u32::from_le_bytes(bytes) as usize).min(WINDOW);
                 }
             }
@@ -98,7 +100,12 @@ impl Server {
             }
             frame::RESET if f.flags & frame::FLAG_LINGER != 0 => self.linger(f.stream),
             frame::RESET => drop(self.streams.remove(&f.stream)),
-            frame::PING => self.conn.frame(frame::PONG, 0, f.stream, &f.payload[..f.payload.len().min(64)]),
+            frame::PING => self.conn.frame(
+                frame::PONG,
+                0,
+                f.stream,
+                &f.payload[..f.payload.len().min(64)],
+            ),
             frame::LISTEN => self.conn.listening = f.flags & 1 == 1,
             _ => {} // a newer host's: unknown frames mean nothing here
         }
@@ -108,7 +115,10 @@ impl Server {
     /// same host asking again, because its hello met the unfinished frame of an earlier one.
     fn on_hello(&mut self, f: &Frame) {
         let body = json::parse(f.payload).unwrap_or(Value::Null);
-        let nonce = body.get("nonce").and_then(Value::as_str).unwrap_or_default();
+        let nonce = body
+            .get("nonce")
+            .and_then(Value::as_str)
+            .unwrap_or_default();
         if nonce.len() != 32 {
             return;
         }
@@ -126,7 +136,15 @@ impl Server {
             ("nonce", nonce.into()),
             ("guestd", VERSION.into()),
             ("boot_id", stats::boot_id().into()),
-            ("mode", if self.opts.own_machine { "machine" } else { "process" }.into()),
+            (
+                "mode",
+                if self.opts.own_machine {
+                    "machine"
+                } else {
+                    "process"
+                }
+                .into(),
+            ),
             ("frozen", self.freezer.frozen.into()),
         ]);
         self.conn.frame(frame::HELLO, 0, 0, reply.text().as_bytes());

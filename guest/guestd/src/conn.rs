@@ -57,7 +57,11 @@ impl Conn {
             Err(f) => obj([("error", error_body(&f))]).text(),
         };
         if text.len() > MAX_BODY {
-            text = obj([("error", error_body(&Fail::new("failed", "the answer is too long")))]).text();
+            text = obj([(
+                "error",
+                error_body(&Fail::new("failed", "the answer is too long")),
+            )])
+            .text();
         }
         let mut rest = text.as_bytes();
         while rest.len() > MAX_PAYLOAD {
@@ -73,14 +77,21 @@ impl Conn {
     }
 
     /// Collect a request's frames; returns the whole body with its last one. Only one request may be unfinished.
-    pub fn assemble(&mut self, request: u32, flags: u8, payload: &[u8]) -> Outcome<Option<Vec<u8>>> {
+    pub fn assemble(
+        &mut self,
+        request: u32,
+        flags: u8,
+        payload: &[u8],
+    ) -> Outcome<Option<Vec<u8>>> {
         let mut body = match self.partial.take() {
             Some((id, body)) if id == request => body,
             Some(_) => return Err(Fail::bad("two unfinished requests")),
             None => Vec::new(),
         };
         if body.len() + payload.len() > MAX_BODY {
-            return Err(Fail::bad(format!("the request is longer than {MAX_BODY} bytes")));
+            return Err(Fail::bad(format!(
+                "the request is longer than {MAX_BODY} bytes"
+            )));
         }
         body.extend_from_slice(payload);
         if flags & frame::FLAG_MORE != 0 {
@@ -92,7 +103,9 @@ impl Conn {
 
     /// Write what the port takes. Ok(true): all is sent. Errors mean that the channel is gone.
     pub fn flush(&mut self) -> io::Result<bool> {
-        let Some(port) = &self.port else { return Ok(true) };
+        let Some(port) = &self.port else {
+            return Ok(true);
+        };
         while !self.out.is_empty() {
             let n = match sys::write(port.raw(), self.out.as_slices().0) {
                 Ok(n) => n,

@@ -44,16 +44,30 @@ impl Server {
 
     fn add_listener(&mut self, fd: OwnedFd, service: &'static str, unix: bool) -> Outcome<()> {
         // SAFETY: plain call; raises the backlog that std set.
-        sys::check(unsafe { libc::listen(fd.as_raw_fd(), BACKLOG) }).map_err(|e| Fail::io(service, &e))?;
+        sys::check(unsafe { libc::listen(fd.as_raw_fd(), BACKLOG) })
+            .map_err(|e| Fail::io(service, &e))?;
         sys::set_nonblocking(fd.as_raw_fd()).map_err(|e| Fail::io(service, &e))?;
-        self.listeners.push(Listener { w: Watched::new(fd), service, unix });
+        self.listeners.push(Listener {
+            w: Watched::new(fd),
+            service,
+            unix,
+        });
         Ok(())
     }
 
     pub fn on_accept_host(&mut self) {
-        let Some(acceptor) = &self.acceptor else { return };
+        let Some(acceptor) = &self.acceptor else {
+            return;
+        };
         // SAFETY: no address is asked for.
-        let fd = unsafe { libc::accept4(acceptor.raw(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) };
+        let fd = unsafe {
+            libc::accept4(
+                acceptor.raw(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                libc::SOCK_CLOEXEC,
+            )
+        };
         if let Ok(fd) = sys::own(fd) {
             if self.set_port(fd).is_err() {
                 self.conn.port = None;
@@ -62,16 +76,26 @@ impl Server {
     }
 
     pub fn on_accept(&mut self, index: usize) {
-        let Some(l) = self.listeners.get(index) else { return };
+        let Some(l) = self.listeners.get(index) else {
+            return;
+        };
         let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no address is asked for.
-        let fd = unsafe { libc::accept4(l.w.raw(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
+        let fd =
+            unsafe { libc::accept4(l.w.raw(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
         let Ok(fd) = sys::own(fd) else { return };
         let meta = if l.unix { peer(&fd) } else { obj([]) };
         let body = obj([("service", l.service.into()), ("meta", meta)]);
         let id = self.next_open;
         self.next_open = self.next_open.checked_add(2).unwrap_or(2);
-        self.streams.insert(id, Stream::new(End::Socket { w: Watched::new(fd), dialing: None, incoming: true }));
+        self.streams.insert(
+            id,
+            Stream::new(End::Socket {
+                w: Watched::new(fd),
+                dialing: None,
+                incoming: true,
+            }),
+        );
         self.conn.frame(frame::OPEN, 0, id, body.text().as_bytes());
     }
 }
@@ -81,23 +105,54 @@ pub fn socket_error(fd: i32) -> Outcome<()> {
     let mut code: libc::c_int = 0;
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: pointer and length describe the int.
-    unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_ERROR, (&raw mut code).cast(), &mut len) };
-    if code == 0 { Ok(()) } else { Err(Fail::io("dial", &std::io::Error::from_raw_os_error(code))) }
+    unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_ERROR,
+            (&raw mut code).cast(),
+            &mut len,
+        )
+    };
+    if code == 0 {
+        Ok(())
+    } else {
+        Err(Fail::io("dial", &std::io::Error::from_raw_os_error(code)))
+    }
 }
 
 /// Who connected to the unix socket.
 fn peer(fd: &OwnedFd) -> Value {
-    let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut cred = libc::ucred {
+        pid: 0,
+        uid: 0,
+        gid: 0,
+    };
     let mut len = size_of::<libc::ucred>() as libc::socklen_t;
     // SAFETY: pointer and length describe the struct.
-    unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut cred).cast(), &mut len) };
-    obj([("pid", i64::from(cred.pid).into()), ("uid", i64::from(cred.uid).into())])
+    unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut cred).cast(),
+            &mut len,
+        )
+    };
+    obj([
+        ("pid", i64::from(cred.pid).into()),
+        ("uid", i64::from(cred.uid).into()),
+    ])
 }
 
 /// A stream socket of this family, non-blocking, on its way to the address.
 pub fn dial(addr: SocketAddr) -> Outcome<OwnedFd> {
     let fail = |e: std::io::Error| Fail::io(&format!("dial {addr}"), &e);
-    let family = if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let family = if addr.is_ipv4() {
+        libc::AF_INET
+    } else {
+        libc::AF_INET6
+    };
     let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: address structs are filled fully and outlive the calls.
     unsafe {
@@ -108,14 +163,22 @@ pub fn dial(addr: SocketAddr) -> Outcome<OwnedFd> {
                 sa.sin_family = libc::AF_INET as u16;
                 sa.sin_port = a.port().to_be();
                 sa.sin_addr.s_addr = u32::from_ne_bytes(a.ip().octets());
-                libc::connect(fd.as_raw_fd(), (&raw const sa).cast(), size_of_val(&sa) as u32)
+                libc::connect(
+                    fd.as_raw_fd(),
+                    (&raw const sa).cast(),
+                    size_of_val(&sa) as u32,
+                )
             }
             SocketAddr::V6(a) => {
                 let mut sa: libc::sockaddr_in6 = std::mem::zeroed();
                 sa.sin6_family = libc::AF_INET6 as u16;
                 sa.sin6_port = a.port().to_be();
                 sa.sin6_addr.s6_addr = a.ip().octets();
-                libc::connect(fd.as_raw_fd(), (&raw const sa).cast(), size_of_val(&sa) as u32)
+                libc::connect(
+                    fd.as_raw_fd(),
+                    (&raw const sa).cast(),
+                    size_of_val(&sa) as u32,
+                )
             }
         };
         match sys::check(ret) {
@@ -128,7 +191,8 @@ pub fn dial(addr: SocketAddr) -> Outcome<OwnedFd> {
 /// Take a descriptor number that the parent left open for us.
 pub fn inherit(fd: i32) -> Outcome<OwnedFd> {
     // SAFETY: only queries; ownership is taken below once it is known to be open.
-    sys::check(unsafe { libc::fcntl(fd, libc::F_GETFD) }).map_err(|e| Fail::io("--serve-fd", &e))?;
+    sys::check(unsafe { libc::fcntl(fd, libc::F_GETFD) })
+        .map_err(|e| Fail::io("--serve-fd", &e))?;
     // SAFETY: the number was given to us by the parent for this purpose and is used once.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -12,7 +12,10 @@ pub type Outcome<T> = Result<T, Fail>;
 
 impl Fail {
     pub fn new(kind: &'static str, message: impl Into<String>) -> Self {
-        Fail { kind, message: message.into() }
+        Fail {
+            kind,
+            message: message.into(),
+        }
     }
 
     pub fn bad(message: impl Into<String>) -> Self {
@@ -24,7 +27,9 @@ impl Fail {
         let kind = match e.raw_os_error() {
             Some(libc::ENOENT | libc::ENOTDIR) => "not_found",
             Some(libc::ENOSPC | libc::EDQUOT) => "no_space",
-            Some(libc::EINVAL | libc::EISDIR | libc::ENAMETOOLONG | libc::ELOOP | libc::EXDEV) => "bad_input",
+            Some(libc::EINVAL | libc::EISDIR | libc::ENAMETOOLONG | libc::ELOOP | libc::EXDEV) => {
+                "bad_input"
+            }
             Some(libc::EACCES | libc::EPERM | libc::EROFS) => "refused",
             Some(libc::ECONNREFUSED | libc::ENETUNREACH | libc::EHOSTUNREACH) => "unreachable",
             _ => "failed",

@@ -38,12 +38,17 @@ fn row(p: &Path, m: &Metadata) -> Value {
         ("kind", kind.into()),
         ("size", (m.size() as i64).into()),
         ("mode", i64::from(m.mode() & 0o7777).into()),
-        ("mtime_s", (m.mtime() as f64 + m.mtime_nsec() as f64 / 1e9).into()),
+        (
+            "mtime_s",
+            (m.mtime() as f64 + m.mtime_nsec() as f64 / 1e9).into(),
+        ),
     ])
 }
 
 pub fn stat(p: &Path) -> Outcome<Value> {
-    fs::symlink_metadata(p).map(|m| row(p, &m)).map_err(|e| Fail::io(&name(p), &e))
+    fs::symlink_metadata(p)
+        .map(|m| row(p, &m))
+        .map_err(|e| Fail::io(&name(p), &e))
 }
 
 /// A folder's rows, one JSON object a line, read as the host takes them.
@@ -56,7 +61,12 @@ pub struct ListSource {
 
 pub fn list(p: &Path) -> Outcome<ListSource> {
     let entries = fs::read_dir(p).map_err(|e| Fail::io(&name(p), &e))?;
-    Ok(ListSource { entries, left: MAX_LIST, line: Vec::new(), given: 0 })
+    Ok(ListSource {
+        entries,
+        left: MAX_LIST,
+        line: Vec::new(),
+        given: 0,
+    })
 }
 
 impl Source for ListSource {
@@ -93,13 +103,24 @@ pub struct FileSource {
 /// Open a regular file. `O_NONBLOCK`: a fifo must not hold guestd.
 pub fn open_read(p: &Path, limit: u64) -> Outcome<(FileSource, u64)> {
     let fail = |e: std::io::Error| Fail::io(&name(p), &e);
-    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(p).map_err(fail)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(p)
+        .map_err(fail)?;
     let meta = file.metadata().map_err(fail)?;
     if !meta.is_file() {
         return Err(Fail::bad(format!("not a regular file: {}", name(p))));
     }
     if meta.size() > limit {
-        return Err(Fail::new("too_large", format!("{} has {} bytes, the limit is {limit}", name(p), meta.size())));
+        return Err(Fail::new(
+            "too_large",
+            format!(
+                "{} has {} bytes, the limit is {limit}",
+                name(p),
+                meta.size()
+            ),
+        ));
     }
     Ok((FileSource { file, left: limit }, meta.size()))
 }
@@ -127,22 +148,40 @@ pub struct FileSink {
 pub fn open_write(target: &Path, mode: u32, serial: u32) -> Outcome<FileSink> {
     let fail = |e: std::io::Error| Fail::io(&name(target), &e);
     let parent = target.parent().ok_or_else(|| Fail::bad("no file name"))?;
-    let base = target.file_name().ok_or_else(|| Fail::bad("no file name"))?.to_string_lossy();
+    let base = target
+        .file_name()
+        .ok_or_else(|| Fail::bad("no file name"))?
+        .to_string_lossy();
     if target.is_dir() {
         return Err(Fail::bad(format!("is a folder: {}", name(target))));
     }
     fs::create_dir_all(parent).map_err(fail)?;
     let short: String = base.chars().take(50).collect();
     let temp = parent.join(format!(".{short}.recess-{serial}"));
-    let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temp).map_err(fail)?;
-    let sink = FileSink { file, temp, target: target.to_path_buf(), done: false };
-    sink.file.set_permissions(fs::Permissions::from_mode(mode & 0o7777)).map_err(fail)?;
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temp)
+        .map_err(fail)?;
+    let sink = FileSink {
+        file,
+        temp,
+        target: target.to_path_buf(),
+        done: false,
+    };
+    sink.file
+        .set_permissions(fs::Permissions::from_mode(mode & 0o7777))
+        .map_err(fail)?;
     Ok(sink)
 }
 
 impl Sink for FileSink {
     fn write(&mut self, data: &[u8]) -> Outcome<()> {
-        self.file.write_all(data).map_err(|e| Fail::io(&name(&self.target), &e))
+        self.file
+            .write_all(data)
+            .map_err(|e| Fail::io(&name(&self.target), &e))
     }
 
     fn finish(mut self: Box<Self>) -> Outcome<Value> {
@@ -180,7 +219,9 @@ pub fn remove(p: &Path, recursive: bool) -> Outcome<()> {
         Ok(_) => fs::remove_file(p),
     };
     match gone {
-        Err(e) if e.raw_os_error() == Some(libc::ENOTEMPTY) => Err(Fail::bad(format!("folder not empty: {}", name(p)))),
+        Err(e) if e.raw_os_error() == Some(libc::ENOTEMPTY) => {
+            Err(Fail::bad(format!("folder not empty: {}", name(p))))
+        }
         other => other.map_err(|e| Fail::io(&name(p), &e)),
     }
 }
@@ -226,9 +267,14 @@ mod tests {
             }
             all.extend_from_slice(&buf[..n]);
         }
-        let rows: Vec<&[u8]> = all.split(|b| *b == b'\n').filter(|l| !l.is_empty()).collect();
+        let rows: Vec<&[u8]> = all
+            .split(|b| *b == b'\n')
+            .filter(|l| !l.is_empty())
+            .collect();
         assert_eq!(rows.len(), 300);
-        assert!(rows.iter().all(|r| crate::json::parse(r).unwrap().get("size").unwrap().as_int() == Some(1)));
+        assert!(rows
+            .iter()
+            .all(|r| crate::json::parse(r).unwrap().get("size").unwrap().as_int() == Some(1)));
         assert_eq!(remove(&dir, false).unwrap_err().kind, "bad_input");
         assert_eq!(remove(Path::new("/"), true).unwrap_err().kind, "bad_input");
         remove(&dir, true).unwrap();
@@ -239,11 +285,24 @@ mod tests {
     fn reading_is_bounded_and_regular_only() {
         let dir = scratch("read");
         fs::write(dir.join("f"), vec![1u8; 100]).unwrap();
-        assert_eq!(open_read(&dir.join("f"), 99).err().unwrap().kind, "too_large");
+        assert_eq!(
+            open_read(&dir.join("f"), 99).err().unwrap().kind,
+            "too_large"
+        );
         assert_eq!(open_read(&dir, 99).err().unwrap().kind, "bad_input");
-        assert_eq!(open_read(&dir.join("g"), 99).err().unwrap().kind, "not_found");
+        assert_eq!(
+            open_read(&dir.join("g"), 99).err().unwrap().kind,
+            "not_found"
+        );
         let (mut s, size) = open_read(&dir.join("f"), 100).unwrap();
-        assert_eq!((size, s.read(&mut [0; 64]).unwrap(), s.read(&mut [0; 64]).unwrap()), (100, 64, 36));
+        assert_eq!(
+            (
+                size,
+                s.read(&mut [0; 64]).unwrap(),
+                s.read(&mut [0; 64]).unwrap()
+            ),
+            (100, 64, 36)
+        );
         assert!(path("relative").is_err() && path("/a\0b").is_err() && path("/ok").is_ok());
         fs::remove_dir_all(&dir).unwrap();
     }

@@ -39,7 +39,9 @@ impl Server {
     }
 
     pub fn on_data(&mut self, id: u32, payload: &[u8]) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
         if s.in_eof || payload.len() > s.may_receive() {
             self.abort(id, &Fail::bad("data beyond the credit or the end of file"));
             return;
@@ -62,9 +64,13 @@ impl Server {
 
     /// Move what the host sent to where it goes, as far as it goes now.
     pub fn deliver(&mut self, id: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
         let end = match &mut s.end {
-            End::Socket { dialing: Some(_), .. } => return,
+            End::Socket {
+                dialing: Some(_), ..
+            } => return,
             End::Job { key, .. } => {
                 let key = *key;
                 self.feed_job(key);
@@ -88,7 +94,9 @@ impl Server {
     }
 
     pub fn credit(&mut self, id: u32, n: usize) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
         if let (Some(grant), false) = (s.delivered(n), s.in_eof) {
             self.conn.frame(frame::CREDIT, 0, id, &grant.to_le_bytes());
         }
@@ -97,7 +105,9 @@ impl Server {
 
     /// Once all is delivered, pass on the end of file.
     fn after_delivery(&mut self, id: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
         if !s.in_eof || s.in_done || !s.pending.is_empty() {
             return;
         }
@@ -129,7 +139,9 @@ impl Server {
     }
 
     pub fn on_socket(&mut self, id: u32, mask: u32) {
-        let Some(s) = self.streams.get_mut(&id) else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
         if let End::Socket { w, dialing, .. } = &mut s.end {
             if let Some(request) = *dialing {
                 let outcome = socket_error(w.raw());
@@ -148,8 +160,15 @@ impl Server {
 
     fn read_socket(&mut self, id: u32) {
         let room = self.conn.room();
-        let Some(s) = self.streams.get_mut(&id) else { return };
-        let End::Socket { w, dialing: None, .. } = &s.end else { return };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return;
+        };
+        let End::Socket {
+            w, dialing: None, ..
+        } = &s.end
+        else {
+            return;
+        };
         let want = s.credit.min(room).min(self.scratch.len());
         if want == 0 || s.out_eof || self.freezer.frozen {
             return;
@@ -183,20 +202,24 @@ impl Server {
 
     fn pump_one(&mut self, id: u32) -> bool {
         let room = self.conn.room();
-        let Some(s) = self.streams.get_mut(&id) else { return false };
+        let Some(s) = self.streams.get_mut(&id) else {
+            return false;
+        };
         let want = s.credit.min(room).min(self.scratch.len());
         match &mut s.end {
-            End::Get { source } if want > 0 && !s.out_eof => match source.read(&mut self.scratch[..want]) {
-                Ok(0) => {
-                    self.conn.frame(frame::EOF, 0, id, b"");
-                    self.streams.remove(&id);
+            End::Get { source } if want > 0 && !s.out_eof => {
+                match source.read(&mut self.scratch[..want]) {
+                    Ok(0) => {
+                        self.conn.frame(frame::EOF, 0, id, b"");
+                        self.streams.remove(&id);
+                    }
+                    Ok(n) => {
+                        s.credit -= n;
+                        self.conn.frame(frame::DATA, 0, id, &self.scratch[..n]);
+                    }
+                    Err(fail) => self.abort(id, &fail),
                 }
-                Ok(n) => {
-                    s.credit -= n;
-                    self.conn.frame(frame::DATA, 0, id, &self.scratch[..n]);
-                }
-                Err(fail) => self.abort(id, &fail),
-            },
+            }
             End::Job { key, cursor } if want > 0 => {
                 let Some(job) = self.jobs.jobs.get(key) else {
                     self.abort(id, &Fail::new("no_job", "the job was forgotten"));
@@ -209,7 +232,9 @@ impl Server {
                         self.conn.frame(frame::DATA, channel, id, data);
                     }
                     Read::End => {
-                        let (Some(code), true) = (job.exit_code, job.settled) else { return false };
+                        let (Some(code), true) = (job.exit_code, job.settled) else {
+                            return false;
+                        };
                         let body = obj([("exit_code", i64::from(code).into())]).text();
                         self.conn.frame(frame::EXIT, 0, id, body.as_bytes());
                         self.streams.remove(&id);

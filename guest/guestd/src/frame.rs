@@ -123,7 +123,11 @@ impl Decoder {
                     }));
                 }
                 Look::Bad => {
-                    let skip = rest[1..].iter().take_while(|b| **b != MAGIC[0] && **b != 0).count() + 1;
+                    let skip = rest[1..]
+                        .iter()
+                        .take_while(|b| **b != MAGIC[0] && **b != 0)
+                        .count()
+                        + 1;
                     self.pos += skip;
                     if !self.in_garbage {
                         self.in_garbage = true;
@@ -165,7 +169,9 @@ mod tests {
     use crate::json::{self, Value};
 
     fn unhex(s: &str) -> Vec<u8> {
-        (0..s.len() / 2).map(|i| u8::from_str_radix(&s[2 * i..2 * i + 2], 16).unwrap()).collect()
+        (0..s.len() / 2)
+            .map(|i| u8::from_str_radix(&s[2 * i..2 * i + 2], 16).unwrap())
+            .collect()
     }
 
     fn vectors() -> Value {
@@ -184,13 +190,25 @@ mod tests {
         for f in frames {
             let payload = unhex(f.get("payload").unwrap().as_str().unwrap());
             let bytes = unhex(f.get("bytes").unwrap().as_str().unwrap());
-            let (kind, flags, stream) = (int(f, "type") as u8, int(f, "flags") as u8, int(f, "stream") as u32);
+            let (kind, flags, stream) = (
+                int(f, "type") as u8,
+                int(f, "flags") as u8,
+                int(f, "stream") as u32,
+            );
             let mut made = header(kind, flags, stream, &payload).to_vec();
             made.extend_from_slice(&payload);
             assert_eq!(made, bytes);
             let mut d = Decoder::default();
             d.feed(&bytes);
-            assert_eq!(d.next(), Some(Event::Frame(Frame { kind, flags, stream, payload: &payload })));
+            assert_eq!(
+                d.next(),
+                Some(Event::Frame(Frame {
+                    kind,
+                    flags,
+                    stream,
+                    payload: &payload
+                }))
+            );
             assert_eq!(d.next(), None);
         }
     }
@@ -200,8 +218,14 @@ mod tests {
         let v = vectors();
         for case in v.get("resync").unwrap().as_arr().unwrap() {
             let input = unhex(case.get("input").unwrap().as_str().unwrap());
-            let want: Vec<String> =
-                case.get("events").unwrap().as_arr().unwrap().iter().map(|e| e.as_str().unwrap().to_string()).collect();
+            let want: Vec<String> = case
+                .get("events")
+                .unwrap()
+                .as_arr()
+                .unwrap()
+                .iter()
+                .map(|e| e.as_str().unwrap().to_string())
+                .collect();
             for step in [1usize, 7, 64, 4096] {
                 let mut d = Decoder::default();
                 let mut got = Vec::new();
@@ -229,7 +253,11 @@ mod tests {
                     seed ^= seed << 13;
                     seed ^= seed >> 7;
                     seed ^= seed << 17;
-                    if round % 3 == 0 { MAGIC[(seed % 4) as usize] } else { seed as u8 }
+                    if round % 3 == 0 {
+                        MAGIC[(seed % 4) as usize]
+                    } else {
+                        seed as u8
+                    }
                 })
                 .collect();
             d.feed(&piece);

@@ -27,13 +27,25 @@ impl Freezer {
     pub fn cgroup(dir: &Path) -> Outcome<Self> {
         let fail = |e: std::io::Error| Fail::io(&dir.display().to_string(), &e);
         fs::create_dir_all(dir).map_err(fail)?;
-        let procs = OpenOptions::new().write(true).open(dir.join("cgroup.procs")).map_err(fail)?;
+        let procs = OpenOptions::new()
+            .write(true)
+            .open(dir.join("cgroup.procs"))
+            .map_err(fail)?;
         fs::metadata(dir.join("cgroup.freeze")).map_err(fail)?;
-        Ok(Freezer { means: Means::Cgroup { dir: dir.to_path_buf(), procs }, frozen: false })
+        Ok(Freezer {
+            means: Means::Cgroup {
+                dir: dir.to_path_buf(),
+                procs,
+            },
+            frozen: false,
+        })
     }
 
     pub fn signals() -> Self {
-        Freezer { means: Means::Signals, frozen: false }
+        Freezer {
+            means: Means::Signals,
+            frozen: false,
+        }
     }
 
     pub fn name(&self) -> &'static str {
@@ -58,7 +70,9 @@ impl Freezer {
         }
         let deadline = sys::monotonic_ms() + timeout_ms;
         let done = match &self.means {
-            Means::Cgroup { dir, .. } => write_freeze(dir, b"1").and_then(|()| await_events(dir, "frozen 1", deadline)),
+            Means::Cgroup { dir, .. } => {
+                write_freeze(dir, b"1").and_then(|()| await_events(dir, "frozen 1", deadline))
+            }
             Means::Signals => stop_groups(groups, deadline),
         };
         match done {
@@ -69,7 +83,10 @@ impl Freezer {
             other => {
                 let _ = self.release(groups); // the error below is the news; a failed release shows in the next call
                 other?;
-                Err(Fail::new("timeout", format!("the workload did not freeze in {timeout_ms} ms")))
+                Err(Fail::new(
+                    "timeout",
+                    format!("the workload did not freeze in {timeout_ms} ms"),
+                ))
             }
         }
     }
@@ -158,7 +175,9 @@ fn stop_groups(groups: &[i32], deadline: u64) -> Outcome<bool> {
 /// Judge a line of /proc/PID/stat: stopped, dead, gone, or asleep in the kernel where only its end or the stop that is
 /// pending lets it out (a shell whose vfork child was stopped before its exec waits so).
 fn rests(stat: &str) -> bool {
-    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    let state = stat
+        .rsplit_once(')')
+        .and_then(|(_, rest)| rest.trim_start().chars().next());
     matches!(state, None | Some('T' | 't' | 'Z' | 'X' | 'D'))
 }
 
@@ -175,7 +194,11 @@ mod tests {
     #[test]
     fn a_process_is_stopped_and_goes_on() {
         use std::os::unix::process::CommandExt;
-        let mut child = std::process::Command::new("sleep").arg("100").process_group(0).spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .process_group(0)
+            .spawn()
+            .unwrap();
         let group = [child.id() as i32];
         let mut freezer = Freezer::signals();
         freezer.freeze(&group, 5000).unwrap();

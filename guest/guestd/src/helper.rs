@@ -52,11 +52,15 @@ pub fn run(what: &str, timeout_ms: u64, work: impl FnOnce() -> Outcome<()>) -> O
     let mut said = Vec::new();
     loop {
         let left = deadline.saturating_sub(sys::monotonic_ms());
-        let ready = left > 0 && sys::poll_one(helper.pipe.as_raw_fd(), libc::POLLIN, left as i32).unwrap_or(false);
+        let ready = left > 0
+            && sys::poll_one(helper.pipe.as_raw_fd(), libc::POLLIN, left as i32).unwrap_or(false);
         if !ready && sys::monotonic_ms() >= deadline {
             // SAFETY: our own child, not yet reaped, so the id is still its.
             unsafe { libc::kill(helper.pid, libc::SIGKILL) };
-            return Err(Fail::new("timeout", format!("{what} took longer than {timeout_ms} ms")));
+            return Err(Fail::new(
+                "timeout",
+                format!("{what} took longer than {timeout_ms} ms"),
+            ));
         }
         if !ready {
             continue;

@@ -27,7 +27,11 @@ pub struct Ready {
 
 /// Tell the console, in one line. Silence when there is none.
 pub fn say(text: &str) {
-    if let Ok(mut f) = OpenOptions::new().write(true).custom_flags(libc::O_NOCTTY).open("/dev/console") {
+    if let Ok(mut f) = OpenOptions::new()
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open("/dev/console")
+    {
         let _ = f.write_all(format!("guestd: {text}\n").as_bytes()); // nobody else to tell
     }
 }
@@ -52,7 +56,10 @@ pub fn run() -> Result<Ready, Fail> {
 
 /// The value of `key=value` on the kernel's command line.
 pub fn param<'a>(cmdline: &'a str, key: &str) -> Option<&'a str> {
-    cmdline.split_ascii_whitespace().find_map(|w| w.strip_prefix(key)?.strip_prefix('=')).filter(|v| !v.is_empty())
+    cmdline
+        .split_ascii_whitespace()
+        .find_map(|w| w.strip_prefix(key)?.strip_prefix('='))
+        .filter(|v| !v.is_empty())
 }
 
 fn mount(src: &str, dst: &str, kind: &str, flags: libc::c_ulong, data: &str) -> Result<(), Fail> {
@@ -69,8 +76,13 @@ fn base_mounts() -> Result<(), Fail> {
 
 /// Descriptors 0, 1, 2 must exist, else pipes would take their numbers.
 fn stdio() {
-    let console = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NOCTTY).open("/dev/console");
-    if let Ok(f) = console.or_else(|_| OpenOptions::new().read(true).write(true).open("/dev/null")) {
+    let console = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOCTTY)
+        .open("/dev/console");
+    if let Ok(f) = console.or_else(|_| OpenOptions::new().read(true).write(true).open("/dev/null"))
+    {
         for n in 0..3 {
             // SAFETY: plain dup2; the numbers are nobody's yet.
             unsafe { libc::dup2(f.as_raw_fd(), n) };
@@ -82,12 +94,19 @@ fn stdio() {
 }
 
 fn load_modules() {
-    let Ok(order) = fs::read_to_string("/modules/order") else { return };
+    let Ok(order) = fs::read_to_string("/modules/order") else {
+        return;
+    };
     for line in order.lines().map(str::trim).filter(|l| !l.is_empty()) {
-        let path = if line.starts_with('/') { line.to_string() } else { format!("/modules/{line}") };
+        let path = if line.starts_with('/') {
+            line.to_string()
+        } else {
+            format!("/modules/{line}")
+        };
         let loaded = File::open(&path).and_then(|f| {
             // SAFETY: a valid descriptor and an empty, terminated parameter string.
-            let ret = unsafe { libc::syscall(libc::SYS_finit_module, f.as_raw_fd(), c"".as_ptr(), 0) };
+            let ret =
+                unsafe { libc::syscall(libc::SYS_finit_module, f.as_raw_fd(), c"".as_ptr(), 0) };
             sys::check(ret as libc::c_int)
         });
         match loaded {
@@ -110,11 +129,23 @@ fn await_path(path: &str) -> Result<(), Fail> {
 /// Mount root and disk, overlay them, move in, free the initramfs. Returns the disk's root folder for syncfs.
 fn enter_root(root: &str, cmdline: &str) -> Result<OwnedFd, Fail> {
     await_path(root)?;
-    mount(root, "/image", param(cmdline, "recess.rootfs").unwrap_or("erofs"), libc::MS_RDONLY, "")?;
+    mount(
+        root,
+        "/image",
+        param(cmdline, "recess.rootfs").unwrap_or("erofs"),
+        libc::MS_RDONLY,
+        "",
+    )?;
     match param(cmdline, "recess.disk") {
         Some(disk) => {
             await_path(disk)?;
-            mount(disk, DISK, param(cmdline, "recess.diskfs").unwrap_or("ext4"), libc::MS_NOATIME, "discard")?;
+            mount(
+                disk,
+                DISK,
+                param(cmdline, "recess.diskfs").unwrap_or("ext4"),
+                libc::MS_NOATIME,
+                "discard",
+            )?;
         }
         None => mount("disk", DISK, "tmpfs", 0, "mode=0755")?,
     }
@@ -126,7 +157,13 @@ fn enter_root(root: &str, cmdline: &str) -> Result<OwnedFd, Fail> {
     mount("overlay", ROOT, "overlay", 0, &data)?;
     homes().map_err(|e| Fail::io("home folders", &e))?;
     for d in ["dev", "proc", "sys"] {
-        mount(&format!("/{d}"), &format!("{ROOT}/{d}"), "", libc::MS_MOVE, "")?;
+        mount(
+            &format!("/{d}"),
+            &format!("{ROOT}/{d}"),
+            "",
+            libc::MS_MOVE,
+            "",
+        )?;
     }
     let _ = fs::remove_dir_all("/modules"); // memory given back; what stays only costs a little
     let _ = fs::remove_file("/init");
@@ -141,7 +178,10 @@ fn enter_root(root: &str, cmdline: &str) -> Result<OwnedFd, Fail> {
 }
 
 fn open_dir(path: &str) -> Result<OwnedFd, Fail> {
-    let f = OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path);
+    let f = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECTORY)
+        .open(path);
     f.map(OwnedFd::from).map_err(|e| Fail::io(path, &e))
 }
 
@@ -159,7 +199,9 @@ fn homes() -> io::Result<()> {
             if Path::new(&from).is_dir() {
                 copy_tree(Path::new(&from), Path::new(&to), 0)?;
             } else {
-                fs::DirBuilder::new().mode(if name == "root" { 0o700 } else { 0o755 }).create(&to)?;
+                fs::DirBuilder::new()
+                    .mode(if name == "root" { 0o700 } else { 0o755 })
+                    .create(&to)?;
             }
         }
         fs::rename(&temp, &made)?;
@@ -198,10 +240,22 @@ fn copy_tree(from: &Path, to: &Path, depth: usize) -> io::Result<()> {
 
 fn runtime_mounts() -> Result<(), Fail> {
     let ns = libc::MS_NOSUID | libc::MS_NODEV;
-    mount("devpts", "/dev/pts", "devpts", libc::MS_NOSUID | libc::MS_NOEXEC, "gid=5,mode=620,ptmxmode=666")?;
+    mount(
+        "devpts",
+        "/dev/pts",
+        "devpts",
+        libc::MS_NOSUID | libc::MS_NOEXEC,
+        "gid=5,mode=620,ptmxmode=666",
+    )?;
     mount("shm", "/dev/shm", "tmpfs", ns, "mode=1777")?;
     mount("run", "/run", "tmpfs", ns, "mode=0755")?;
-    mount("cgroup", "/sys/fs/cgroup", "cgroup2", ns | libc::MS_NOEXEC, "")?;
+    mount(
+        "cgroup",
+        "/sys/fs/cgroup",
+        "cgroup2",
+        ns | libc::MS_NOEXEC,
+        "",
+    )?;
     for (target, link) in [
         ("/proc/self/fd", "/dev/fd"),
         ("/proc/self/fd/0", "/dev/stdin"),
@@ -218,16 +272,25 @@ fn runtime_mounts() -> Result<(), Fail> {
 fn clear_tmp() {
     let _ = fs::create_dir_all("/tmp"); // exists in every usual image
     let _ = fs::set_permissions("/tmp", fs::Permissions::from_mode(0o1777)); // best effort on odd images
-    let Ok(entries) = fs::read_dir("/tmp") else { return };
+    let Ok(entries) = fs::read_dir("/tmp") else {
+        return;
+    };
     for entry in entries.flatten() {
         let path = entry.path();
         let is_dir = entry.file_type().is_ok_and(|t| t.is_dir());
-        let _ = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }; // old rubbish may stay
+        let _ = if is_dir {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        }; // old rubbish may stay
     }
 }
 
 fn limits() {
-    let files = libc::rlimit { rlim_cur: 4096, rlim_max: 524_288 };
+    let files = libc::rlimit {
+        rlim_cur: 4096,
+        rlim_max: 524_288,
+    };
     // SAFETY: plain call. A refusal leaves the kernel's defaults.
     unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &files) };
     let _ = fs::write("/proc/self/oom_score_adj", "-1000"); // jobs set their own, higher
@@ -236,7 +299,11 @@ fn limits() {
 fn loopback_up() -> io::Result<()> {
     // SAFETY: an ifreq is plain data; the socket is owned and closed here.
     unsafe {
-        let s = sys::own(libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0))?;
+        let s = sys::own(libc::socket(
+            libc::AF_INET,
+            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
+            0,
+        ))?;
         let mut req: libc::ifreq = std::mem::zeroed();
         req.ifr_name[0] = b'l' as libc::c_char;
         req.ifr_name[1] = b'o' as libc::c_char;
@@ -249,7 +316,10 @@ fn loopback_up() -> io::Result<()> {
 fn network_files() {
     let _ = fs::create_dir_all("/etc"); // an image without /etc is odd but bootable
     let _ = fs::remove_file("/etc/resolv.conf"); // often a link into /run
-    for (path, text) in [("/etc/resolv.conf", ""), ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")] {
+    for (path, text) in [
+        ("/etc/resolv.conf", ""),
+        ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
+    ] {
         if let Err(e) = fs::write(path, text) {
             say(&format!("{path}: {e}"));
         }
@@ -261,7 +331,11 @@ fn open_port(name: &str) -> Result<OwnedFd, Fail> {
     for _ in 0..DEVICE_WAIT {
         if let Some(device) = find_port(name) {
             await_path(&device)?;
-            let f = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(&device);
+            let f = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(&device);
             return f.map(OwnedFd::from).map_err(|e| Fail::io(&device, &e));
         }
         std::thread::sleep(Duration::from_millis(2)); // see await_path
@@ -270,10 +344,13 @@ fn open_port(name: &str) -> Result<OwnedFd, Fail> {
 }
 
 fn find_port(name: &str) -> Option<String> {
-    fs::read_dir("/sys/class/virtio-ports").ok()?.flatten().find_map(|entry| {
-        let text = fs::read_to_string(entry.path().join("name")).ok()?;
-        (text.trim() == name).then(|| format!("/dev/{}", entry.file_name().to_string_lossy()))
-    })
+    fs::read_dir("/sys/class/virtio-ports")
+        .ok()?
+        .flatten()
+        .find_map(|entry| {
+            let text = fs::read_to_string(entry.path().join("name")).ok()?;
+            (text.trim() == name).then(|| format!("/dev/{}", entry.file_name().to_string_lossy()))
+        })
 }
 
 #[cfg(test)]
@@ -299,7 +376,10 @@ mod tests {
         symlink("b/f", base.join("a/l")).unwrap();
         copy_tree(&base.join("a"), &base.join("c"), 0).unwrap();
         assert_eq!(fs::read_to_string(base.join("c/l")).unwrap(), "text");
-        assert_eq!(fs::metadata(base.join("c/b/f")).unwrap().mode() & 0o7777, 0o640);
+        assert_eq!(
+            fs::metadata(base.join("c/b/f")).unwrap().mode() & 0o7777,
+            0o640
+        );
         fs::remove_dir_all(&base).unwrap();
     }
 }

@@ -37,7 +37,14 @@ pub enum Pulled {
 }
 
 impl Job {
-    pub fn new(id: String, argv: Vec<String>, label: String, started_s: f64, tty: bool, child: Spawned) -> Self {
+    pub fn new(
+        id: String,
+        argv: Vec<String>,
+        label: String,
+        started_s: f64,
+        tty: bool,
+        child: Spawned,
+    ) -> Self {
         Job {
             id,
             pid: child.pid,
@@ -46,7 +53,10 @@ impl Job {
             started_s,
             tty,
             stdin: child.stdin.map(Watched::new),
-            out: [Some(Watched::new(child.stdout)), child.stderr.map(Watched::new)],
+            out: [
+                Some(Watched::new(child.stdout)),
+                child.stderr.map(Watched::new),
+            ],
             ring: Ring::default(),
             exit_code: None,
             settled: false,
@@ -55,7 +65,9 @@ impl Job {
 
     /// Read once from a channel into the ring, at most `room` bytes.
     pub fn pull(&mut self, channel: usize, room: usize, cap: usize, scratch: &mut [u8]) -> Pulled {
-        let Some(w) = &self.out[channel] else { return Pulled::Empty };
+        let Some(w) = &self.out[channel] else {
+            return Pulled::Empty;
+        };
         let want = room.min(scratch.len());
         if want == 0 {
             return Pulled::Full;
@@ -97,7 +109,11 @@ impl Job {
         let argv = self.argv.iter().map_while(|a| {
             let cut: String = a.chars().take(left).collect();
             left = left.saturating_sub(cut.len() + 1);
-            if left == 0 && cut.is_empty() { None } else { Some(Value::Str(cut)) }
+            if left == 0 && cut.is_empty() {
+                None
+            } else {
+                Some(Value::Str(cut))
+            }
         });
         let argv = Value::Arr(argv.collect());
         obj([
@@ -106,7 +122,10 @@ impl Job {
             ("argv", argv),
             ("label", self.label.as_str().into()),
             ("started_s", self.started_s.into()),
-            ("exit_code", self.exit_code.map_or(Value::Null, |c| i64::from(c).into())),
+            (
+                "exit_code",
+                self.exit_code.map_or(Value::Null, |c| i64::from(c).into()),
+            ),
             ("stdin", self.stdin.is_some().into()),
             ("tty", self.tty.into()),
         ])
@@ -126,8 +145,13 @@ impl Table {
     }
 
     pub fn get(&mut self, id: &str) -> Outcome<(u32, &mut Job)> {
-        let key = self.find(id).ok_or_else(|| Fail::new("no_job", format!("no such job: {id}")))?;
-        self.jobs.get_mut(&key).map(|j| (key, j)).ok_or_else(|| Fail::new("no_job", "no such job"))
+        let key = self
+            .find(id)
+            .ok_or_else(|| Fail::new("no_job", format!("no such job: {id}")))?;
+        self.jobs
+            .get_mut(&key)
+            .map(|j| (key, j))
+            .ok_or_else(|| Fail::new("no_job", "no such job"))
     }
 
     /// Make room for one more: forget the oldest ended jobs; returns their keys. Fails when all still run.
@@ -135,7 +159,8 @@ impl Table {
         let mut gone = Vec::new();
         while self.jobs.len() >= MAX_JOBS {
             let oldest = self.jobs.iter().find(|(_, j)| j.settled).map(|(k, _)| *k);
-            let key = oldest.ok_or_else(|| Fail::new("busy", format!("{MAX_JOBS} jobs are running")))?;
+            let key =
+                oldest.ok_or_else(|| Fail::new("busy", format!("{MAX_JOBS} jobs are running")))?;
             self.jobs.remove(&key);
             gone.push(key);
         }
@@ -143,7 +168,10 @@ impl Table {
     }
 
     pub fn fresh_id(&self) -> String {
-        (self.next..).map(|n| format!("j{n}")).find(|id| self.find(id).is_none()).unwrap_or_default()
+        (self.next..)
+            .map(|n| format!("j{n}"))
+            .find(|id| self.find(id).is_none())
+            .unwrap_or_default()
     }
 
     pub fn insert(&mut self, job: Job) -> u32 {
@@ -159,12 +187,18 @@ impl Table {
     }
 
     pub fn by_pid(&mut self, pid: i32) -> Option<&mut Job> {
-        self.jobs.values_mut().find(|j| j.pid == pid && j.exit_code.is_none())
+        self.jobs
+            .values_mut()
+            .find(|j| j.pid == pid && j.exit_code.is_none())
     }
 
     /// Process groups that still run.
     pub fn groups(&self) -> Vec<i32> {
-        self.jobs.values().filter(|j| j.exit_code.is_none()).map(|j| j.pid).collect()
+        self.jobs
+            .values()
+            .filter(|j| j.exit_code.is_none())
+            .map(|j| j.pid)
+            .collect()
     }
 }
 
@@ -179,7 +213,10 @@ pub fn room(ring: &Ring, cursors: &[Cursor], cap: usize) -> usize {
 
 /// A job id as hosts may choose it.
 pub fn valid_id(id: &str) -> bool {
-    (1..=64).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    (1..=64).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 #[cfg(test)]

@@ -23,19 +23,39 @@ impl Value {
         }
     }
     pub fn as_str(&self) -> Option<&str> {
-        if let Value::Str(s) = self { Some(s) } else { None }
+        if let Value::Str(s) = self {
+            Some(s)
+        } else {
+            None
+        }
     }
     pub fn as_int(&self) -> Option<i64> {
-        if let Value::Int(n) = self { Some(*n) } else { None }
+        if let Value::Int(n) = self {
+            Some(*n)
+        } else {
+            None
+        }
     }
     pub fn as_bool(&self) -> Option<bool> {
-        if let Value::Bool(b) = self { Some(*b) } else { None }
+        if let Value::Bool(b) = self {
+            Some(*b)
+        } else {
+            None
+        }
     }
     pub fn as_arr(&self) -> Option<&[Value]> {
-        if let Value::Arr(a) = self { Some(a) } else { None }
+        if let Value::Arr(a) = self {
+            Some(a)
+        } else {
+            None
+        }
     }
     pub fn as_obj(&self) -> Option<&[(String, Value)]> {
-        if let Value::Obj(o) = self { Some(o) } else { None }
+        if let Value::Obj(o) = self {
+            Some(o)
+        } else {
+            None
+        }
     }
 
     /// Append the compact text form.
@@ -129,7 +149,11 @@ pub fn parse(data: &[u8]) -> Result<Value, &'static str> {
     let mut p = Parser { s: data, i: 0 };
     let v = p.value(0)?;
     p.blanks();
-    if p.i == data.len() { Ok(v) } else { Err("bytes after the value") }
+    if p.i == data.len() {
+        Ok(v)
+    } else {
+        Err("bytes after the value")
+    }
 }
 
 struct Parser<'a> {
@@ -222,14 +246,21 @@ impl Parser<'_> {
     }
     fn number(&mut self) -> Result<Value, &'static str> {
         let start = self.i;
-        while matches!(self.peek(), Some(b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9')) {
+        while matches!(
+            self.peek(),
+            Some(b'-' | b'+' | b'.' | b'e' | b'E' | b'0'..=b'9')
+        ) {
             self.i += 1;
         }
         let t = std::str::from_utf8(&self.s[start..self.i]).map_err(|_| "number")?;
         if let Ok(n) = t.parse::<i64>() {
             return Ok(Value::Int(n));
         }
-        t.parse::<f64>().ok().filter(|x| x.is_finite()).map(Value::Float).ok_or("number")
+        t.parse::<f64>()
+            .ok()
+            .filter(|x| x.is_finite())
+            .map(Value::Float)
+            .ok_or("number")
     }
     fn string(&mut self) -> Result<String, &'static str> {
         self.expect(b'"')?;
@@ -273,7 +304,8 @@ impl Parser<'_> {
                     if !(0xDC00..0xE000).contains(&lo) {
                         return Err("half a surrogate pair");
                     }
-                    char::from_u32(0x10000 + ((hi - 0xD800) << 10) + (lo - 0xDC00)).ok_or("escape")?
+                    char::from_u32(0x10000 + ((hi - 0xD800) << 10) + (lo - 0xDC00))
+                        .ok_or("escape")?
                 } else {
                     char::from_u32(hi).ok_or("half a surrogate pair")?
                 }
@@ -301,15 +333,33 @@ mod tests {
         let text = r#"{"a":[1,-2,3.5,true,false,null],"b":{"c":"x\n\"\\\u0001é"},"n":1764000000123456789}"#;
         let v = parse(text.as_bytes()).unwrap();
         assert_eq!(v.text(), text);
-        assert_eq!(v.get("n").unwrap().as_int(), Some(1_764_000_000_123_456_789));
-        assert_eq!(parse(br#""\ud83d\ude00\/""#).unwrap(), Value::from("\u{1F600}/"));
+        assert_eq!(
+            v.get("n").unwrap().as_int(),
+            Some(1_764_000_000_123_456_789)
+        );
+        assert_eq!(
+            parse(br#""\ud83d\ude00\/""#).unwrap(),
+            Value::from("\u{1F600}/")
+        );
     }
 
     #[test]
     fn refuses() {
         for bad in [
-            &b""[..], b"{", b"[1,", b"\"abc", b"{\"a\" 1}", b"1 2", b"tru", b"\"\\u12\"", b"\"\\ud800\"", b"\"\xff\"",
-            b"\"\\x\"", b"-", b"1e999", b"\"\\u+123\"",
+            &b""[..],
+            b"{",
+            b"[1,",
+            b"\"abc",
+            b"{\"a\" 1}",
+            b"1 2",
+            b"tru",
+            b"\"\\u12\"",
+            b"\"\\ud800\"",
+            b"\"\xff\"",
+            b"\"\\x\"",
+            b"-",
+            b"1e999",
+            b"\"\\u+123\"",
         ] {
             assert!(parse(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));
         }

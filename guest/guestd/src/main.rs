@@ -40,7 +40,9 @@ Without arguments, as PID 1 of a machine, guestd sets it up and serves its virti
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
     if std::process::id() == 1 && !args.iter().any(|a| a == "--serve-fd") {
-        let why = machine().err().unwrap_or_else(|| Fail::new("failed", "the server ended"));
+        let why = machine()
+            .err()
+            .unwrap_or_else(|| Fail::new("failed", "the server ended"));
         init::say(&format!("fatal: {}", why.message));
         // SAFETY: PID 1 must not return; the host sees the machine end and reads the console.
         unsafe {
@@ -83,8 +85,13 @@ fn machine() -> Outcome<()> {
 fn process(args: &[String]) -> Outcome<()> {
     let usage = || Fail::new("usage", USAGE);
     let (mut fd, mut cgroup) = (None, None);
-    let mut opts =
-        Options { own_machine: false, run_dir: None, proxy_port: None, hooks: PathBuf::from("/nonexistent"), disk: None };
+    let mut opts = Options {
+        own_machine: false,
+        run_dir: None,
+        proxy_port: None,
+        hooks: PathBuf::from("/nonexistent"),
+        disk: None,
+    };
     let mut words = args.iter();
     while let Some(word) = words.next() {
         let value = words.next().ok_or_else(usage)?;
@@ -105,7 +112,10 @@ fn process(args: &[String]) -> Outcome<()> {
         None => Freezer::signals(),
     };
     if let Some(run) = &opts.run_dir {
-        opts.disk = std::fs::create_dir_all(run).and_then(|()| std::fs::File::open(run)).ok().map(Into::into);
+        opts.disk = std::fs::create_dir_all(run)
+            .and_then(|()| std::fs::File::open(run))
+            .ok()
+            .map(Into::into);
     }
     let mut server = Server::new(opts, freezer)?;
     server.open_doors()?;
@@ -122,7 +132,13 @@ fn is_listening(fd: &std::os::fd::OwnedFd) -> bool {
     let (mut value, mut len): (libc::c_int, libc::socklen_t) = (0, 4);
     // SAFETY: pointer and length describe the int.
     let ret = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ACCEPTCONN, (&raw mut value).cast(), &mut len)
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut value).cast(),
+            &mut len,
+        )
     };
     ret == 0 && value != 0
 }

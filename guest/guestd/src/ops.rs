@@ -28,24 +28,35 @@ struct Args<'a>(&'a Value);
 
 impl<'a> Args<'a> {
     fn text(&self, key: &str) -> Outcome<&'a str> {
-        self.0.get(key).and_then(Value::as_str).ok_or_else(|| Fail::bad(format!("{key} is missing or no text")))
+        self.0
+            .get(key)
+            .and_then(Value::as_str)
+            .ok_or_else(|| Fail::bad(format!("{key} is missing or no text")))
     }
     fn text_or(&self, key: &str, default: &'a str) -> &'a str {
         self.0.get(key).and_then(Value::as_str).unwrap_or(default)
     }
     fn number(&self, key: &str, min: i64, max: i64) -> Outcome<i64> {
-        let n = self.0.get(key).and_then(Value::as_int).filter(|n| (min..=max).contains(n));
+        let n = self
+            .0
+            .get(key)
+            .and_then(Value::as_int)
+            .filter(|n| (min..=max).contains(n));
         n.ok_or_else(|| Fail::bad(format!("{key} is missing or not in {min}..{max}")))
     }
     fn flag(&self, key: &str) -> bool {
         self.0.get(key).and_then(Value::as_bool).unwrap_or(false)
     }
     fn stream(&self) -> Outcome<u32> {
-        self.number("stream", 1, i64::from(u32::MAX)).map(|n| n as u32)
+        self.number("stream", 1, i64::from(u32::MAX))
+            .map(|n| n as u32)
     }
     fn argv(&self) -> Outcome<Vec<String>> {
         let items = self.0.get("argv").and_then(Value::as_arr).unwrap_or(&[]);
-        let argv: Option<Vec<String>> = items.iter().map(|v| v.as_str().map(str::to_string)).collect();
+        let argv: Option<Vec<String>> = items
+            .iter()
+            .map(|v| v.as_str().map(str::to_string))
+            .collect();
         argv.filter(|a| !a.is_empty() && !a[0].is_empty() && !a.iter().any(|s| s.contains('\0')))
             .ok_or_else(|| Fail::bad("argv is missing or not a list of texts"))
     }
@@ -77,7 +88,9 @@ impl Server {
             "stats" => Ok(Some(stats::snapshot(self.jobs.groups().len()))),
             "exec" => self.exec(a),
             "attach" => self.attach(a.text("job_id")?, a.stream()?).map(Some),
-            "jobs" => Ok(Some(Value::Arr(self.jobs.jobs.values().map(Job::row).collect()))),
+            "jobs" => Ok(Some(Value::Arr(
+                self.jobs.jobs.values().map(Job::row).collect(),
+            ))),
             "forget" => self.forget(a.text("job_id")?),
             "signal" => {
                 let number = a.number("signal", 1, 64)? as i32;
@@ -96,13 +109,23 @@ impl Server {
             "stat" => files::stat(&files::path(a.text("path")?)?).map(Some),
             "list" => {
                 let source = files::list(&files::path(a.text("path")?)?)?;
-                self.add_stream(a.stream()?, End::Get { source: Box::new(source) })?;
+                self.add_stream(
+                    a.stream()?,
+                    End::Get {
+                        source: Box::new(source),
+                    },
+                )?;
                 done()
             }
             "read" => {
                 let limit = a.number("limit", 0, i64::MAX)? as u64;
                 let (source, size) = files::open_read(&files::path(a.text("path")?)?, limit)?;
-                self.add_stream(a.stream()?, End::Get { source: Box::new(source) })?;
+                self.add_stream(
+                    a.stream()?,
+                    End::Get {
+                        source: Box::new(source),
+                    },
+                )?;
                 Ok(Some(obj([("size", (size as i64).into())])))
             }
             "write" => {
@@ -110,12 +133,24 @@ impl Server {
                 let mode = a.number("mode", 0, 0o7777)? as u32;
                 self.serial = self.serial.wrapping_add(1);
                 let sink = files::open_write(&target, mode, self.serial)?;
-                self.add_stream(a.stream()?, End::Put { sink: Some(Box::new(sink)), request: id })?;
+                self.add_stream(
+                    a.stream()?,
+                    End::Put {
+                        sink: Some(Box::new(sink)),
+                        request: id,
+                    },
+                )?;
                 Ok(None)
             }
             "untar" => {
                 let sink = tar::open(&files::path(a.text("path")?)?)?;
-                self.add_stream(a.stream()?, End::Put { sink: Some(Box::new(sink)), request: id })?;
+                self.add_stream(
+                    a.stream()?,
+                    End::Put {
+                        sink: Some(Box::new(sink)),
+                        request: id,
+                    },
+                )?;
                 Ok(None)
             }
             "remove" => {
@@ -124,7 +159,10 @@ impl Server {
                 self.add_helper(id, h);
                 Ok(None)
             }
-            other => Err(Fail::new("unsupported", format!("guestd {VERSION} does not know {other:?}"))),
+            other => Err(Fail::new(
+                "unsupported",
+                format!("guestd {VERSION} does not know {other:?}"),
+            )),
         }
     }
 
@@ -137,9 +175,20 @@ impl Server {
             ("hostname", stats::hostname().into()),
             ("frozen", self.freezer.frozen.into()),
             ("freezer", self.freezer.name().into()),
-            ("mode", if self.opts.own_machine { "machine" } else { "process" }.into()),
+            (
+                "mode",
+                if self.opts.own_machine {
+                    "machine"
+                } else {
+                    "process"
+                }
+                .into(),
+            ),
             ("pid", i64::from(std::process::id()).into()),
-            ("proxy_port", self.proxy_port.map_or(Value::Null, |p| i64::from(p).into())),
+            (
+                "proxy_port",
+                self.proxy_port.map_or(Value::Null, |p| i64::from(p).into()),
+            ),
         ])
     }
 
@@ -157,40 +206,72 @@ impl Server {
             }
         }
         if self.freezer.frozen {
-            return Err(Fail::new("frozen", "the workload is frozen: thaw or unfreeze first"));
+            return Err(Fail::new(
+                "frozen",
+                "the workload is frozen: thaw or unfreeze first",
+            ));
         }
         let what = self.spawn_of(a)?;
         self.jobs.make_room()?;
         let child = spawn::start(&what, self.procs())?;
-        let id = if wanted.is_empty() { self.jobs.fresh_id() } else { wanted.to_string() };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64());
+        let id = if wanted.is_empty() {
+            self.jobs.fresh_id()
+        } else {
+            wanted.to_string()
+        };
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0.0, |d| d.as_secs_f64());
         let label: String = a.text_or("label", "").chars().take(200).collect();
         let tty = what.tty.is_some();
         if tty {
             sys::set_nonblocking(child.stdout.as_raw_fd()).map_err(|e| Fail::io("terminal", &e))?;
         }
-        self.jobs.insert(Job::new(id.clone(), what.argv, label, now, tty, child));
+        self.jobs
+            .insert(Job::new(id.clone(), what.argv, label, now, tty, child));
         self.attach(&id, stream).map(Some)
     }
 
     fn spawn_of(&self, a: &Args) -> Outcome<Spawn> {
         let tty = if a.flag("tty") {
-            Some((a.number("rows", 1, 9999)? as u16, a.number("cols", 1, 9999)? as u16))
+            Some((
+                a.number("rows", 1, 9999)? as u16,
+                a.number("cols", 1, 9999)? as u16,
+            ))
         } else {
             None
         };
         let ids = spawn::who(a.text_or("user", "root"))?;
         let request = thaw::environment(a.0.get("env"))?;
-        let env = spawn::environment(ids.as_ref(), tty.is_some(), self.proxy_port, &self.env, &request);
+        let env = spawn::environment(
+            ids.as_ref(),
+            tty.is_some(),
+            self.proxy_port,
+            &self.env,
+            &request,
+        );
         let cwd = a.text_or("cwd", "/");
         files::path(cwd)?;
-        Ok(Spawn { argv: a.argv()?, env, cwd: cwd.to_string(), ids, tty, stdin: a.flag("stdin") })
+        Ok(Spawn {
+            argv: a.argv()?,
+            env,
+            cwd: cwd.to_string(),
+            ids,
+            tty,
+            stdin: a.flag("stdin"),
+        })
     }
 
     fn attach(&mut self, job_id: &str, stream: u32) -> Outcome<Value> {
         let (key, job) = self.jobs.get(job_id)?;
         let row = job.row();
-        self.add_stream(stream, End::Job { key, cursor: Cursor::default() })?;
+        self.add_stream(
+            stream,
+            End::Job {
+                key,
+                cursor: Cursor::default(),
+            },
+        )?;
         Ok(row)
     }
 
@@ -204,10 +285,15 @@ impl Server {
     }
 
     fn resize(&mut self, a: &Args) -> Answer {
-        let (rows, cols) = (a.number("rows", 1, 9999)? as u16, a.number("cols", 1, 9999)? as u16);
+        let (rows, cols) = (
+            a.number("rows", 1, 9999)? as u16,
+            a.number("cols", 1, 9999)? as u16,
+        );
         let job = self.jobs.get(a.text("job_id")?)?.1;
         match (&job.out[0], job.tty) {
-            (Some(w), true) => sys::set_winsize(w.raw(), rows, cols).map_err(|e| Fail::io("resize", &e))?,
+            (Some(w), true) => {
+                sys::set_winsize(w.raw(), rows, cols).map_err(|e| Fail::io("resize", &e))?
+            }
             (None, true) => {} // ended: no window to fit
             (_, false) => return Err(Fail::bad("the job has no terminal")),
         }
@@ -222,7 +308,9 @@ impl Server {
             let fd = disk.as_raw_fd();
             helper::run("syncfs", SYNC_MS_MAX.min(bound), move || {
                 // SAFETY: plain call on an open descriptor.
-                sys::check(unsafe { libc::syncfs(fd) }).map(drop).map_err(|e| Fail::io("syncfs", &e))
+                sys::check(unsafe { libc::syncfs(fd) })
+                    .map(drop)
+                    .map_err(|e| Fail::io("syncfs", &e))
             })?;
         }
         let synced = sys::monotonic_ms();
@@ -230,7 +318,10 @@ impl Server {
         self.freezer.freeze(&groups, bound)?;
         self.reap();
         let (sync_ms, freeze_ms) = (synced - begun, sys::monotonic_ms() - synced);
-        Ok(Some(obj([("sync_ms", (sync_ms as i64).into()), ("freeze_ms", (freeze_ms as i64).into())])))
+        Ok(Some(obj([
+            ("sync_ms", (sync_ms as i64).into()),
+            ("freeze_ms", (freeze_ms as i64).into()),
+        ])))
     }
 
     /// Everything of the contract, then unfreeze. On any error the workload stays as it is: frozen after a restore.
@@ -252,11 +343,20 @@ impl Server {
         let port = a.number("port", 1, 65535)? as u16;
         let ip = match a.text_or("host", "127.0.0.1") {
             "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),
-            text => text.parse().map_err(|_| Fail::bad(format!("not an address: {text}")))?,
+            text => text
+                .parse()
+                .map_err(|_| Fail::bad(format!("not an address: {text}")))?,
         };
         let stream = a.stream()?;
         let fd = doors::dial(SocketAddr::new(ip, port))?;
-        self.add_stream(stream, End::Socket { w: Watched::new(fd), dialing: Some(id), incoming: false })?;
+        self.add_stream(
+            stream,
+            End::Socket {
+                w: Watched::new(fd),
+                dialing: Some(id),
+                incoming: false,
+            },
+        )?;
         Ok(None)
     }
 }

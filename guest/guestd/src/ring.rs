@@ -41,7 +41,11 @@ pub enum Read<'a> {
 
 /// How many bytes a job may keep, given what all jobs keep now.
 pub fn cap_for(all_bytes: usize) -> usize {
-    if all_bytes < ALL_RINGS_BYTES { RING_BYTES } else { RING_BYTES_TIGHT }
+    if all_bytes < ALL_RINGS_BYTES {
+        RING_BYTES
+    } else {
+        RING_BYTES_TIGHT
+    }
 }
 
 impl Ring {
@@ -54,11 +58,16 @@ impl Ring {
     pub fn push(&mut self, channel: u8, mut data: &[u8], cap: usize) {
         while !data.is_empty() {
             let fits = match self.pieces.back() {
-                Some(p) if p.channel == channel && p.data.len() < PIECE => (PIECE - p.data.len()).min(data.len()),
+                Some(p) if p.channel == channel && p.data.len() < PIECE => {
+                    (PIECE - p.data.len()).min(data.len())
+                }
                 _ => 0,
             };
             if fits == 0 {
-                self.pieces.push_back(Piece { channel, data: Vec::new() });
+                self.pieces.push_back(Piece {
+                    channel,
+                    data: Vec::new(),
+                });
                 self.cost += OVERHEAD;
                 continue;
             }
@@ -79,13 +88,20 @@ impl Ring {
     /// Unread bytes behind this cursor, bookkeeping counted.
     pub fn behind(&self, c: Cursor) -> usize {
         let skip = c.piece.saturating_sub(self.first) as usize;
-        self.pieces.iter().skip(skip).map(|p| p.data.len() + OVERHEAD).sum()
+        self.pieces
+            .iter()
+            .skip(skip)
+            .map(|p| p.data.len() + OVERHEAD)
+            .sum()
     }
 
     /// Return at most `limit` bytes of one channel at the cursor and move it.
     pub fn read(&self, c: &mut Cursor, limit: usize) -> Read<'_> {
         if c.piece < self.first {
-            *c = Cursor { piece: self.first, offset: 0 };
+            *c = Cursor {
+                piece: self.first,
+                offset: 0,
+            };
             return Read::Gap;
         }
         loop {
@@ -97,7 +113,10 @@ impl Ring {
                 if c.piece - self.first + 1 == self.pieces.len() as u64 {
                     return Read::End; // stay: the last piece may still grow
                 }
-                *c = Cursor { piece: c.piece + 1, offset: 0 };
+                *c = Cursor {
+                    piece: c.piece + 1,
+                    offset: 0,
+                };
                 continue;
             }
             let n = rest.len().min(limit);
@@ -133,8 +152,17 @@ mod tests {
         assert_eq!(all(&r, &mut a), (false, vec![(1, b"hello ".to_vec())]));
         r.push(1, b"world", RING_BYTES);
         r.push(2, b"err", RING_BYTES);
-        assert_eq!(all(&r, &mut a), (false, vec![(1, b"world".to_vec()), (2, b"err".to_vec())]));
-        assert_eq!(all(&r, &mut b), (false, vec![(1, b"hello world".to_vec()), (2, b"err".to_vec())]));
+        assert_eq!(
+            all(&r, &mut a),
+            (false, vec![(1, b"world".to_vec()), (2, b"err".to_vec())])
+        );
+        assert_eq!(
+            all(&r, &mut b),
+            (
+                false,
+                vec![(1, b"hello world".to_vec()), (2, b"err".to_vec())]
+            )
+        );
         assert_eq!(r.read(&mut a, 10), Read::End);
     }
 

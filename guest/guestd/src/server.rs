@@ -85,7 +85,11 @@ fn signal_fd() -> Outcome<Watched> {
             libc::sigaddset(&mut set, s);
         }
         libc::sigprocmask(libc::SIG_BLOCK, &set, std::ptr::null_mut());
-        let fd = sys::own(libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK));
+        let fd = sys::own(libc::signalfd(
+            -1,
+            &set,
+            libc::SFD_CLOEXEC | libc::SFD_NONBLOCK,
+        ));
         fd.map(Watched::new).map_err(|e| Fail::io("signalfd", &e))
     }
 }
@@ -133,7 +137,10 @@ impl Server {
         while !self.finished {
             self.refresh()?;
             let wait = if self.port_readable { 0 } else { -1 };
-            let n = self.poller.wait(&mut events, wait).map_err(|e| Fail::io("epoll", &e))?;
+            let n = self
+                .poller
+                .wait(&mut events, wait)
+                .map_err(|e| Fail::io("epoll", &e))?;
             for ev in &events[..n] {
                 let (mask, token) = (ev.events, ev.u64);
                 self.event(token, mask);
@@ -152,18 +159,30 @@ impl Server {
     fn refresh(&mut self) -> Outcome<()> {
         let fail = |e: std::io::Error| Fail::io("epoll", &e);
         let p = &self.poller;
-        self.signals.want(p, token(T_SIGNALS, 0, 0), IN).map_err(fail)?;
+        self.signals
+            .want(p, token(T_SIGNALS, 0, 0), IN)
+            .map_err(fail)?;
         if let Some(w) = &mut self.conn.port {
-            w.want(p, token(T_PORT, 0, 0), IN | OUT | EDGE).map_err(fail)?;
+            w.want(p, token(T_PORT, 0, 0), IN | OUT | EDGE)
+                .map_err(fail)?;
         }
         if let Some(w) = &mut self.acceptor {
             w.want(p, token(T_ACCEPTOR, 0, 0), IN).map_err(fail)?;
         }
         let frozen = self.freezer.frozen;
-        let incoming = self.streams.values().filter(|s| matches!(s.end, End::Socket { incoming: true, .. })).count();
+        let incoming = self
+            .streams
+            .values()
+            .filter(|s| matches!(s.end, End::Socket { incoming: true, .. }))
+            .count();
         let accept = self.conn.listening && !frozen && incoming < MAX_INCOMING;
         for (i, l) in self.listeners.iter_mut().enumerate() {
-            l.w.want(p, token(T_LISTENER, i as u32, 0), if accept { IN } else { 0 }).map_err(fail)?;
+            l.w.want(
+                p,
+                token(T_LISTENER, i as u32, 0),
+                if accept { IN } else { 0 },
+            )
+            .map_err(fail)?;
         }
         for (id, h) in &mut self.helpers {
             h.w.want(p, token(T_HELPER, *id, 0), IN).map_err(fail)?;
@@ -191,11 +210,21 @@ impl Server {
             let open = !self.freezer.frozen && jobs::room(&job.ring, &cursors, cap) > 0;
             for (i, w) in job.out.iter_mut().enumerate() {
                 if let Some(w) = w {
-                    w.want(&self.poller, token(T_JOB_OUT, *key, i), if open { IN } else { 0 }).map_err(fail)?;
+                    w.want(
+                        &self.poller,
+                        token(T_JOB_OUT, *key, i),
+                        if open { IN } else { 0 },
+                    )
+                    .map_err(fail)?;
                 }
             }
             if let Some(w) = &mut job.stdin {
-                w.want(&self.poller, token(T_JOB_IN, *key, 0), if waiting { OUT } else { 0 }).map_err(fail)?;
+                w.want(
+                    &self.poller,
+                    token(T_JOB_IN, *key, 0),
+                    if waiting { OUT } else { 0 },
+                )
+                .map_err(fail)?;
             }
         }
         Ok(())
@@ -220,9 +249,17 @@ impl Server {
 
     /// Give a job's stdin what its attached streams hold.
     pub fn feed_job(&mut self, key: u32) {
-        let ids: Vec<u32> = self.streams.iter().filter(|(_, s)| s.is_of(key)).map(|(id, _)| *id).collect();
+        let ids: Vec<u32> = self
+            .streams
+            .iter()
+            .filter(|(_, s)| s.is_of(key))
+            .map(|(id, _)| *id)
+            .collect();
         for id in ids {
-            let (Some(s), Some(job)) = (self.streams.get_mut(&id), self.jobs.jobs.get_mut(&key)) else { continue };
+            let (Some(s), Some(job)) = (self.streams.get_mut(&id), self.jobs.jobs.get_mut(&key))
+            else {
+                continue;
+            };
             let n = match &job.stdin {
                 Some(w) => drain(&mut s.pending, |b| sys::write(w.raw(), b)).unwrap_or_else(|_| {
                     job.stdin = None; // the process closed its end: what comes now has no reader
@@ -240,7 +277,9 @@ impl Server {
 
     fn pull_job(&mut self, key: u32, channel: usize) -> Pulled {
         let cap = self.jobs.ring_cap();
-        let Some(job) = self.jobs.jobs.get_mut(&key) else { return Pulled::Empty };
+        let Some(job) = self.jobs.jobs.get_mut(&key) else {
+            return Pulled::Empty;
+        };
         let room = jobs::room(&job.ring, &attached(&self.streams, key).0, cap);
         job.pull(channel, room, cap, &mut self.scratch)
     }
@@ -251,7 +290,13 @@ impl Server {
             return;
         }
         let ended = |j: &jobs::Job| j.exit_code.is_some() && !j.settled;
-        let keys: Vec<u32> = self.jobs.jobs.iter().filter(|(_, j)| ended(j)).map(|(k, _)| *k).collect();
+        let keys: Vec<u32> = self
+            .jobs
+            .jobs
+            .iter()
+            .filter(|(_, j)| ended(j))
+            .map(|(k, _)| *k)
+            .collect();
         for key in keys {
             let empty = (0..2).all(|channel| loop {
                 match self.pull_job(key, channel) {
@@ -287,8 +332,11 @@ impl Server {
             if pid <= 0 {
                 return;
             }
-            let code =
-                if libc::WIFSIGNALED(status) { 128 + libc::WTERMSIG(status) } else { libc::WEXITSTATUS(status) };
+            let code = if libc::WIFSIGNALED(status) {
+                128 + libc::WTERMSIG(status)
+            } else {
+                libc::WEXITSTATUS(status)
+            };
             if let Some(job) = self.jobs.by_pid(pid) {
                 job.exit_code = Some(code);
             }
@@ -299,11 +347,20 @@ impl Server {
 
     /// Answer `request` when this helper ends.
     pub fn add_helper(&mut self, request: u32, h: Helper) {
-        self.helpers.insert(request, PendingHelper { w: Watched::new(h.pipe), request, said: Vec::new() });
+        self.helpers.insert(
+            request,
+            PendingHelper {
+                w: Watched::new(h.pipe),
+                request,
+                said: Vec::new(),
+            },
+        );
     }
 
     fn on_helper(&mut self, id: u32) {
-        let Some(h) = self.helpers.get_mut(&id) else { return };
+        let Some(h) = self.helpers.get_mut(&id) else {
+            return;
+        };
         let mut buf = [0u8; 4096];
         match sys::read(h.w.raw(), &mut buf) {
             Ok(n) if n > 0 => h.said.extend_from_slice(&buf[..n]),

@@ -60,12 +60,18 @@ pub fn environment(
             set("HOME", &ids.home);
             set("USER", &ids.name);
         }
-        None => set("HOME", &std::env::var("HOME").unwrap_or_else(|_| "/".into())),
+        None => set(
+            "HOME",
+            &std::env::var("HOME").unwrap_or_else(|_| "/".into()),
+        ),
     }
     if tty {
         set("TERM", "xterm-256color");
     }
-    let network = machine.iter().find(|(k, _)| k == "RECESS_NETWORK").map_or("broker", |(_, v)| v.as_str());
+    let network = machine
+        .iter()
+        .find(|(k, _)| k == "RECESS_NETWORK")
+        .map_or("broker", |(_, v)| v.as_str());
     if let (Some(port), "broker") = (proxy_port, network) {
         let url = format!("http://127.0.0.1:{port}");
         for name in ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"] {
@@ -96,7 +102,12 @@ pub fn start(what: &Spawn, cgroup_procs: Option<&File>) -> Outcome<Spawned> {
         cmd.pre_exec(move || prepare(procs, tty, ids.as_ref(), &cwd));
     }
     match cmd.spawn() {
-        Ok(child) => Ok(Spawned { pid: child.id() as i32, stdin, stdout, stderr }),
+        Ok(child) => Ok(Spawned {
+            pid: child.id() as i32,
+            stdin,
+            stdout,
+            stderr,
+        }),
         Err(e) => Err(exec_failure(what, &e)),
     }
 }
@@ -110,7 +121,9 @@ fn wire(cmd: &mut Command, what: &Spawn) -> io::Result<Ends> {
             // SAFETY: plain call on an owned descriptor. 5 is the tty group everywhere.
             sys::check(unsafe { libc::fchown(slave.as_raw_fd(), ids.uid, 5) })?;
         }
-        cmd.stdin(Stdio::from(slave.try_clone()?)).stdout(Stdio::from(slave.try_clone()?)).stderr(Stdio::from(slave));
+        cmd.stdin(Stdio::from(slave.try_clone()?))
+            .stdout(Stdio::from(slave.try_clone()?))
+            .stderr(Stdio::from(slave));
         let input = master.try_clone()?;
         sys::set_nonblocking(input.as_raw_fd())?;
         return Ok((Some(input), master, None));
@@ -133,7 +146,12 @@ fn wire(cmd: &mut Command, what: &Spawn) -> io::Result<Ends> {
 }
 
 /// Runs in the child between fork and exec.
-fn prepare(procs: Option<RawFd>, tty: bool, ids: Option<&Ids>, cwd: &std::ffi::CStr) -> io::Result<()> {
+fn prepare(
+    procs: Option<RawFd>,
+    tty: bool,
+    ids: Option<&Ids>,
+    cwd: &std::ffi::CStr,
+) -> io::Result<()> {
     // SAFETY: plain system calls in the child.
     unsafe {
         if let Some(fd) = procs {
@@ -144,7 +162,10 @@ fn prepare(procs: Option<RawFd>, tty: bool, ids: Option<&Ids>, cwd: &std::ffi::C
         if tty {
             sys::check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
         }
-        let oom = libc::open(c"/proc/self/oom_score_adj".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        let oom = libc::open(
+            c"/proc/self/oom_score_adj".as_ptr(),
+            libc::O_WRONLY | libc::O_CLOEXEC,
+        );
         if oom >= 0 {
             let _ = sys::write(oom, OOM_SCORE_JOB); // best effort: raising one's own score is always allowed
             libc::close(oom);
@@ -167,10 +188,14 @@ fn exec_failure(what: &Spawn, e: &io::Error) -> Fail {
         return Fail::bad(format!("no such folder in the guest: {}", what.cwd));
     }
     match e.raw_os_error() {
-        Some(libc::ENOENT) => Fail::new("no_program", format!("no such program in the guest: {argv0}")),
-        Some(libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::ENOTDIR) => {
-            Fail::new("not_executable", format!("cannot be executed in the guest: {argv0}"))
-        }
+        Some(libc::ENOENT) => Fail::new(
+            "no_program",
+            format!("no such program in the guest: {argv0}"),
+        ),
+        Some(libc::EACCES | libc::ENOEXEC | libc::EISDIR | libc::ENOTDIR) => Fail::new(
+            "not_executable",
+            format!("cannot be executed in the guest: {argv0}"),
+        ),
         _ => Fail::io(argv0, e),
     }
 }
@@ -180,13 +205,21 @@ mod tests {
     use super::*;
 
     fn pairs(items: &[(&str, &str)]) -> Vec<(String, String)> {
-        items.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+        items
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect()
     }
 
     #[test]
     fn the_request_wins_over_the_machine_over_the_defaults() {
-        let env =
-            environment(None, false, Some(3128), &pairs(&[("A", "1"), ("PATH", "/m")]), &pairs(&[("A", "2")]));
+        let env = environment(
+            None,
+            false,
+            Some(3128),
+            &pairs(&[("A", "1"), ("PATH", "/m")]),
+            &pairs(&[("A", "2")]),
+        );
         assert_eq!(env["A"], "2");
         assert_eq!(env["PATH"], "/m");
         assert_eq!(env["https_proxy"], "http://127.0.0.1:3128");
@@ -195,7 +228,13 @@ mod tests {
 
     #[test]
     fn no_proxy_without_broker() {
-        let env = environment(None, true, Some(3128), &pairs(&[("RECESS_NETWORK", "full")]), &[]);
+        let env = environment(
+            None,
+            true,
+            Some(3128),
+            &pairs(&[("RECESS_NETWORK", "full")]),
+            &[],
+        );
         assert!(!env.contains_key("http_proxy"));
         assert_eq!(env["TERM"], "xterm-256color");
         assert!(!environment(None, false, None, &[], &[]).contains_key("http_proxy"));

@@ -15,15 +15,24 @@ pub fn meminfo(text: &str, key: &str) -> i64 {
 /// Seconds since boot.
 pub fn uptime_s() -> f64 {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
-    text.split_ascii_whitespace().next().and_then(|t| t.parse().ok()).unwrap_or(0.0)
+    text.split_ascii_whitespace()
+        .next()
+        .and_then(|t| t.parse().ok())
+        .unwrap_or(0.0)
 }
 
 pub fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_string()
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .unwrap_or_default()
+        .trim()
+        .to_string()
 }
 
 pub fn hostname() -> String {
-    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_string()
+    fs::read_to_string("/proc/sys/kernel/hostname")
+        .unwrap_or_default()
+        .trim()
+        .to_string()
 }
 
 fn own_rss() -> i64 {
@@ -35,12 +44,23 @@ pub fn snapshot(running_jobs: usize) -> Value {
     let mem = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let words: Vec<&str> = load.split_ascii_whitespace().collect();
-    let load_at = |i: usize| words.get(i).and_then(|w| w.parse::<f64>().ok()).unwrap_or(0.0);
-    let processes = words.get(3).and_then(|w| w.split('/').nth(1)?.parse::<i64>().ok()).unwrap_or(0);
+    let load_at = |i: usize| {
+        words
+            .get(i)
+            .and_then(|w| w.parse::<f64>().ok())
+            .unwrap_or(0.0)
+    };
+    let processes = words
+        .get(3)
+        .and_then(|w| w.split('/').nth(1)?.parse::<i64>().ok())
+        .unwrap_or(0);
     obj([
         ("memory_total_bytes", meminfo(&mem, "MemTotal").into()),
         ("memory_free_bytes", meminfo(&mem, "MemFree").into()),
-        ("memory_available_bytes", meminfo(&mem, "MemAvailable").into()),
+        (
+            "memory_available_bytes",
+            meminfo(&mem, "MemAvailable").into(),
+        ),
         ("page_cache_bytes", meminfo(&mem, "Cached").into()),
         ("anonymous_bytes", meminfo(&mem, "AnonPages").into()),
         ("load1", load_at(0).into()),
@@ -60,8 +80,22 @@ mod tests {
     #[test]
     fn fields() {
         let text = "MemTotal:  100 kB\nMemFree: 7 kB\n";
-        assert_eq!((meminfo(text, "MemTotal"), meminfo(text, "MemFree"), meminfo(text, "Mem")), (102_400, 7168, 0));
+        assert_eq!(
+            (
+                meminfo(text, "MemTotal"),
+                meminfo(text, "MemFree"),
+                meminfo(text, "Mem")
+            ),
+            (102_400, 7168, 0)
+        );
         assert!(uptime_s() > 0.0);
-        assert!(snapshot(1).get("memory_total_bytes").unwrap().as_int().unwrap() > 0);
+        assert!(
+            snapshot(1)
+                .get("memory_total_bytes")
+                .unwrap()
+                .as_int()
+                .unwrap()
+                > 0
+        );
     }
 }

@@ -23,12 +23,24 @@ pub trait Source {
 /// Where a stream ends in the guest.
 pub enum End {
     /// A TCP or unix connection; `dialing` holds the request to answer once it is connected.
-    Socket { w: Watched, dialing: Option<u32>, incoming: bool },
+    Socket {
+        w: Watched,
+        dialing: Option<u32>,
+        incoming: bool,
+    },
     /// Output of a job's ring, and its stdin.
-    Job { key: u32, cursor: Cursor },
+    Job {
+        key: u32,
+        cursor: Cursor,
+    },
     /// A file or archive on its way in; the request is answered when it is whole.
-    Put { sink: Option<Box<dyn Sink>>, request: u32 },
-    Get { source: Box<dyn Source> },
+    Put {
+        sink: Option<Box<dyn Sink>>,
+        request: u32,
+    },
+    Get {
+        source: Box<dyn Source>,
+    },
 }
 
 pub struct Stream {
@@ -47,7 +59,15 @@ pub struct Stream {
 impl Stream {
     pub fn new(end: End) -> Self {
         let pending = VecDeque::new();
-        Stream { credit: WINDOW, pending, owed: 0, in_eof: false, in_done: false, out_eof: false, end }
+        Stream {
+            credit: WINDOW,
+            pending,
+            owed: 0,
+            in_eof: false,
+            in_done: false,
+            out_eof: false,
+            end,
+        }
     }
 
     /// Bytes are delivered: returns the credit to grant once it is worth a frame.

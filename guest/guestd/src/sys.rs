@@ -6,7 +6,11 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 /// Turn a -1 return into the error in errno.
 pub fn check(ret: libc::c_int) -> io::Result<libc::c_int> {
-    if ret < 0 { Err(io::Error::last_os_error()) } else { Ok(ret) }
+    if ret < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(ret)
+    }
 }
 
 pub fn cstr(s: impl AsRef<[u8]>) -> io::Result<CString> {
@@ -74,7 +78,9 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 pub fn open_pty(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
     // SAFETY: plain calls on descriptors that are owned as soon as they exist.
     unsafe {
-        let master = own(libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC))?;
+        let master = own(libc::posix_openpt(
+            libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC,
+        ))?;
         check(libc::unlockpt(master.as_raw_fd()))?;
         let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
         let slave = own(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
@@ -84,14 +90,23 @@ pub fn open_pty(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
 }
 
 pub fn set_winsize(fd: RawFd, rows: u16, cols: u16) -> io::Result<()> {
-    let ws = libc::winsize { ws_row: rows, ws_col: cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let ws = libc::winsize {
+        ws_row: rows,
+        ws_col: cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: the struct outlives the call.
     check(unsafe { libc::ioctl(fd, libc::TIOCSWINSZ, &ws) }).map(drop)
 }
 
 /// Wait until the descriptor shows one of `events`; Ok(false) when the time is over. `timeout_ms` < 0: no limit.
 pub fn poll_one(fd: RawFd, events: i16, timeout_ms: i32) -> io::Result<bool> {
-    let mut p = libc::pollfd { fd, events, revents: 0 };
+    let mut p = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd.
     match check(unsafe { libc::poll(&mut p, 1, timeout_ms) }) {
         Ok(n) => Ok(n > 0),
@@ -102,7 +117,10 @@ pub fn poll_one(fd: RawFd, events: i16, timeout_ms: i32) -> io::Result<bool> {
 
 /// CLOCK_MONOTONIC in milliseconds.
 pub fn monotonic_ms() -> u64 {
-    let mut ts = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut ts = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: the struct outlives the call.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut ts) };
     ts.tv_sec as u64 * 1000 + ts.tv_nsec as u64 / 1_000_000
@@ -111,7 +129,8 @@ pub fn monotonic_ms() -> u64 {
 pub fn mount(src: &str, dst: &str, kind: &str, flags: libc::c_ulong, data: &str) -> io::Result<()> {
     let (s, d, k, o) = (cstr(src)?, cstr(dst)?, cstr(kind)?, cstr(data)?);
     // SAFETY: all strings outlive the call.
-    check(unsafe { libc::mount(s.as_ptr(), d.as_ptr(), k.as_ptr(), flags, o.as_ptr().cast()) }).map(drop)
+    check(unsafe { libc::mount(s.as_ptr(), d.as_ptr(), k.as_ptr(), flags, o.as_ptr().cast()) })
+        .map(drop)
 }
 
 /// Send a signal to a process group. Never to everybody (-1) or to our own group (0).
@@ -130,7 +149,11 @@ pub fn reset_signals() -> io::Result<()> {
     unsafe {
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
-        check(libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut()))?;
+        check(libc::sigprocmask(
+            libc::SIG_SETMASK,
+            &none,
+            std::ptr::null_mut(),
+        ))?;
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
     Ok(())
@@ -149,11 +172,16 @@ pub struct Poller {
 impl Poller {
     pub fn new() -> io::Result<Self> {
         // SAFETY: plain call.
-        Ok(Poller { fd: own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })? })
+        Ok(Poller {
+            fd: own(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?,
+        })
     }
 
     fn ctl(&self, op: libc::c_int, fd: RawFd, mask: u32, token: u64) -> io::Result<()> {
-        let mut ev = libc::epoll_event { events: mask, u64: token };
+        let mut ev = libc::epoll_event {
+            events: mask,
+            u64: token,
+        };
         // SAFETY: the struct outlives the call.
         check(unsafe { libc::epoll_ctl(self.fd.as_raw_fd(), op, fd, &mut ev) }).map(drop)
     }
@@ -161,7 +189,12 @@ impl Poller {
     pub fn wait(&self, events: &mut [libc::epoll_event], timeout_ms: i32) -> io::Result<usize> {
         // SAFETY: the slice is valid for its length.
         let n = unsafe {
-            libc::epoll_wait(self.fd.as_raw_fd(), events.as_mut_ptr(), events.len() as libc::c_int, timeout_ms)
+            libc::epoll_wait(
+                self.fd.as_raw_fd(),
+                events.as_mut_ptr(),
+                events.len() as libc::c_int,
+                timeout_ms,
+            )
         };
         match check(n) {
             Ok(n) => Ok(n as usize),

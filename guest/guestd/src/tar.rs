@@ -33,7 +33,17 @@ pub fn header(b: &[u8; BLOCK]) -> Outcome<Option<Member>> {
     if b.iter().all(|x| *x == 0) {
         return Ok(None);
     }
-    let sum: u64 = b.iter().enumerate().map(|(i, x)| if (148..156).contains(&i) { 32 } else { u64::from(*x) }).sum();
+    let sum: u64 = b
+        .iter()
+        .enumerate()
+        .map(|(i, x)| {
+            if (148..156).contains(&i) {
+                32
+            } else {
+                u64::from(*x)
+            }
+        })
+        .sum();
     if number(&b[148..156]) != Some(sum) {
         return Err(Fail::bad("tar: bad header checksum"));
     }
@@ -66,8 +76,14 @@ fn number(b: &[u8]) -> Option<u64> {
         }
         return Some(u64::from_be_bytes(tail.try_into().ok()?)).filter(|n| *n <= i64::MAX as u64);
     }
-    let s = std::str::from_utf8(b).ok()?.trim_matches(|c| c == '\0' || c == ' ');
-    if s.is_empty() { Some(0) } else { u64::from_str_radix(s, 8).ok() }
+    let s = std::str::from_utf8(b)
+        .ok()?
+        .trim_matches(|c| c == '\0' || c == ' ');
+    if s.is_empty() {
+        Some(0)
+    } else {
+        u64::from_str_radix(s, 8).ok()
+    }
 }
 
 /// Records of a pax header: "LENGTH KEY=VALUE\n".
@@ -75,8 +91,15 @@ pub fn pax(mut b: &[u8]) -> Outcome<Vec<(String, String)>> {
     let bad = || Fail::bad("tar: bad pax header");
     let mut out = Vec::new();
     while !b.is_empty() {
-        let space = b.iter().position(|c| *c == b' ').filter(|i| *i <= 6).ok_or_else(bad)?;
-        let len: usize = std::str::from_utf8(&b[..space]).ok().and_then(|s| s.parse().ok()).ok_or_else(bad)?;
+        let space = b
+            .iter()
+            .position(|c| *c == b' ')
+            .filter(|i| *i <= 6)
+            .ok_or_else(bad)?;
+        let len: usize = std::str::from_utf8(&b[..space])
+            .ok()
+            .and_then(|s| s.parse().ok())
+            .ok_or_else(bad)?;
         if len <= space + 1 || len > b.len() || b[len - 1] != b'\n' {
             return Err(bad());
         }
@@ -94,7 +117,10 @@ pub fn clean(name: &str) -> Outcome<Vec<&str>> {
     if name.starts_with('/') || name.contains('\0') {
         return Err(Fail::bad(format!("tar: absolute path refused: {name:?}")));
     }
-    let parts: Vec<&str> = name.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
+    let parts: Vec<&str> = name
+        .split('/')
+        .filter(|p| !p.is_empty() && *p != ".")
+        .collect();
     if parts.contains(&"..") || parts.len() > MAX_DEPTH || parts.iter().any(|p| p.len() > 255) {
         return Err(Fail::bad(format!("tar: path refused: {name:?}")));
     }
@@ -134,14 +160,24 @@ pub fn open(folder: &Path) -> Outcome<TarSink> {
     fs::create_dir_all(folder).map_err(fail)?;
     let root: OwnedFd = File::open(folder).map_err(fail)?.into();
     let next = Overrides::default();
-    Ok(TarSink { root, block: Vec::new(), body: Body::None, left: 0, pad: 0, next, ended: false })
+    Ok(TarSink {
+        root,
+        block: Vec::new(),
+        body: Body::None,
+        left: 0,
+        pad: 0,
+        next,
+        ended: false,
+    })
 }
 
 impl Sink for TarSink {
     fn write(&mut self, mut data: &[u8]) -> Outcome<()> {
         while !data.is_empty() && !self.ended {
             let used = if self.left > 0 {
-                let n = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+                let n = data
+                    .len()
+                    .min(usize::try_from(self.left).unwrap_or(usize::MAX));
                 self.body_bytes(&data[..n])?;
                 n
             } else if self.pad > 0 {
@@ -177,12 +213,18 @@ impl TarSink {
             Body::None | Body::Skip => {}
         }
         self.left -= data.len() as u64;
-        if self.left == 0 { self.body_done() } else { Ok(()) }
+        if self.left == 0 {
+            self.body_done()
+        } else {
+            Ok(())
+        }
     }
 
     fn body_done(&mut self) -> Outcome<()> {
         match std::mem::replace(&mut self.body, Body::None) {
-            Body::File(f, mode, mtime) => finish_file(&f, mode, mtime).map_err(|e| Fail::io("tar", &e)),
+            Body::File(f, mode, mtime) => {
+                finish_file(&f, mode, mtime).map_err(|e| Fail::io("tar", &e))
+            }
             Body::Meta(kind, buf) => self.meta(kind, &buf),
             Body::None | Body::Skip => Ok(()),
         }
@@ -197,8 +239,13 @@ impl TarSink {
                     match k.as_str() {
                         "path" => self.next.name = Some(v),
                         "linkpath" => self.next.link = Some(v),
-                        "size" => self.next.size = Some(v.parse().map_err(|_| Fail::bad("tar: bad size"))?),
-                        "mtime" => self.next.mtime = v.split('.').next().and_then(|s| s.parse().ok()),
+                        "size" => {
+                            self.next.size =
+                                Some(v.parse().map_err(|_| Fail::bad("tar: bad size"))?)
+                        }
+                        "mtime" => {
+                            self.next.mtime = v.split('.').next().and_then(|s| s.parse().ok())
+                        }
                         _ => {}
                     }
                 }
@@ -221,17 +268,32 @@ impl TarSink {
                 return Err(Fail::bad("tar: a meta record is too long"));
             }
             self.begin(Body::Meta(m.kind, Vec::new()), m.size);
-            return if m.size == 0 { self.body_done() } else { Ok(()) };
+            return if m.size == 0 {
+                self.body_done()
+            } else {
+                Ok(())
+            };
         }
         let over = std::mem::take(&mut self.next);
         m.name = over.name.unwrap_or(m.name);
         m.link = over.link.unwrap_or(m.link);
         m.size = over.size.unwrap_or(m.size);
         m.mtime = over.mtime.unwrap_or(m.mtime);
-        let size = if matches!(m.kind, b'0' | 0 | b'7') { m.size } else { 0 };
-        let body = self.make(&m).map_err(|e| Fail { message: format!("tar: {}", e.message), ..e })?;
+        let size = if matches!(m.kind, b'0' | 0 | b'7') {
+            m.size
+        } else {
+            0
+        };
+        let body = self.make(&m).map_err(|e| Fail {
+            message: format!("tar: {}", e.message),
+            ..e
+        })?;
         self.begin(body, size);
-        if size == 0 { self.body_done() } else { Ok(()) }
+        if size == 0 {
+            self.body_done()
+        } else {
+            Ok(())
+        }
     }
 
     fn begin(&mut self, body: Body, size: u64) {
@@ -244,7 +306,11 @@ impl TarSink {
         let parts = clean(&m.name)?;
         let fail = |e: io::Error| Fail::io(&m.name, &e);
         let Some((last, parents)) = parts.split_last() else {
-            return if m.kind == b'5' { Ok(Body::Skip) } else { Err(Fail::bad("a member without a name")) };
+            return if m.kind == b'5' {
+                Ok(Body::Skip)
+            } else {
+                Err(Fail::bad("a member without a name"))
+            };
         };
         let dir = self.parent(parents).map_err(fail)?;
         let name = sys::cstr(last).map_err(fail)?;
@@ -259,11 +325,18 @@ impl TarSink {
                 let target = sys::cstr(&m.link).map_err(fail)?;
                 replace(&dir, &name).map_err(fail)?;
                 // SAFETY: strings outlive the call.
-                let ret = unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) };
+                let ret =
+                    unsafe { libc::symlinkat(target.as_ptr(), dir.as_raw_fd(), name.as_ptr()) };
                 sys::check(ret).map_err(fail)?;
             }
             b'1' => self.hard_link(&m.link, &dir, &name)?,
-            other => return Err(Fail::bad(format!("{}: members of type {:?} are refused", m.name, char::from(other)))),
+            other => {
+                return Err(Fail::bad(format!(
+                    "{}: members of type {:?} are refused",
+                    m.name,
+                    char::from(other)
+                )))
+            }
         }
         Ok(Body::Skip)
     }
@@ -271,12 +344,22 @@ impl TarSink {
     fn hard_link(&self, target: &str, dir: &OwnedFd, name: &CString) -> Outcome<()> {
         let fail = |e: io::Error| Fail::io(target, &e);
         let parts = clean(target)?;
-        let (last, parents) = parts.split_last().ok_or_else(|| Fail::bad("a link to nothing"))?;
+        let (last, parents) = parts
+            .split_last()
+            .ok_or_else(|| Fail::bad("a link to nothing"))?;
         let from = self.resolve(&parents.join("/")).map_err(fail)?;
         let old = sys::cstr(last).map_err(fail)?;
         replace(dir, name).map_err(fail)?;
         // SAFETY: strings outlive the call; no flag, so a link is linked itself, not followed.
-        let ret = unsafe { libc::linkat(from.as_raw_fd(), old.as_ptr(), dir.as_raw_fd(), name.as_ptr(), 0) };
+        let ret = unsafe {
+            libc::linkat(
+                from.as_raw_fd(),
+                old.as_ptr(),
+                dir.as_raw_fd(),
+                name.as_ptr(),
+                0,
+            )
+        };
         sys::check(ret).map(drop).map_err(fail)
     }
 
@@ -289,7 +372,13 @@ impl TarSink {
             how.flags = (libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC) as u64;
             how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
             let size = size_of::<libc::open_how>();
-            let fd = libc::syscall(libc::SYS_openat2, self.root.as_raw_fd(), p.as_ptr(), &how, size);
+            let fd = libc::syscall(
+                libc::SYS_openat2,
+                self.root.as_raw_fd(),
+                p.as_ptr(),
+                &how,
+                size,
+            );
             sys::own(fd as libc::c_int)
         }
     }
@@ -348,7 +437,16 @@ fn folder(dir: &OwnedFd, name: &CString, mode: u32) -> io::Result<()> {
 }
 
 fn finish_file(f: &File, mode: u32, mtime: i64) -> io::Result<()> {
-    let times = [libc::timespec { tv_sec: 0, tv_nsec: libc::UTIME_OMIT }, libc::timespec { tv_sec: mtime, tv_nsec: 0 }];
+    let times = [
+        libc::timespec {
+            tv_sec: 0,
+            tv_nsec: libc::UTIME_OMIT,
+        },
+        libc::timespec {
+            tv_sec: mtime,
+            tv_nsec: 0,
+        },
+    ];
     // SAFETY: the array outlives the call.
     unsafe {
         sys::check(libc::fchmod(f.as_raw_fd(), mode))?;
@@ -389,7 +487,9 @@ mod tests {
 
     fn pax_record(key: &str, value: &str) -> Vec<u8> {
         let rest = format!(" {key}={value}\n");
-        let len = (1..).find(|n: &usize| n.to_string().len() + rest.len() == *n).unwrap();
+        let len = (1..)
+            .find(|n: &usize| n.to_string().len() + rest.len() == *n)
+            .unwrap();
         format!("{len}{rest}").into_bytes()
     }
 
@@ -420,7 +520,16 @@ mod tests {
             member("deep/er/g", 0, "", &vec![7u8; 1300]),
             member("l", b'2', "a/f", b""),
             member("h", b'1', "a/f", b""),
-            member("x", b'x', "", &[pax_record("path", &long), pax_record("mtime", "1600000000.5")].concat()),
+            member(
+                "x",
+                b'x',
+                "",
+                &[
+                    pax_record("path", &long),
+                    pax_record("mtime", "1600000000.5"),
+                ]
+                .concat(),
+            ),
             member("short", b'0', "", b"long"),
             member("././@LongLink", b'L', "", format!("{long}2\0").as_bytes()),
             member("short", b'0', "", b"gnu"),
@@ -432,8 +541,14 @@ mod tests {
             assert_eq!(fs::read_to_string(dir.join("h")).unwrap(), "hello");
             assert_eq!(fs::read(dir.join("deep/er/g")).unwrap(), vec![7u8; 1300]);
             assert_eq!(fs::read_to_string(dir.join(&long)).unwrap(), "long");
-            assert_eq!(fs::read_to_string(dir.join(format!("{long}2"))).unwrap(), "gnu");
-            assert_eq!(fs::metadata(dir.join("a/f")).unwrap().permissions().mode() & 0o7777, 0o750);
+            assert_eq!(
+                fs::read_to_string(dir.join(format!("{long}2"))).unwrap(),
+                "gnu"
+            );
+            assert_eq!(
+                fs::metadata(dir.join("a/f")).unwrap().permissions().mode() & 0o7777,
+                0o750
+            );
             unpack(&dir, &parts, step).unwrap(); // over itself
             fs::remove_dir_all(&dir).unwrap();
         }
@@ -446,9 +561,18 @@ mod tests {
         let outside = base.join("secret");
         fs::write(&outside, "old").unwrap();
         for name in ["../secret", "/etc/x", "a/../../secret", "..", ""] {
-            assert_eq!(unpack(&dir, &[member(name, b'0', "", b"new")], 512).unwrap_err().kind, "bad_input", "{name}");
+            assert_eq!(
+                unpack(&dir, &[member(name, b'0', "", b"new")], 512)
+                    .unwrap_err()
+                    .kind,
+                "bad_input",
+                "{name}"
+            );
         }
-        let through = [member("up", b'2', "..", b""), member("up/secret", b'0', "", b"new")];
+        let through = [
+            member("up", b'2', "..", b""),
+            member("up/secret", b'0', "", b"new"),
+        ];
         unpack(&dir, &through, 512).unwrap();
         assert_eq!(fs::read_to_string(&outside).unwrap(), "old");
         assert_eq!(fs::read_to_string(dir.join("secret")).unwrap(), "new");
@@ -473,9 +597,17 @@ mod tests {
         assert!(unpack(&dir, &[member("dev", b'3', "", b"")], 512).is_err());
         assert!(unpack(&dir, &[member("x", b'x', "", b"99 path=a\n")], 512).is_err());
         let mut sink = Box::new(open(&dir).unwrap());
-        sink.write(&member("cut", b'0', "", &[1; 2000])[..1500]).unwrap();
+        sink.write(&member("cut", b'0', "", &[1; 2000])[..1500])
+            .unwrap();
         assert_eq!(sink.finish().unwrap_err().kind, "bad_input");
-        for bad in [&b"5 a\n"[..], b"x a=b\n", b"0 a=b\n", b"999 a=b\n", b" a=b\n", b"6 a=b "] {
+        for bad in [
+            &b"5 a\n"[..],
+            b"x a=b\n",
+            b"0 a=b\n",
+            b"999 a=b\n",
+            b" a=b\n",
+            b"6 a=b ",
+        ] {
             assert!(pax(bad).is_err(), "{:?}", String::from_utf8_lossy(bad));
         }
         let mut huge = [0u8; 12];

@@ -48,17 +48,23 @@ fn hex(text: &str) -> Option<[u8; 32]> {
 }
 
 fn is_hostname(s: &str) -> bool {
-    (1..=63).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
+    (1..=63).contains(&s.len())
+        && s.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'.')
 }
 
 fn is_token(s: &str) -> bool {
-    (1..=128).contains(&s.len()) && s.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    (1..=128).contains(&s.len())
+        && s.bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 /// Check names and values of an environment: no NUL, no newline (the file is line based), no "=" in names.
 pub fn environment(v: Option<&Value>) -> Outcome<Vec<(String, String)>> {
     let Some(v) = v else { return Ok(Vec::new()) };
-    let items = v.as_obj().ok_or_else(|| Fail::bad("env is not an object"))?;
+    let items = v
+        .as_obj()
+        .ok_or_else(|| Fail::bad("env is not an object"))?;
     items
         .iter()
         .map(|(k, v)| match v.as_str() {
@@ -75,17 +81,24 @@ pub fn parse(v: &Value) -> Outcome<Thaw> {
     let text = |key: &str| v.get(key).and_then(Value::as_str).map(str::to_string);
     let number = |key: &str| v.get(key).and_then(Value::as_int).filter(|n| *n >= 0);
     let bad = |key: &str| Fail::bad(format!("thaw: {key} is missing or wrong"));
-    let machine_id = text("machine_id").filter(|s| s.len() == 32 && s.bytes().all(|b| b.is_ascii_hexdigit()));
+    let machine_id =
+        text("machine_id").filter(|s| s.len() == 32 && s.bytes().all(|b| b.is_ascii_hexdigit()));
     let env = environment(v.get("env"))?;
     if env.iter().any(|(_, v)| v.contains('\n')) {
         return Err(bad("env"));
     }
     Ok(Thaw {
         wall_ns: number("wall_ns").ok_or_else(|| bad("wall_ns"))?,
-        entropy: text("entropy").and_then(|s| hex(&s)).ok_or_else(|| bad("entropy"))?,
-        generation: text("generation").filter(|s| is_token(s)).ok_or_else(|| bad("generation"))?,
+        entropy: text("entropy")
+            .and_then(|s| hex(&s))
+            .ok_or_else(|| bad("entropy"))?,
+        generation: text("generation")
+            .filter(|s| is_token(s))
+            .ok_or_else(|| bad("generation"))?,
         epoch: number("epoch").ok_or_else(|| bad("epoch"))?,
-        hostname: text("hostname").filter(|s| is_hostname(s)).ok_or_else(|| bad("hostname"))?,
+        hostname: text("hostname")
+            .filter(|s| is_hostname(s))
+            .ok_or_else(|| bad("hostname"))?,
         machine_id: machine_id.ok_or_else(|| bad("machine_id"))?,
         env,
     })
@@ -99,7 +112,11 @@ pub fn apply(t: &Thaw, places: &Places) -> Outcome<()> {
         identity(t)?;
     }
     if let Some(run) = places.run_dir {
-        files::put(&run.join("generation"), &format!("{}\n", t.generation), 0o644)?;
+        files::put(
+            &run.join("generation"),
+            &format!("{}\n", t.generation),
+            0o644,
+        )?;
         files::put(&run.join("epoch"), &format!("{}\n", t.epoch), 0o644)?;
         let lines: String = t.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
         files::put(&run.join("env"), &lines, 0o644)?;
@@ -118,8 +135,16 @@ fn reseed(entropy: &[u8; 32]) -> Outcome<()> {
     const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
     const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
     let fail = |e: std::io::Error| Fail::io("reseeding /dev/urandom", &e);
-    let f = OpenOptions::new().read(true).write(true).open("/dev/urandom").map_err(fail)?;
-    let info = PoolInfo { entropy_count: 256, buf_size: 32, buf: *entropy };
+    let f = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/urandom")
+        .map_err(fail)?;
+    let info = PoolInfo {
+        entropy_count: 256,
+        buf_size: 32,
+        buf: *entropy,
+    };
     // SAFETY: the struct has the layout of rand_pool_info with 32 bytes and outlives the call.
     unsafe {
         sys::check(libc::ioctl(f.as_raw_fd(), RNDADDENTROPY as _, &info)).map_err(fail)?;
@@ -129,20 +154,33 @@ fn reseed(entropy: &[u8; 32]) -> Outcome<()> {
 }
 
 fn set_clock(wall_ns: i64) -> Outcome<()> {
-    let ts = libc::timespec { tv_sec: wall_ns / 1_000_000_000, tv_nsec: wall_ns % 1_000_000_000 };
+    let ts = libc::timespec {
+        tv_sec: wall_ns / 1_000_000_000,
+        tv_nsec: wall_ns % 1_000_000_000,
+    };
     // SAFETY: the struct outlives the call.
     let ret = unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &ts) };
-    sys::check(ret).map(drop).map_err(|e| Fail::io("setting the clock", &e))
+    sys::check(ret)
+        .map(drop)
+        .map_err(|e| Fail::io("setting the clock", &e))
 }
 
 fn identity(t: &Thaw) -> Outcome<()> {
     // SAFETY: pointer and length of a live string.
     let ret = unsafe { libc::sethostname(t.hostname.as_ptr().cast(), t.hostname.len()) };
     sys::check(ret).map_err(|e| Fail::io("setting the hostname", &e))?;
-    files::put(Path::new("/etc/hostname"), &format!("{}\n", t.hostname), 0o644)?;
+    files::put(
+        Path::new("/etc/hostname"),
+        &format!("{}\n", t.hostname),
+        0o644,
+    )?;
     let old = fs::read_to_string("/etc/hosts").unwrap_or_default();
     files::put(Path::new("/etc/hosts"), &hosts(&old, &t.hostname), 0o644)?;
-    files::put(Path::new("/etc/machine-id"), &format!("{}\n", t.machine_id), 0o444)
+    files::put(
+        Path::new("/etc/machine-id"),
+        &format!("{}\n", t.machine_id),
+        0o444,
+    )
 }
 
 /// The hosts file with our own line renewed; what the user added stays.
@@ -158,14 +196,21 @@ pub fn hosts(old: &str, hostname: &str) -> String {
 
 /// Run the executables of the hooks folder in order of name. They are outside of the frozen cgroup.
 fn run_hooks(dir: &Path, t: &Thaw) -> Outcome<()> {
-    let Ok(entries) = fs::read_dir(dir) else { return Ok(()) };
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Ok(());
+    };
     let mut hooks: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
     hooks.sort();
     let all = sys::monotonic_ms() + ALL_HOOKS_MS;
     for hook in hooks {
-        let runnable = fs::metadata(&hook).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
+        let runnable =
+            fs::metadata(&hook).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0);
         if runnable {
-            run_hook(&hook, t, HOOK_MS.min(all.saturating_sub(sys::monotonic_ms())))?;
+            run_hook(
+                &hook,
+                t,
+                HOOK_MS.min(all.saturating_sub(sys::monotonic_ms())),
+            )?;
         }
     }
     Ok(())
@@ -174,10 +219,18 @@ fn run_hooks(dir: &Path, t: &Thaw) -> Outcome<()> {
 fn run_hook(hook: &Path, t: &Thaw, bound_ms: u64) -> Outcome<()> {
     let name = hook.display().to_string();
     let mut cmd = Command::new(hook);
-    cmd.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
+    cmd.env_clear().env(
+        "PATH",
+        "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    );
     cmd.envs(t.env.iter().map(|(k, v)| (k, v)));
-    cmd.env("RECESS_GENERATION", &t.generation).env("RECESS_EPOCH", t.epoch.to_string());
-    cmd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).current_dir("/");
+    cmd.env("RECESS_GENERATION", &t.generation)
+        .env("RECESS_EPOCH", t.epoch.to_string());
+    cmd.stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .current_dir("/");
     // SAFETY: guestd has one thread, so the child of fork may do anything the parent could.
     unsafe { cmd.pre_exec(sys::reset_signals) };
     let mut child = cmd.spawn().map_err(|e| Fail::io(&name, &e))?;
@@ -189,15 +242,23 @@ fn run_hook(hook: &Path, t: &Thaw, bound_ms: u64) -> Outcome<()> {
     loop {
         if let Ok(Some(status)) = child.try_wait() {
             let verdict = Fail::new("failed", format!("thaw hook {name}: {status}"));
-            return if status.success() { Ok(()) } else { Err(verdict) };
+            return if status.success() {
+                Ok(())
+            } else {
+                Err(verdict)
+            };
         }
         let left = deadline.saturating_sub(sys::monotonic_ms());
         if left == 0 {
             let _ = sys::kill_group(pid, libc::SIGKILL); // its end is awaited next
             let _ = child.wait();
-            return Err(Fail::new("timeout", format!("thaw hook {name} took longer than {bound_ms} ms")));
+            return Err(Fail::new(
+                "timeout",
+                format!("thaw hook {name} took longer than {bound_ms} ms"),
+            ));
         }
-        sys::poll_one(pidfd.as_raw_fd(), libc::POLLIN, left as i32).map_err(|e| Fail::io(&name, &e))?;
+        sys::poll_one(pidfd.as_raw_fd(), libc::POLLIN, left as i32)
+            .map_err(|e| Fail::io(&name, &e))?;
     }
 }
 
@@ -219,12 +280,25 @@ mod tests {
     #[test]
     fn parses_and_refuses() {
         let t = request("", "").unwrap();
-        assert_eq!((t.wall_ns, t.epoch, t.entropy), (1_764_000_000_123_456_789, 3, [0xAB; 32]));
+        assert_eq!(
+            (t.wall_ns, t.epoch, t.entropy),
+            (1_764_000_000_123_456_789, 3, [0xAB; 32])
+        );
         assert_eq!(t.env, vec![("A".to_string(), "b c".to_string())]);
-        for (change, to) in
-            [("gen_1", "a b"), ("dev-1", "a/b"), ("\"epoch\":3", "\"epoch\":-3"), ("abab", "ab"), ("0f0f", "0f0g"), ("b c", "b\\nc"), ("\"A\"", "\"A=\"")]
-        {
-            assert_eq!(request(change, to).unwrap_err().kind, "bad_input", "{change} -> {to}");
+        for (change, to) in [
+            ("gen_1", "a b"),
+            ("dev-1", "a/b"),
+            ("\"epoch\":3", "\"epoch\":-3"),
+            ("abab", "ab"),
+            ("0f0f", "0f0g"),
+            ("b c", "b\\nc"),
+            ("\"A\"", "\"A=\""),
+        ] {
+            assert_eq!(
+                request(change, to).unwrap_err().kind,
+                "bad_input",
+                "{change} -> {to}"
+            );
         }
     }
 
@@ -246,11 +320,18 @@ mod tests {
         let script = |name: &str, body: &str| {
             files::put(&hooks.join(name), &format!("#!/bin/sh\n{body}\n"), 0o755).unwrap();
         };
-        script("10-a", &format!("echo a $A $RECESS_EPOCH >> {}", out.display()));
+        script(
+            "10-a",
+            &format!("echo a $A $RECESS_EPOCH >> {}", out.display()),
+        );
         script("20-b", &format!("echo b >> {}", out.display()));
         files::put(&hooks.join("30-not"), "not executable", 0o644).unwrap();
         let run = dir.join("run");
-        let places = Places { run_dir: Some(&run), hooks: hooks.clone(), own_machine: false };
+        let places = Places {
+            run_dir: Some(&run),
+            hooks: hooks.clone(),
+            own_machine: false,
+        };
         let t = request("", "").unwrap();
         apply(&t, &places).unwrap();
         assert_eq!(fs::read_to_string(&out).unwrap(), "a b c 3\nb\n");
@@ -258,7 +339,10 @@ mod tests {
         assert_eq!(fs::read_to_string(run.join("env")).unwrap(), "A=b c\n");
         script("15-bad", "exit 3");
         assert_eq!(apply(&t, &places).unwrap_err().kind, "failed");
-        assert_eq!(run_hook(&hooks.join("10-a"), &t, 0).unwrap_err().kind, "timeout");
+        assert_eq!(
+            run_hook(&hooks.join("10-a"), &t, 0).unwrap_err().kind,
+            "timeout"
+        );
         fs::remove_dir_all(&dir).unwrap();
     }
 }

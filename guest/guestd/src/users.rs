@@ -21,11 +21,20 @@ pub fn resolve(spec: &str, passwd: &str, group: &str) -> Outcome<Ids> {
         .or_else(|| {
             let uid = user.parse().ok()?;
             let home = if uid == 0 { "/root" } else { "/" };
-            Some(Ids { uid, gid: uid, groups: vec![], name: user.to_string(), home: home.to_string() })
+            Some(Ids {
+                uid,
+                gid: uid,
+                groups: vec![],
+                name: user.to_string(),
+                home: home.to_string(),
+            })
         })
         .ok_or_else(|| Fail::bad(format!("no such user in the guest: {user}")))?;
     match wanted_group {
-        Some(g) => ids.gid = find_group(g, group).ok_or_else(|| Fail::bad(format!("no such group in the guest: {g}")))?,
+        Some(g) => {
+            ids.gid = find_group(g, group)
+                .ok_or_else(|| Fail::bad(format!("no such group in the guest: {g}")))?
+        }
         None => ids.groups = groups_of(&ids.name, group),
     }
     if !ids.groups.contains(&ids.gid) {
@@ -42,14 +51,24 @@ fn find_user(user: &str, passwd: &str) -> Option<Ids> {
         }
         let home = if f[5].is_empty() { "/" } else { f[5] };
         let (uid, gid) = (f[2].parse().ok()?, f[3].parse().ok()?);
-        Some(Ids { uid, gid, groups: vec![], name: f[0].to_string(), home: home.to_string() })
+        Some(Ids {
+            uid,
+            gid,
+            groups: vec![],
+            name: f[0].to_string(),
+            home: home.to_string(),
+        })
     })
 }
 
 fn find_group(name: &str, group: &str) -> Option<u32> {
     let listed = group.lines().find_map(|line| {
         let f: Vec<&str> = line.split(':').collect();
-        if f.len() >= 3 && f[0] == name { f[2].parse().ok() } else { None }
+        if f.len() >= 3 && f[0] == name {
+            f[2].parse().ok()
+        } else {
+            None
+        }
     });
     listed.or_else(|| name.parse().ok())
 }
@@ -59,7 +78,11 @@ fn groups_of(user: &str, group: &str) -> Vec<u32> {
         .lines()
         .filter_map(|line| {
             let f: Vec<&str> = line.split(':').collect();
-            if f.len() >= 4 && f[3].split(',').any(|m| m == user) { f[2].parse().ok() } else { None }
+            if f.len() >= 4 && f[3].split(',').any(|m| m == user) {
+                f[2].parse().ok()
+            } else {
+                None
+            }
         })
         .take(64)
         .collect()
@@ -69,13 +92,17 @@ fn groups_of(user: &str, group: &str) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/bash\nada:x:1000:1000::/home/ada:/bin/sh\nbroken line\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/bash\nada:x:1000:1000::/home/ada:/bin/sh\nbroken line\n";
     const GROUP: &str = "root:x:0:\nada:x:1000:\nvideo:x:44:bob,ada\nwheel:x:10:ada\n";
 
     #[test]
     fn by_name_number_and_group() {
         let ada = resolve("ada", PASSWD, GROUP).unwrap();
-        assert_eq!((ada.uid, ada.gid, ada.home.as_str()), (1000, 1000, "/home/ada"));
+        assert_eq!(
+            (ada.uid, ada.gid, ada.home.as_str()),
+            (1000, 1000, "/home/ada")
+        );
         assert_eq!(ada.groups, vec![1000, 44, 10]);
         assert_eq!(resolve("1000", PASSWD, GROUP).unwrap(), ada);
         let v = resolve("ada:video", PASSWD, GROUP).unwrap();
@@ -88,7 +115,10 @@ mod tests {
     #[test]
     fn unknown_names_are_refused() {
         assert_eq!(resolve("eve", PASSWD, GROUP).unwrap_err().kind, "bad_input");
-        assert_eq!(resolve("ada:nope", PASSWD, GROUP).unwrap_err().kind, "bad_input");
+        assert_eq!(
+            resolve("ada:nope", PASSWD, GROUP).unwrap_err().kind,
+            "bad_input"
+        );
         assert_eq!(resolve("", PASSWD, GROUP).unwrap_err().kind, "bad_input");
     }
 }
