@@ -36,14 +36,23 @@ class StoryClient:
         self._socket_path = socket_path
         self._transport = Transport(socket_path=socket_path)
 
-    async def call(self, method: str, path: str, body: object = None, *, key: str = "") -> Json:
+    async def call(
+        self, method: str, path: str, body: object = None, *, key: str = "", query: Json | None = None
+    ) -> Json:
         """Make one call. Raises the server's typed error, ServerUnavailable, TimeoutError."""
-        return await asyncio.to_thread(self._transport.call, method, path, body, key=key, timeout_s=CALL_S)
+        return await asyncio.to_thread(self._transport.call, method, path, body, key=key, query=query, timeout_s=CALL_S)
 
     async def deploy(self, name: str, source: str, config: Json) -> str:
         """Store agent code; return its version."""
         body = {"name": name, "files": {"agent.py": source}, "config": config}
         return str((await self.call("POST", "/v1/agents", body))["version"])
+
+    async def warm_up(self, on_progress: OnProgress) -> None:
+        """Have the template of ordinary machines made, by starting one and removing it."""
+        row = await asyncio.to_thread(
+            self._transport.call_with_progress, "POST", "/v1/machines", {"name": "warm-up", "spec": {}}, on_progress
+        )
+        await self.call("DELETE", f"/v1/machines/{row['id']}", query={"force": 1})
 
     async def start_session(self, agent: str, name: str, on_progress: OnProgress) -> Json:
         """Start a session, telling the progress of what has to be made first."""
@@ -74,10 +83,7 @@ class StoryClient:
         """Return all entries after a position."""
         found: list[Json] = []
         while True:
-            page = await asyncio.to_thread(
-                self._transport.call, "GET", f"/v1/sessions/{session}/log",
-                query={"after": after, "limit": 1000}, timeout_s=CALL_S,
-            )  # fmt: skip
+            page = await self.call("GET", f"/v1/sessions/{session}/log", query={"after": after, "limit": 1000})
             if not page["entries"]:
                 return found
             found += page["entries"]

@@ -1,7 +1,7 @@
 """Everything around the story: a home of its own, the server process, the providers on loopback. Made and cleaned here.
 
-The home is new for each telling and lies beside the user's, whose images it shares by a link: state never mixes. The
-server is a real process, so that it can be killed like one.
+The home is new for each telling and lies inside the user's, whose images it shares by a link; only a template is kept
+for the next telling (`seed`), so that state never mixes. The server is a real process, so that it can be killed like one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recess.config import Config, load_config
+from recess.demo import seed
 from recess.demo.client import StoryClient
 from recess.demo.processes import HostProcess, kill_all, processes_of, wait_gone
 from recess.demo.report import Report, StoryFailed
@@ -44,6 +45,7 @@ class World:
     model: ModelServer
     pay: PaymentServer
     git: GitServer
+    seed: Path
     server: subprocess.Popen[bytes] | None = None
     memory: dict[str, str] = field(default_factory=dict)  # what one act saw and a later one compares
 
@@ -64,6 +66,7 @@ class World:
             if self.server.poll() is not None:
                 break
             await asyncio.sleep(0.01)  # another process's socket: there is no event to wait for
+        seed.forget(self.seed)  # if it was to blame, the next telling works
         raise StoryFailed("the server did not come up", seen=server_tail(self.config, 300))
 
     async def kill_everything(self) -> list[int]:
@@ -78,17 +81,27 @@ class World:
             raise StoryFailed(f"processes outlive SIGKILL: {left}")
         return pids
 
+    async def keep_template(self) -> None:
+        """Keep the template that was just made for the next telling; the server is ended and started again for it."""
+        await self._end_server()
+        await asyncio.to_thread(seed.keep, self.config.home, self.seed)
+        await self.start_server()
+
+    async def _end_server(self) -> None:
+        server, self.server = self.server, None
+        if server is None or server.poll() is not None:
+            return
+        with contextlib.suppress(RecessError, OSError):
+            await self.client.call("POST", "/v1/shutdown", {"detach": False})
+        try:
+            await asyncio.to_thread(server.wait, SERVER_STOP_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            await asyncio.to_thread(server.wait)
+
     async def stop(self) -> list[int]:
         """End the server and its machines in good order; return the pids of machines that it left behind."""
-        server, self.server = self.server, None
-        if server is not None and server.poll() is None:
-            with contextlib.suppress(RecessError, OSError):
-                await self.client.call("POST", "/v1/shutdown", {"detach": False})
-            try:
-                await asyncio.to_thread(server.wait, SERVER_STOP_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                await asyncio.to_thread(server.wait)
+        await self._end_server()
         left = await wait_gone([one.pid for one in self.machines()], 10.0)
         kill_all(left)
         return left
@@ -153,6 +166,8 @@ async def open_world(user: Config, report: Report, *, keep: bool) -> AsyncIterat
     """Make the world, and leave nothing of it behind: no process, no run directory, and no home unless `keep`."""
     keys = {"llm": "sk-" + secrets.token_hex(24), "pay": "pk-" + secrets.token_hex(24)}
     home = make_home(user, keys)
+    kept = seed.seed_path(user.home)
+    await asyncio.to_thread(seed.sow, kept, home)
     config = story_config(user, home)
     try:
         async with (
@@ -160,7 +175,7 @@ async def open_world(user: Config, report: Report, *, keep: bool) -> AsyncIterat
             PaymentServer(keys["pay"]) as pay,
             GitServer("site", repository(), "A small site to start from") as git,
         ):
-            world = World(report, config, StoryClient(config.socket_path), model, pay, git)
+            world = World(report, config, StoryClient(config.socket_path), model, pay, git, kept)
             try:
                 yield world
             finally:
