@@ -23,6 +23,7 @@ mod stats;
 mod streams;
 mod sys;
 mod tar;
+mod tarfmt;
 mod thaw;
 mod users;
 

@@ -83,7 +83,8 @@ impl Server {
     }
 
     fn operate(&mut self, id: u32, a: &Args) -> Answer {
-        match a.text("op")? {
+        let op = a.text("op")?;
+        match op {
             "info" => Ok(Some(self.info())),
             "stats" => Ok(Some(stats::snapshot(self.jobs.groups().len()))),
             "exec" => self.exec(a),
@@ -106,9 +107,20 @@ impl Server {
             }
             "thaw" => self.thaw(a),
             "dial" => self.dial(id, a),
-            "stat" => files::stat(&files::path(a.text("path")?)?).map(Some),
+            "stat" | "list" | "read" | "write" | "untar" | "remove" => self.file(id, op, a),
+            other => Err(Fail::new(
+                "unsupported",
+                format!("guestd {VERSION} does not know {other:?}"),
+            )),
+        }
+    }
+
+    fn file(&mut self, id: u32, op: &str, a: &Args) -> Answer {
+        let path = files::path(a.text("path")?)?;
+        match op {
+            "stat" => files::stat(&path).map(Some),
             "list" => {
-                let source = files::list(&files::path(a.text("path")?)?)?;
+                let source = files::list(&path)?;
                 self.add_stream(
                     a.stream()?,
                     End::Get {
@@ -119,7 +131,7 @@ impl Server {
             }
             "read" => {
                 let limit = a.number("limit", 0, i64::MAX)? as u64;
-                let (source, size) = files::open_read(&files::path(a.text("path")?)?, limit)?;
+                let (source, size) = files::open_read(&path, limit)?;
                 self.add_stream(
                     a.stream()?,
                     End::Get {
@@ -129,10 +141,9 @@ impl Server {
                 Ok(Some(obj([("size", (size as i64).into())])))
             }
             "write" => {
-                let target = files::path(a.text("path")?)?;
                 let mode = a.number("mode", 0, 0o7777)? as u32;
                 self.serial = self.serial.wrapping_add(1);
-                let sink = files::open_write(&target, mode, self.serial)?;
+                let sink = files::open_write(&path, mode, self.serial)?;
                 self.add_stream(
                     a.stream()?,
                     End::Put {
@@ -143,7 +154,7 @@ impl Server {
                 Ok(None)
             }
             "untar" => {
-                let sink = tar::open(&files::path(a.text("path")?)?)?;
+                let sink = tar::open(&path)?;
                 self.add_stream(
                     a.stream()?,
                     End::Put {
@@ -153,16 +164,12 @@ impl Server {
                 )?;
                 Ok(None)
             }
-            "remove" => {
-                let (path, recursive) = (files::path(a.text("path")?)?, a.flag("recursive"));
+            _ => {
+                let recursive = a.flag("recursive");
                 let h = helper::start(move || files::remove(&path, recursive))?;
                 self.add_helper(id, h);
                 Ok(None)
             }
-            other => Err(Fail::new(
-                "unsupported",
-                format!("guestd {VERSION} does not know {other:?}"),
-            )),
         }
     }
 
