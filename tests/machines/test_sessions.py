@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 from recess.config import Config
 from recess.node.local import LocalNode
@@ -100,14 +99,15 @@ class Story:
 
 @asynccontextmanager
 async def story(config: Config):
-    node = await LocalNode.open(config)
+    t = Story(await LocalNode.open(config), "")
     try:
-        await node.sessions.deploy("coder", source())
-        yield Story(node, (await node.sessions.start("coder")).id)
+        await t.node.sessions.deploy("coder", source())
+        t.id = (await t.node.sessions.start("coder")).id
+        yield t
     finally:
-        for row in await node.sessions.list_sessions():
-            await node.sessions.close(row.id)
-        await node.close(detach=False)
+        for row in await t.node.sessions.list_sessions():
+            await t.node.sessions.close(row.id)
+        await t.node.close(detach=False)
 
 
 async def test_lunch_fork_and_upgrade(real_config: Config) -> None:
@@ -162,7 +162,7 @@ async def test_the_machine_is_killed_in_a_turn(real_config: Config) -> None:
 
 
 async def test_a_restarted_server_takes_its_session_back(real_config: Config) -> None:
-    async with story(replace(real_config)) as t:
+    async with story(real_config) as t:
         await t.node.sessions.deploy("coder", source(), {"idle": "60s"})
         await t.say("sh true", turn=1)
         await t.node.sessions.send(t.id, "sh sleep 3; echo slept")
@@ -175,7 +175,3 @@ async def test_a_restarted_server_takes_its_session_back(real_config: Config) ->
         assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "slept"
         assert notes(log)[0]["nonce"] == notes(log)[1]["nonce"]
         assert [e.body["rung"] for e in log if e.kind == "machine.restore"] == [5, 1]
-        for row in await t.node.sessions.list_sessions():
-            await t.node.sessions.close(row.id)
-        await t.node.close(detach=False)
-        t.node = await LocalNode.open(real_config)
