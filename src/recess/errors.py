@@ -185,11 +185,12 @@ class Refused(RecessError):
 
 
 def all_errors() -> list[type[RecessError]]:
-    """Return every error class, root first, in order of definition."""
+    """Return every error class of this module, root first. A room's own subclass keeps the code of its parent here."""
     found: list[type[RecessError]] = []
 
     def walk(cls: type[RecessError]) -> None:
-        found.append(cls)
+        if cls.__module__ == __name__:
+            found.append(cls)
         for sub in cls.__subclasses__():
             walk(sub)
 
