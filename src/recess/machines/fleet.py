@@ -148,8 +148,9 @@ class Fleet:
     async def forget(self, machine_id: str) -> None:
         """Drop the row, the folder and the handlers of a machine without a VM."""
         await self._parts.catalog.machines.delete(machine_id)
-        self.starter.forget_files(machine_id)
+        await self.starter.forget_files(machine_id)
         self.incoming.forget(machine_id)
+        self._locks.pop(machine_id, None)  # who waits for it finds no row; ids are never used again
 
     # --- servers come and go -----------------------------------------------------------------------------------
 

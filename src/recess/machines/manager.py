@@ -194,11 +194,12 @@ class Manager:
     async def remove(self, ref: str, *, force: bool = False) -> None:
         """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay."""
         record = await self._record(ref)
-        if force and record.state in WITH_VM:
-            await self.kill(record.id, why="removed")
+        if force and record.state != CREATING:
+            await self.fleet.end(record.id, "removed")  # without the lock: what holds it fails quickly now
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
-            next_state(record.state, "remove", f"machine {record.name}")
+            if not force:
+                next_state(record.state, "remove", f"machine {record.name}")
             await self.fleet.end(record.id, "removed")
             await self.fleet.forget(record.id)
 

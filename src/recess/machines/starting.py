@@ -138,9 +138,9 @@ class Starter:
         """Return how many bytes of each stream the machine's log holds."""
         return OutputLog(self._parts.directory(machine_id)).totals
 
-    def forget_files(self, machine_id: str) -> None:
+    async def forget_files(self, machine_id: str) -> None:
         """Remove the machine's folder."""
-        shutil.rmtree(self._parts.directory(machine_id), ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self._parts.directory(machine_id), ignore_errors=True)
 
 
 async def finish(work: Awaitable[None]) -> None:

@@ -36,6 +36,8 @@ _FILES = ("ram", "disk", "vmstate")
 KEEP_CACHES = 3
 """How many templates' files stay in shared memory although no machine of theirs runs: some 100 MB each."""
 
+TOUCH_S = 60.0
+
 
 @dataclass(frozen=True)
 class Template:
@@ -120,7 +122,9 @@ class Templates:
             if row is not None:
                 try:
                     template = await self._load(row.manifest, spec)
-                    await self._parts.catalog.templates.touch(row.id, now=self._parts.clock.wall_s())
+                    now = self._parts.clock.wall_s()
+                    if now - row.last_used > TOUCH_S:
+                        await self._parts.catalog.templates.touch(row.id, now=now)
                     return template
                 except (NotFound, Corrupt) as exc:
                     self._parts.progress(f"the template of {image} is damaged ({exc.message}): making it again")
