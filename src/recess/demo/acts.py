@@ -13,6 +13,7 @@ from recess.demo.report import Step
 from recess.demo.seed import blobs_of
 from recess.demo.world import World, example_folder
 from recess.sdk.transport import Json
+from recess.units import format_duration
 
 AGENT = "coder"
 SESSION = "lunch"
@@ -37,9 +38,12 @@ async def end_of_turn(world: World, session: str, position: int, text: str) -> l
         session, position, lambda e: e["kind"] == "turn.end", f"the answer to {text!r}", TURN_S
     )
     world.report.tell(f"user: {text}")
+    took = read.durations(seen)
     for entry in read.of_kind(seen, "tool.start"):
         arguments = json.dumps(entry["body"]["arguments"], ensure_ascii=False)
-        world.report.tell(f"  {entry['body']['name']} {arguments if len(arguments) < 90 else arguments[:87] + '...'}")
+        shown = arguments if len(arguments) < 80 else arguments[:77] + "..."
+        seconds = f"  ({format_duration(took[entry['ref']])})" if entry["ref"] in took else ""
+        world.report.tell(f"  {entry['body']['name']} {shown}{seconds}")
     world.report.tell(f"agent: {read.last_text(seen)}")
     step = world.report.steps[-1]
     world.report.check(step, "the turn ended well", end["body"].get("status") == "done", end["body"])

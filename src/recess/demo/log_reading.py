@@ -23,6 +23,13 @@ def tool_outputs(entries: Sequence[Json]) -> list[tuple[str, str]]:
     return [(str(e["body"]["name"]), outcomes[e["ref"]]) for e in starts if e["ref"] in outcomes]
 
 
+def durations(entries: Sequence[Json]) -> dict[str, float]:
+    """Return how long each call took, by its id, in seconds between its two entries; calls without an end are left out."""
+    begun = {entry["ref"]: float(entry["ts"]) for entry in of_kind(entries, "tool.start")}
+    ends = [entry for entry in entries if entry["kind"] in ("tool.result", "tool.settled") and entry["ref"] in begun]
+    return {entry["ref"]: float(entry["ts"]) - begun[entry["ref"]] for entry in ends}
+
+
 def output_of(entries: Sequence[Json], tool: str) -> str:
     """Return the newest output of a tool, "" if it has none."""
     return next((output for name, output in reversed(tool_outputs(entries)) if name == tool), "")

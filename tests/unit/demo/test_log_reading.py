@@ -2,7 +2,7 @@ from recess.demo import log_reading as read
 
 
 def entry(position: int, kind: str, ref: str = "", **body: object) -> dict:
-    return {"position": position, "kind": kind, "ref": ref, "turn": 1, "body": body}
+    return {"ts": position / 2, "position": position, "kind": kind, "ref": ref, "turn": 1, "body": body}
 
 
 LOG = [
@@ -24,6 +24,7 @@ def test_outputs_are_joined_with_their_calls() -> None:
     assert read.output_of(LOG, "charge") == "paid"
     assert read.output_of(LOG, "recall") == ""
     assert read.open_calls(LOG) == ["sh"]
+    assert read.durations(LOG) == {"a": 1.0, "b": 1.0}
 
 
 def test_texts_and_figures() -> None:
