@@ -13,7 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from recess.config import load_config
+from recess.config import Config, load_config
 from recess.drivers.qemu import QemuDriver, QemuVm
 from recess.images.boot import ensure_boot_files
 from recess.images.disk import clone_sparse, ensure_blank_disk
@@ -38,6 +38,14 @@ def vm_processes(run_dir: Path) -> list[str]:
     return found
 
 
+def spec_of(config: Config) -> VmSpec:
+    """Return a small machine of the image `base`. Raises NotFound or MissingTool when the set-up was not run."""
+    files = ensure_boot_files(config.images_dir, config.bin_dir / "guestd")
+    image = ImageStore(config.images_dir).get("base")
+    boot = BootFiles(files.kernel, files.kernel_hash, files.initrd, files.initrd_hash, image.root_path, image.root_hash)
+    return VmSpec(memory_bytes=MEMORY_BYTES, cpus=1, disk_bytes=DISK_BYTES, boot=boot)
+
+
 class QemuHome:
     """One per test process: a run folder, a home whose images are the shared ones, and the template to fork from."""
 
@@ -47,12 +55,7 @@ class QemuHome:
         home.mkdir()
         (home / "images").symlink_to(images_dir)
         self.config = load_config(home=str(home), run_dir=str(self.run_dir))
-        files = ensure_boot_files(images_dir, self.config.bin_dir / "guestd")
-        image = ImageStore(images_dir).get("base")
-        boot = BootFiles(
-            files.kernel, files.kernel_hash, files.initrd, files.initrd_hash, image.root_path, image.root_hash
-        )
-        self.spec = VmSpec(memory_bytes=MEMORY_BYTES, cpus=1, disk_bytes=DISK_BYTES, boot=boot)
+        self.spec = spec_of(self.config)
         self._templates: dict[bool, TemplateRef] = {}
 
     @staticmethod

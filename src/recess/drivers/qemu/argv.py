@@ -78,9 +78,10 @@ def command(qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool,
     out += ["-chardev", f"socket,id=link,path={LINK_SOCKET},{_reconnect(qemu.version)}"]
     out += ["-device", "virtio-serial-device,id=ports"]
     out += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=link,name={PORT_NAME}"]
+    # The device command's stream has no configuration section; so that both kinds of state load alike, none has.
+    out += ["-global", "migration.send-configuration=off"]
     if boot is None:
-        # The state that is loaded holds devices only, without the stream's usual first section.
-        return [*out, "-incoming", "defer", "-global", "migration.send-configuration=off"]
+        return [*out, "-incoming", "defer"]
     return [*out, "-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd), "-append", boot]
 
 

@@ -1,10 +1,11 @@
 """One snapshot's raw material: memory, disk and device state of one instant, with the shortest standstill.
 
-    before the pause    the keeper makes and touches its buffer; the disk's target is filled; the caller freezes the
-                        workload (`before_pause`); the channel falls silent
+    before the pause    the keeper makes and touches its buffer; the disk's target is filled and opened; the caller
+                        freezes the workload (`before_pause`); the channel falls silent
     in the pause        stop; the keeper copies the pages while QEMU saves its devices and starts the disk's
                         copy-before-write; cont
-    after it            the caller lets the workload go (`after_resume`); QEMU finishes the disk's copy; the changed blocks are picked out
+    after it            the caller lets the workload go (`after_resume`); QEMU finishes the disk's copy; the changed
+                        blocks are picked out
 
 If anything fails the disk's copy is given up, the VM runs again if it ran before, and nothing is left: every file
 here is nameless from the start. If the server dies in between, the next one finds the mark `capturing` and undoes it
@@ -62,10 +63,11 @@ async def capture(
                 (target, put_over), _ = await asyncio.gather(asyncio.to_thread(_fill_target, vm), _prepare(vm))
                 stack.callback(target.close)
                 steps.mark("prepare")
-                if before_pause is not None:
-                    await before_pause()
-                    steps.mark("before_pause")
                 async with _disk_copy(vm, target.fileno()) as start_copy:
+                    steps.mark("open_target")
+                    if before_pause is not None:
+                        await before_pause()
+                        steps.mark("before_pause")
                     memory, state, standstill_s = await _pause(vm, start_copy, ran=ran, resume=resume, steps=steps)
                     stack.callback(memory.close)
                     if ran and resume and after_resume is not None:

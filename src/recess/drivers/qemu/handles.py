@@ -15,7 +15,7 @@ from recess.drivers.qemu.keeper import Keeper, Obituary, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
-from recess.errors import DriverFailed
+from recess.errors import DriverFailed, RecessError
 from recess.machines.contract import Fingerprint
 
 T = TypeVar("T")
@@ -86,9 +86,15 @@ async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -
     try:
         waiting: set[asyncio.Future[Any]] = {task, keeper.death}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise died(what, keeper.death.result())
+        if not task.done():
+            raise died(what, keeper.death.result())
+        error = task.exception()
+        if isinstance(error, RecessError) and not isinstance(error, QmpRefused):
+            # A VM that ends cuts its channels before the keeper has told; its end is the better reason.
+            obituary = await last_words(keeper)
+            if obituary is not None:
+                raise died(what, obituary) from error
+        return task.result()
     finally:
         task.cancel()
 

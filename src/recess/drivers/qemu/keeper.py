@@ -22,7 +22,7 @@ from recess.errors import DriverFailed, OutOfSpace, Timeout
 
 _MESSAGE_LIMIT = 8192
 _START_TIMEOUT_S = 30.0
-_LAST_WORDS_S = 3.0
+_LAST_WORDS_S = 1.0
 _END_S = 5.0
 
 

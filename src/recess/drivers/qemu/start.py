@@ -152,13 +152,15 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
             await filling
             steps.mark("fill")
             if parts.memory.count:
-                await vm.keeper.inject(pages_fd, parts.memory.count)
+                async with vm.explain("restore"):
+                    await vm.keeper.inject(pages_fd, parts.memory.count)
         finally:
             os.close(disk_fd)
             os.close(pages_fd)
         steps.mark("inject")
-        await track_disk(vm.qmp)
-        await load_state(vm.qmp, parts.vmstate)
+        async with vm.explain("restore"):
+            await track_disk(vm.qmp)
+            await load_state(vm.qmp, parts.vmstate)
         steps.mark("incoming")
         await _run(vm, steps)
         return _started(vm, steps)

@@ -1,0 +1,267 @@
+"""What is particular to QEMU: servers that die, ordinary users, a QEMU without the device command, what memory holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recess.config import load_config
+from recess.drivers.qemu import QemuDriver, QemuVm, disk
+from recess.drivers.qemu.keeper import read_pids
+from recess.errors import DriverFailed, InvalidSpec, Unsupported
+from recess.machines.contract import DISK_NAME, BootFiles, RestoreParts, VmSpec
+from recess.testing.driver_suite import NO_PAGES, lines, new_thaw, quiet_capture, shell
+from recess.testing.qemu_rig import DISK_BYTES, MEMORY_BYTES, QemuHome, QemuRig
+from recess.units import PAGE_BYTES
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def rig(tmp_path: Path, images_dir: Path) -> QemuRig:
+    home = QemuHome.shared(images_dir)
+    return QemuRig(home=tmp_path, spec=home.spec, qemu=home)
+
+
+async def lose_server(rig: QemuRig, directory: Path, where: str) -> None:
+    """Run a server that dies there."""
+    ref = await rig.template()
+    script = Path(__file__).with_name("dying_server.py")
+    places = [rig.qemu.run_dir, rig.qemu.config.home, ref.ram.parent, directory]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(script), *map(str, places), where, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    _, errors = await process.communicate()
+    assert process.returncode == -9, errors.decode()
+
+
+@pytest.mark.parametrize("where", ["idle", "capture"])
+async def test_a_killed_servers_machine_is_taken_over(rig: QemuRig, tmp_path: Path, where: str) -> None:
+    """Also one that was stopped in the middle of a capture: it runs again, and can be captured."""
+    directory = tmp_path / "machine"
+    await lose_server(rig, directory, where)
+    driver = rig.make_driver()
+    assert driver.list_leftovers() == ["lost"]
+    vm = await driver.adopt("lost", directory)
+    assert vm is not None
+    try:
+        assert await shell(vm.link, "cat /dev/shm/word") == "before"
+        parts = await rig.parts_of(await quiet_capture(vm, resume=True))
+    finally:
+        await vm.kill()
+    child = await rig.restore(driver, parts)
+    assert await shell(child.link, "cat /dev/shm/word") == "before"
+    await child.kill()
+    assert rig.leftovers() == []
+
+
+async def test_a_half_made_machine_is_not_taken_over(rig: QemuRig, tmp_path: Path) -> None:
+    directory = tmp_path / "machine"
+    await lose_server(rig, directory, "restore")
+    driver = rig.make_driver()
+    assert await driver.adopt("lost", directory) is None
+    assert rig.leftovers() == []
+
+
+async def test_the_capture_holds_every_page_that_changed(rig: QemuRig) -> None:
+    """Template and captured pages together are the memory, byte for byte, as QEMU's own dump shows it."""
+    vm = await rig.fork(rig.make_driver())
+    try:
+        await shell(vm.link, "head -c 6000000 /dev/urandom > /dev/shm/noise")
+        await vm.link.freeze()
+        capture = await vm.capture(resume=False)
+        ref = await rig.template()
+        rebuilt = np.fromfile(ref.ram, np.uint8).reshape(-1, PAGE_BYTES)
+        indices, data = disk.as_arrays(capture.memory)
+        rebuilt[indices] = data
+        assert isinstance(vm, QemuVm)
+        memory = Path(f"/proc/{read_pids(vm._handles.layout)['vmm'].pid}/mem")
+        start = ram_address(vm, ref.ram)
+        with memory.open("rb", buffering=0) as handle:
+            for page in range(0, len(rebuilt), 4096):
+                handle.seek(start + page * PAGE_BYTES)
+                assert handle.read(4096 * PAGE_BYTES) == rebuilt[page : page + 4096].tobytes()
+        assert capture.memory.count * PAGE_BYTES < 40_000_000
+        del indices, data
+        capture.close()
+    finally:
+        await vm.kill()
+
+
+def ram_address(vm: QemuVm, ram: Path) -> int:
+    pid = read_pids(vm._handles.layout)["vmm"].pid
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if line.endswith(str(ram)):
+            return int(line.split("-")[0], 16)
+    raise AssertionError(f"{ram} is not mapped")
+
+
+async def test_the_disk_is_copied_while_the_guest_writes_it(rig: QemuRig) -> None:
+    """Blocks written while the copy goes on come back as they were at the pause: a file system in one piece."""
+    driver = rig.make_driver()
+    vm = await rig.fork(driver)
+    script = "i=0; while true; do i=$((i+1)); echo $i >> /root/log; sync; done"
+    try:
+        await shell(vm.link, "head -c 20000000 /dev/urandom > /root/big; sync; sha256sum /root/big > /dev/shm/sum")
+        await vm.link.exec(rig_job(script))
+        await asyncio.sleep(0.3)
+        parts = await rig.parts_of(await quiet_capture(vm, resume=True))
+        assert await lines(vm.link, "/root/log") > 0
+    finally:
+        await vm.kill()
+    child = await rig.restore(driver, parts)
+    try:
+        await shell(child.link, "echo 3 > /proc/sys/vm/drop_caches; sha256sum -c /dev/shm/sum")
+        count = await lines(child.link, "/root/log")
+        assert count > 0
+        assert await shell(child.link, f"head -n {count} /root/log | tail -n 1") == str(count)
+        assert "error" not in (await shell(child.link, "dmesg | grep -i ext4 || true")).lower()
+    finally:
+        await child.kill()
+
+
+def rig_job(script: str) -> object:
+    from recess.guestlink.link import ExecRequest
+
+    return ExecRequest(["sh", "-c", script])
+
+
+async def test_without_the_device_command_a_migration_does(rig: QemuRig) -> None:
+    """Template, fork, capture and restore on a QEMU that lacks `xen-save-devices-state`."""
+    rig = replace(rig, devices_command=False)
+    driver = rig.make_driver()
+    assert (await driver.probe())["device_state"] == "migration"
+    vm = await rig.fork(driver)
+    try:
+        await shell(vm.link, "echo kept > /dev/shm/word; echo disk > /root/word; sync")
+        parts = await rig.parts_of(await quiet_capture(vm, resume=True))
+        assert await shell(vm.link, "cat /dev/shm/word") == "kept"
+    finally:
+        await vm.kill()
+    child = await rig.restore(driver, parts)
+    try:
+        assert await shell(child.link, "cat /dev/shm/word /root/word") == "kept\ndisk"
+    finally:
+        await child.kill()
+    assert rig.leftovers() == []
+
+
+async def test_the_budgets_are_in_reach(rig: QemuRig) -> None:
+    """Not a benchmark: ten times the budget would mean that something is done inside the pause that must not be."""
+    driver = rig.make_driver()
+    vm = await rig.fork(driver)
+    assert isinstance(vm, QemuVm)
+    standstill = []
+    for _ in range(3):
+        capture = await quiet_capture(vm, resume=True)
+        standstill.append(capture.standstill_s)
+        capture.close()
+    await vm.kill()
+    assert min(standstill) < 0.25, standstill
+
+
+async def test_what_cannot_be_started(rig: QemuRig, tmp_path: Path) -> None:
+    driver = rig.make_driver()
+    with pytest.raises(InvalidSpec, match="no disk"):
+        await driver.boot("nodisk", rig.spec, tmp_path)
+    (tmp_path / DISK_NAME).write_bytes(bytes(4096))
+    with pytest.raises(InvalidSpec, match="4096 bytes"):
+        await driver.boot("smalldisk", rig.spec, tmp_path)
+    with pytest.raises(Unsupported):
+        await driver.boot("net", replace(rig.spec, network="full"), tmp_path)
+    ref = await rig.template()
+    gone = replace(ref, ram=tmp_path / "gone")
+    with pytest.raises(DriverFailed, match="gone"):
+        await driver.restore("gone", rig.spec, RestoreParts(gone, NO_PAGES, NO_PAGES, b"d"), tmp_path / "m")
+    assert rig.leftovers() == []
+
+
+def test_an_ordinary_user_can_do_all_of_it(images_dir: Path) -> None:
+    """Boot, export, fork, capture, restore and adopt as a user without rights; needs root to become one."""
+    if os.getuid() != 0:
+        pytest.skip("the tests run as an ordinary user already")
+    place = Path(tempfile.mkdtemp(prefix="recess-nobody-"))
+    run_dir = Path("/dev/shm") / f"recess-nobody-{secrets.token_hex(4)}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            os._exit(run_as_nobody(images_dir, place, run_dir))
+        _, status = os.waitpid(child, 0)
+        assert status == 0, (place / "error").read_text()
+        assert not list((run_dir / "m").iterdir())
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def run_as_nobody(images_dir: Path, place: Path, run_dir: Path) -> int:
+    """In a child process: copy what the user must read, become that user, play the story."""
+    try:
+        spec = readable_spec(images_dir, place)
+        config = load_config(home=str(place / "home"), run_dir=str(run_dir), bin_dir=str(place / "bin"))
+        (place / "error").touch()
+        for path in (place, *place.rglob("*")):
+            os.chown(path, NOBODY, NOBODY)
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        asyncio.run(nobodys_story(QemuDriver(config), QemuDriver(config), spec, place))
+    except BaseException:
+        (place / "error").write_text(traceback.format_exc())
+        return 1
+    return 0
+
+
+def readable_spec(images_dir: Path, place: Path) -> VmSpec:
+    home = QemuHome.shared(images_dir)
+    (place / "bin").mkdir()
+    (place / "m").mkdir()
+    shutil.copy(home.config.bin_dir / "keeper", place / "bin" / "keeper")
+    boot = home.spec.boot
+    copies = {}
+    for name in ("kernel", "initrd", "root"):
+        copies[name] = Path(shutil.copy(getattr(boot, name), place / name))
+    home.blank_disk(place / "m")
+    files = BootFiles(copies["kernel"], "k", copies["initrd"], "i", copies["root"], "r")
+    return VmSpec(memory_bytes=MEMORY_BYTES, cpus=1, disk_bytes=DISK_BYTES, boot=files)
+
+
+async def nobodys_story(driver: QemuDriver, second: QemuDriver, spec: VmSpec, place: Path) -> None:
+    assert os.getuid() == NOBODY
+    vm = await driver.boot("template", spec, place / "m", for_template=True)
+    await vm.link.thaw(new_thaw())
+    await vm.link.freeze(sync=True)
+    ref = await vm.export_template(driver._config.run_dir / "template")
+    fork = await driver.restore("f", spec, RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes()), place / "f")
+    await fork.link.thaw(new_thaw())
+    await shell(fork.link, "echo mine > /dev/shm/word")
+    await fork.detach()
+    adopted = await second.adopt("f", place / "f")
+    assert adopted is not None
+    assert (await adopted.stats()).pss_bytes > 0
+    capture = await quiet_capture(adopted, resume=True)
+    parts = RestoreParts(ref, capture.memory, capture.disk, capture.vmstate)
+    child = await second.restore("r", spec, parts, place / "r")
+    await child.link.thaw(new_thaw())
+    assert await shell(child.link, "cat /dev/shm/word") == "mine"
+    capture.close()
+    await adopted.kill()
+    await child.kill()
+    started = time.monotonic()
+    assert time.monotonic() - started < 60
