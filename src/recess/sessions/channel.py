@@ -11,10 +11,9 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
-from recess.contextlog.contract import Entry, SessionRow
+from recess.contextlog.contract import ContextLog, Entry, SessionRow
 from recess.errors import BadInput, GuestFailed, RecessError
 from recess.guestlink.link import ByteStream
-from recess.sessions.deps import SessionLog
 from recess.sessions.protocol import Ack, DeltaLine, Hello, Lines, Request, encode, parse, request_id
 
 BATCH = 200
@@ -25,7 +24,7 @@ HELLO_S = 10.0
 class Channel:
     """A greeted connection. `waiting` is the id of the agent's unanswered `next`, 0 if there is none."""
 
-    def __init__(self, stream: ByteStream, hello: Hello, log: SessionLog, session: str) -> None:
+    def __init__(self, stream: ByteStream, hello: Hello, log: ContextLog, session: str) -> None:
         self._stream = stream
         self._log = log
         self._session = session

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from recess.catalog import AgentVersion
 from recess.clock import Clock
-from recess.contextlog.contract import ContextLog, Entry
+from recess.contextlog.contract import ContextLog
 from recess.machines.service import Machines
 
 
@@ -35,14 +35,6 @@ class AgentStore(Protocol):
         ...
 
 
-class SessionLog(ContextLog, Protocol):
-    """The log with what an agent's first copy of it needs."""
-
-    async def tail(self, session: str) -> list[Entry]:
-        """Return the newest system entry and everything after the newest compaction on this branch."""
-        ...
-
-
 @dataclass(frozen=True)
 class Settings:
     """Durations in seconds. `owner` names this server in leases."""
@@ -65,7 +57,7 @@ class Settings:
 class Deps:
     """The effects."""
 
-    log: SessionLog
+    log: ContextLog
     machines: Machines
     agents: AgentStore
     clock: Clock

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recess.clock import Clock
-from recess.contextlog.contract import Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import ContextLog, Delta, Draft, Entry, SessionRow
 from recess.crashpoints import crash_point
 from recess.errors import IllegalState
-from recess.sessions.deps import SessionLog
 from recess.sessions.facts import OpenCall, TurnFacts, fold, is_work, observe
 from recess.sessions.keys import call_key, end_key, entry_key, start_key
 from recess.sessions.protocol import DeltaLine, Request
@@ -37,7 +36,7 @@ class Written:
 class Desk:
     """Owner appends of one session under one epoch. `lock` is held over every append, and by a freeze over all of it."""
 
-    def __init__(self, log: SessionLog, row: SessionRow, clock: Clock) -> None:
+    def __init__(self, log: ContextLog, row: SessionRow, clock: Clock) -> None:
         self._log = log
         self._clock = clock
         self.session = row.id
@@ -174,7 +173,7 @@ def _crash_after(kind: str) -> None:
             crash_point("session.after_restore")
 
 
-async def read_back(log: SessionLog, row: SessionRow, since: int) -> list[Entry]:
+async def read_back(log: ContextLog, row: SessionRow, since: int) -> list[Entry]:
     """Return the log's end: back to the newest turn's first attempt, and far enough to know whether any work came after
     `since`. Read from the end, so that opening a session does not depend on its age."""
     low = row.head

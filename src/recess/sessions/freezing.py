@@ -15,11 +15,10 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from recess.contextlog.contract import Draft
+from recess.contextlog.contract import ContextLog, Draft
 from recess.crashpoints import crash_point
 from recess.errors import RecessError
 from recess.machines.service import Machines, SnapshotRow
-from recess.sessions.deps import SessionLog
 from recess.sessions.desk import Desk
 
 
@@ -34,7 +33,7 @@ def snapshot_draft(row: SnapshotRow, position: int, why: str, job: str, code_ver
 
 
 async def freeze(
-    log: SessionLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str, paused: bool
+    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str, paused: bool
 ) -> bool:
     """Freeze; True: done, the lease is released and the VM is paused (then `evict`). False: a message came, the machine
     runs on. Raises Fenced, OutOfSpace, Unavailable ...; then the machine runs on and the older snapshot is valid."""
@@ -67,7 +66,7 @@ async def freeze(
 
 
 async def snapshot_running(
-    log: SessionLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str
+    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str
 ) -> SnapshotRow:
     """Snapshot a session that goes on, and record it in the log and in the session's row. Returns the snapshot, whose
     log position is that of its own entry: everything before it is in the machine's memory or behind its link."""

@@ -76,6 +76,7 @@ async def start_agent(sup: Supervisor) -> None:
     the row before the process exists, so that whoever comes next knows which process to look for."""
     desk, row = sup.held_desk, sup.held_row
     await sup.agent.shut("a newer process takes over")
+    sup.agent.untold = [one for one in sup.agent.untold if one[0] == "upgrade"]
     sup.job_count += 1
     sup.ended_job = None
     job_id = f"agent-{desk.code_version}-{desk.epoch}-{sup.job_count}"

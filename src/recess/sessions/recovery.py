@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from recess.contextlog.contract import Delta, Draft
-from recess.sessions.deps import SessionLog
+from recess.contextlog.contract import ContextLog, Delta, Draft
 from recess.sessions.desk import Desk
 from recess.sessions.facts import OpenCall, TurnFacts
 
@@ -54,7 +53,7 @@ def _settle_call(turn: int, call: OpenCall, machine_has_it: bool) -> list[Draft]
 
 
 async def settle_turn(
-    log: SessionLog, desk: Desk, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0
+    log: ContextLog, desk: Desk, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0
 ) -> None:
     """Settle the open turn in one transaction."""
     drafts = settle(

@@ -24,7 +24,7 @@ from recess.sessions.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
 
-FOLLOW_S = 1.0
+FOLLOW_S = 15.0
 RETRIES_S = (0.5, 2.0, 5.0, 15.0)
 SUSPEND_S = 120.0
 STOP_S = 10.0
@@ -105,6 +105,7 @@ class Sessions:
         session = (await source.get(ref)).id
         seen: dict[tuple[int, int], int] = {}
         while True:
+            ticket = source.ticket(session)
             entries = await source.read(session, after=after, limit=500)
             for entry in entries:
                 yield entry
@@ -118,7 +119,7 @@ class Sessions:
             row = await source.get(session)
             if row.state == "closed" and row.head <= after:
                 return
-            await source.wait(session, after, FOLLOW_S)
+            await source.wait(session, after, FOLLOW_S, ticket=ticket)
 
     async def suspend(self, ref: str, *, timeout_s: float = SUSPEND_S) -> SessionRow:
         """Put a session away at its next turn boundary. Raises Timeout if it does not get there, and what the store

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recess.contextlog.branch import on_branch
-from recess.contextlog.contract import Draft, Entry, SessionRow
+from recess.contextlog.contract import ContextLog, Draft, Entry, SessionRow
 from recess.sessions.agent_job import LABEL, end_job
 from recess.sessions.decisions import Rung, keeps_agent, plan_wake
-from recess.sessions.deps import SessionLog
 from recess.sessions.machine_hand import Reached
 from recess.sessions.recovery import settle_turn
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 OLDER_SNAPSHOTS = 2
 SCAN = 2000
+SCAN_AT_WAKE = 256
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,14 @@ class Woken:
     position: int
 
 
-async def stored_snapshots(log: SessionLog, row: SessionRow, *, to: int | None = None) -> list[Stored]:
-    """Return the snapshots this branch's log names, newest first, looking back at most SCAN entries."""
+async def stored_snapshots(
+    log: ContextLog, row: SessionRow, *, to: int | None = None, scan: int = SCAN
+) -> list[Stored]:
+    """Return the snapshots this branch's log names, newest first, looking back at most `scan` entries."""
     head = row.head if to is None else min(to, row.head)
     entries: list[Entry] = []
     if head > 0:
-        entries = on_branch(await log.read(row.id, after=max(0, head - SCAN), to=head, limit=SCAN))
+        entries = on_branch(await log.read(row.id, after=max(0, head - scan), to=head, limit=scan))
     found = [_stored(e) for e in reversed(entries) if e.kind == "machine.snapshot"]
     own = Stored(row.snapshot, row.snapshot_position, str(row.meta.get("job", "")))
     if row.snapshot and row.snapshot_position <= head and all(one.snapshot != row.snapshot for one in found):
@@ -70,7 +72,7 @@ async def wake(sup: Supervisor) -> Woken:
     """Get the machine and an honest log. Raises RecessError when no rung holds now."""
     row, desk, deps = sup.held_row, sup.held_desk, sup.deps
     machine = await sup.hand.look()
-    known = await stored_snapshots(deps.log, row)
+    known = await stored_snapshots(deps.log, row, scan=SCAN_AT_WAKE)
     plan = plan_wake(
         state=row.state,
         machine_state=machine.state if machine else "",
@@ -94,6 +96,8 @@ async def wake(sup: Supervisor) -> Woken:
     await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
     await sup.set_state("wake")
     if woken.agent_kept:
+        if row.parent and not row.meta.get("machine"):
+            sup.agent.untold.append(("fork", {"parent": row.parent, "session": row.id, "at": row.fork_position}))
         sup.agent.untold.append(("resume", {"rung": woken.rung, "why": woken.why, "stale": woken.stale}))
         sup.agent.expect(job_id)
     return woken
