@@ -89,6 +89,14 @@ def _wants_json(args: list[str]) -> bool:
     return False
 
 
+def _exit_code(command: str, error: RecessError) -> int:
+    """Docker's rules: 126 and 127 for what cannot be started in the guest; `run` answers 125 for failures of our own,
+    so that they are not taken for the guest's."""
+    if command in ("run", "exec") and error.details.get("exit_code") in (126, 127):
+        return int(error.details["exit_code"])
+    return 125 if command == "run" and error.exit_code == 1 else error.exit_code
+
+
 def run_cli(args: list[str]) -> int:
     """Run one invocation and return its exit code."""
     command = next((a for a in args if not a.startswith("-")), "")
@@ -105,8 +113,7 @@ def run_cli(args: list[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         return 130
     except RecessError as exc:
-        # Docker's rule: `run` answers 125 for failures of our own, so that they are not taken for the guest's.
-        code = 125 if command == "run" and exc.exit_code == 1 else exc.exit_code
+        code = _exit_code(command, exc)
         output.error(exc, code)
         return code
     return result if isinstance(result, int) else 0

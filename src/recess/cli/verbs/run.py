@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import click
 
 from recess.cli.common import Invocation, new_key, parse_env, parse_pairs, parse_port, verb
 from recess.cli.terminal import converse, size
-from recess.errors import BadInput
+from recess.errors import BadInput, NotFound
 from recess.sdk.exec_stream import ExecStream
 
 
@@ -70,4 +71,8 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) -> 
         stream.resize(*size())
     code = converse(stream, is_tty=flags["tty"], stdin=flags["interactive"])
     sys.stdout.flush()
+    if flags["remove"]:
+        # The server forgets it too, a little later, so that a second client may still read its last output.
+        with contextlib.suppress(NotFound):
+            inv.server.call("DELETE", f"/v1/machines/{row['id']}", query={"force": 1})
     return code

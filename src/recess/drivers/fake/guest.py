@@ -197,7 +197,9 @@ class FakeGuest:
             raise BadInput("exec: argv is empty")
         name = request.argv[0].rsplit("/", 1)[-1]
         if name not in self.programs:
-            raise NotFound(f"exec: {request.argv[0]}: command not found", kind="command", ref=request.argv[0])
+            raise NotFound(
+                f"exec: {request.argv[0]}: command not found", kind="command", ref=request.argv[0], exit_code=127
+            )
         if self.files.get(self.files.clean(request.cwd)) is None:
             raise NotFound(f"exec: no such folder: {request.cwd}", kind="file", ref=request.cwd)
         self._make_room()

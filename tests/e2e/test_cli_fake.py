@@ -1,0 +1,105 @@
+"""The command line against a real local server on the fake driver: verbs, exit codes, envelopes, errors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def recess(tmp_path):
+    env = {
+        "PATH": os.environ["PATH"], "HOME": str(tmp_path), "RECESS_HOME": str(tmp_path / "home"), "RECESS_DRIVER": "fake",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }  # fmt: skip
+
+    def run(*args, stdin=b"", expect=0):
+        done = subprocess.run(
+            [sys.executable, "-m", "recess.cli.main", *args], input=stdin, capture_output=True, env=env, timeout=60
+        )
+        if expect is not None:
+            assert done.returncode == expect, (args, done.returncode, done.stdout, done.stderr)
+        return done
+
+    run.env = env
+    yield run
+    run("down", "--all", expect=None)
+
+
+def envelope(done):
+    return json.loads(done.stdout)
+
+
+def test_a_day_of_a_machine(recess):
+    assert recess("run", "-d", "--name", "dev", "base").stdout.startswith(b"mch_")
+    assert recess("exec", "dev", "echo", "hello").stdout == b"hello\n"
+    recess("exec", "dev", "sh", "-c", "exit 3", expect=3)
+    snapshot = recess("snapshot", "dev", "base:v1").stdout.strip().decode()
+    assert snapshot.startswith("snp_")
+    report = envelope(recess("restore", "base:v1", "--name", "dev2", "--json"))
+    assert report["data"]["resume"]["rung"] == 2
+    assert len(recess("fork", "dev", "-n", "3", "-q").stdout.split()) == 3
+    rows = envelope(recess("ps", "--json"))["data"]
+    assert len(rows) == 5
+    assert {r["state"] for r in rows} == {"running"}
+    recess("suspend", "dev")
+    recess("exec", "dev", "true", expect=1)
+    recess("resume", "dev")
+    assert recess("exec", "dev", "echo", "back").stdout == b"back\n"
+    recess("rm", "dev", expect=1)
+    recess("rm", "-f", "dev", "dev2")
+    recess("snapshots", "verify", "base:v1")
+
+
+def test_run_passes_output_and_exit_code_through(recess):
+    assert recess("run", "--rm", "base", "echo", "hi").stdout == b"hi\n"
+    recess("run", "--rm", "base", "sh", "-c", "exit 7", expect=7)
+    assert recess("ps", "-aq").stdout == b""
+    recess("run", "--rm", "base", "no-such-program", expect=127)
+    recess("run", "-d", "--name", "dev", "base")
+    recess("exec", "dev", "no-such-program", expect=127)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "error"),
+    [
+        (("exec", "nobody", "true"), 1, "not_found"),
+        (("inspect", "nobody"), 1, "not_found"),
+        (("session", "send", "nobody", "hi"), 1, "not_found"),
+        (("session", "start", "nobody"), 1, "not_found"),
+        (("restore", "nothing"), 1, "not_found"),
+        (("run", "-p", "nonsense", "base"), 2, "bad_input"),
+        (("run", "-m", "lots", "base"), 2, "bad_input"),
+        (("run", "--name", "../x", "base"), 2, "bad_input"),
+    ],
+)
+def test_bad_input_is_one_typed_line(recess, args, code, error):
+    done = recess("--json", *args, expect=code)
+    body = envelope(done)
+    assert (body["ok"], body["exit_code"], body["error"]["code"]) == (False, code, error)
+    text = recess(*args, expect=code).stderr.decode()
+    assert "recess: " in text
+    assert "Traceback" not in text
+
+
+def test_a_name_in_use(recess):
+    recess("run", "-d", "--name", "dev", "base")
+    done = recess("--json", "run", "-d", "--name", "dev", "base", expect=125)
+    assert envelope(done)["error"]["code"] == "name_in_use"
+
+
+def test_two_servers_on_one_home_are_refused(recess):
+    recess("ps")
+    done = recess("--json", "up", expect=1)
+    assert envelope(done)["error"]["code"] == "home_locked"
+    recess("ps")
+
+
+def test_machines_are_put_away_and_come_back_over_a_restart(recess):
+    recess("run", "-d", "--name", "dev", "base")
+    recess("down", "--all")
+    assert envelope(recess("ps", "-a", "--json"))["data"][0]["state"] == "suspended"
+    recess("resume", "dev")
+    recess("exec", "dev", "true")
