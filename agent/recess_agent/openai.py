@@ -7,9 +7,11 @@ and speaks TLS: no secret enters this process. A blocking `http.client` runs in 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +19,7 @@ from urllib.parse import urlsplit
 
 LINE_BYTES_MAX = 1024 * 1024
 ERROR_BYTES_MAX = 4096
+RETRY_S = 0.5
 _DONE = object()
 
 
@@ -37,20 +40,39 @@ async def openai_chat(
     base_url: str = "",
     timeout_s: float = 600.0,
     headers: dict[str, str] | None = None,
+    retries: int = 4,
     **options: Any,
 ) -> AsyncIterator[dict[str, Any]]:
     """Yield the chunks of one streamed chat completion. Raises ModelError.
 
-    `model` and `base_url` default to OPENAI_MODEL and OPENAI_BASE_URL. `options` go into the request's body.
+    `model` and `base_url` default to OPENAI_MODEL and OPENAI_BASE_URL. `options` go into the request's body. A failure
+    that may pass (no connection, a cut stream, 429, 5xx) is tried again up to `retries` times, 0.5 s later, then 1, 2, 4;
+    when pieces were yielded already, `{"restart": True}` says that the answer begins afresh (`Session.stream` knows).
     """
     base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     body: dict[str, Any] = {"model": model or os.environ.get("OPENAI_MODEL") or "gpt-4o-mini", "messages": messages}
     body.update({"stream": True, "stream_options": {"include_usage": True}}, **options)
     if tools:
         body["tools"] = tools
+    for attempt in range(retries + 1):
+        yielded = False
+        try:
+            async for event in _attempt(base, body, headers or {}, timeout_s):
+                yield event
+                yielded = True
+            return
+        except ModelError as exc:
+            if not exc.retryable or attempt == retries:
+                raise
+        if yielded:
+            yield {"restart": True}
+        await asyncio.sleep(RETRY_S * 2**attempt)
+
+
+async def _attempt(base: str, body: dict[str, Any], headers: dict[str, str], timeout_s: float) -> AsyncIterator[Any]:
     queue: asyncio.Queue[Any] = asyncio.Queue()
     loop = asyncio.get_running_loop()
-    connection = _connect(base, timeout_s)
+    exchange = _Exchange(_connect(base, timeout_s))
 
     def put(item: Any) -> None:
         if not loop.is_closed():
@@ -58,12 +80,11 @@ async def openai_chat(
 
     def work() -> None:
         try:
-            _stream(connection, base, body, headers or {}, put)
+            exchange.run(base, body, headers, put)
             put(_DONE)
         except ModelError as exc:
             put(exc)
-        except (OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
-            # AttributeError: http.client's way of saying that the other thread closed the connection.
+        except (OSError, http.client.HTTPException, ValueError) as exc:
             put(ModelError(f"model endpoint: {type(exc).__name__}: {exc}"))
 
     threading.Thread(target=work, name="openai-chat", daemon=True).start()
@@ -76,7 +97,7 @@ async def openai_chat(
                 raise item
             yield item
     finally:
-        connection.close()
+        exchange.abort()
 
 
 def _connect(base: str, timeout_s: float) -> http.client.HTTPConnection:
@@ -87,16 +108,41 @@ def _connect(base: str, timeout_s: float) -> http.client.HTTPConnection:
     return kind(parts.hostname, parts.port, timeout=timeout_s)
 
 
-def _stream(
-    connection: http.client.HTTPConnection, base: str, body: dict[str, Any], headers: dict[str, str], put: Any
-) -> None:
-    sent = {"Content-Type": "application/json", "Accept": "text/event-stream", **headers}
-    key = os.environ.get("OPENAI_API_KEY")
-    if key and "Authorization" not in sent:
-        sent["Authorization"] = f"Bearer {key}"
-    path = urlsplit(base).path.rstrip("/") + "/chat/completions"
-    connection.request("POST", path, json.dumps(body).encode(), sent)
-    response = connection.getresponse()
+class _Exchange:
+    """One request and its streamed answer, run in a thread; `abort` from another thread ends its wait."""
+
+    def __init__(self, connection: http.client.HTTPConnection) -> None:
+        self._connection = connection
+        self._socket: socket.socket | None = None
+
+    def abort(self) -> None:
+        """Cut the socket under the reader, which then closes everything. Harmless when it has ended."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def run(self, base: str, body: dict[str, Any], headers: dict[str, str], put: Any) -> None:
+        """Put each event; raises ModelError and what http.client raises."""
+        try:
+            self._connection.connect()
+            self._socket = self._connection.sock
+            self._run(base, body, headers, put)
+        finally:
+            self._connection.close()
+
+    def _run(self, base: str, body: dict[str, Any], headers: dict[str, str], put: Any) -> None:
+        sent = {"Content-Type": "application/json", "Accept": "text/event-stream", **headers}
+        key = os.environ.get("OPENAI_API_KEY")
+        if key and "Authorization" not in sent:
+            sent["Authorization"] = f"Bearer {key}"
+        path = urlsplit(base).path.rstrip("/") + "/chat/completions"
+        self._connection.request("POST", path, json.dumps(body).encode(), sent)
+        # Closed by hand: a response without a length takes the socket over from its connection.
+        with self._connection.getresponse() as response:
+            _read(response, put)
+
+
+def _read(response: http.client.HTTPResponse, put: Any) -> None:
     if response.status != 200:
         text = response.read(ERROR_BYTES_MAX).decode("utf-8", "replace")
         raise ModelError(f"model endpoint answered {response.status}: {text.strip()}", response.status)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any, Union
@@ -116,10 +115,15 @@ class Session:
         turn, part = self.turn.number, self._mirror.next_part(self.turn.number)
         collector = Collector()
         pump = _DeltaPump(self._wire, turn, part)
+        restarts = 0
         try:
             if hasattr(source, "__aiter__"):
                 async for event in source:
-                    pump.feed(collector.feed(event))
+                    text, before = collector.feed(event), restarts
+                    restarts = collector.restarts
+                    if restarts != before:
+                        pump.restart()
+                    pump.feed(text)
             else:
                 pump.feed(collector.feed(await source))
         except BaseException as exc:
@@ -130,6 +134,8 @@ class Session:
             raise
         finally:
             pump.close()
+            if hasattr(source, "aclose"):
+                await source.aclose()  # a model's connection is not left to the garbage collector
         reply = collector.reply()
         reply.tool_calls = unique_ids(reply.tool_calls, self._mirror.call_ids())
         body: Json = {"text": reply.text, "tool_calls": [call.to_dict() for call in reply.tool_calls], "part": part}
@@ -323,12 +329,12 @@ class _DeltaPump:
             self._wire.post({"t": "delta", "turn": self._turn, "part": self._part, "n": self._n, "text": text})
             self._n += 1
 
+    def restart(self) -> None:
+        """Begin afresh: the next piece is number 0 again and replaces what was sent."""
+        self.close()
+        self._held, self._n = [], 0
+
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def is_async_source(value: Any) -> bool:
-    """Tell whether `stream` can take this value."""
-    return hasattr(value, "__aiter__") or inspect.isawaitable(value)

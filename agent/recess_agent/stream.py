@@ -1,7 +1,7 @@
 """Turn whatever a model client yields into text deltas and one `Reply`. Pure of sockets: `Session` does the sending.
 
 Understood: a string; a `Reply`; a dict or an object with `model_dump()`/`to_dict()` in the OpenAI chat format, whole
-(`choices[0].message`) or as a chunk (`choices[0].delta`); own events `{"text": ...}` and `{"tool_calls": [...]}`.
+(`choices[0].message`) or as a chunk (`choices[0].delta`); own events `{"text": ...}`, `{"tool_calls": [...]}` and `{"restart": True}` (forget what came so far).
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class Collector:
     """Adds up the pieces of one reply. `feed` returns the text that is new, for the live stream."""
 
     def __init__(self) -> None:
+        self._reset()
+        self.restarts = 0
+
+    def _reset(self) -> None:
         self._text: list[str] = []
         self._size = 0
         self._calls: dict[int, dict[str, str]] = {}
@@ -70,6 +74,10 @@ class Collector:
             self._model = event.model or self._model
             return self._add(event.text)
         data = _as_dict(event)
+        if data.get("restart"):
+            self._reset()
+            self.restarts += 1
+            return ""
         if isinstance(data.get("usage"), dict):
             self._usage = data["usage"]
         if isinstance(data.get("model"), str):

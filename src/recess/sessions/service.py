@@ -112,7 +112,12 @@ class Sessions:
                 after = entry.position
             if entries:
                 continue
-            for delta in await source.deltas(session):
+            deltas = await source.deltas(session)
+            for part in [
+                key for key in seen if max((d.n for d in deltas if (d.turn, d.part) == key), default=-1) < seen[key]
+            ]:
+                del seen[part]  # the reply began afresh: its piece 0 comes again
+            for delta in deltas:
                 if delta.n > seen.get((delta.turn, delta.part), -1):
                     seen[(delta.turn, delta.part)] = delta.n
                     yield delta

@@ -70,7 +70,7 @@ async def test_chunks_in_order(monkeypatch):
 async def test_failures_are_typed(answer, status, retryable):
     async with Server(answer) as server:
         with pytest.raises(ModelError) as caught:
-            _ = [c async for c in openai_chat([], base_url=server.url)]
+            _ = [c async for c in openai_chat([], base_url=server.url, retries=0)]
         assert (caught.value.status, caught.value.retryable) == (status, retryable)
 
 
@@ -81,3 +81,48 @@ async def test_a_whole_answer_and_a_wrong_url():
         assert [c async for c in openai_chat([], base_url=server.url)] == [{"choices": []}]
     with pytest.raises(ModelError, match="not a base URL"):
         _ = [c async for c in openai_chat([], base_url="ftp://x")]
+
+
+async def test_leaving_early_ends_the_exchange():
+    head = sse({"n": 1}, done=False)
+    gone = asyncio.Event()
+
+    async def endless(reader, writer):
+        writer.write(head)
+        await writer.drain()
+        while await reader.read(65536):
+            pass
+        gone.set()
+        writer.close()
+
+    server = await asyncio.start_server(endless, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    stream = openai_chat([], base_url=url)
+    assert await anext(stream) == {"n": 1}
+    await stream.aclose()
+    await asyncio.wait_for(gone.wait(), 10)
+    server.close()
+    await server.wait_closed()
+
+
+async def test_what_may_pass_is_tried_again(monkeypatch):
+    monkeypatch.setattr("recess_agent.openai.RETRY_S", 0.01)
+    answers = [
+        b"HTTP/1.1 503 Later\r\ncontent-length: 0\r\n\r\n",
+        sse({"n": 1}, done=False),
+        b"",
+        sse({"n": 1}, {"n": 2}),
+    ]
+    async with Server(b"") as server:
+
+        async def serve(reader, writer):
+            server.answer = answers[len(server.asked)]
+            await Server.serve(server, reader, writer)
+
+        server.server.close()
+        await server.server.wait_closed()
+        server.server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.server.sockets[0].getsockname()[1]}"
+        found = [c async for c in openai_chat([], base_url=url)]
+        assert found == [{"n": 1}, {"restart": True}, {"n": 1}, {"n": 2}]
+        assert len(server.asked) == 4

@@ -58,3 +58,9 @@ def test_bounds_and_nonsense():
 def test_ids_are_made_unique():
     calls = [ToolCall("call_0", "f", {}), ToolCall("call_0", "g", {}), ToolCall("", "h", {})]
     assert [c.id for c in unique_ids(calls, {"call_0"})] == ["call_0~2", "call_0~3", "call"]
+
+
+def test_an_answer_that_begins_afresh():
+    first = chunk(content="wro", tool_calls=[{"index": 0, "id": "a", "function": {"name": "f"}}])
+    reply, _ = collect(first, {"restart": True}, chunk(content="right"))
+    assert (reply.text, reply.tool_calls) == ("right", [])

@@ -31,6 +31,15 @@ async def slow(text):
         yield letter
         await asyncio.sleep(0.03)
 
+async def afresh():
+    for letter in "wrong ":
+        yield letter
+        await asyncio.sleep(0.03)
+    yield {"restart": True}
+    for letter in "right":
+        yield letter
+        await asyncio.sleep(0.03)
+
 async def cut():
     yield "half a "
     await asyncio.sleep(0.2)
@@ -41,6 +50,8 @@ async def me(s):
     async for turn in s:
         if turn.text == "stream":
             await s.stream(slow("a long reply"))
+        elif turn.text == "afresh":
+            await s.stream(afresh())
         elif turn.text == "cut":
             try:
                 await s.stream(cut())
@@ -120,6 +131,20 @@ async def test_deltas_are_streamed_and_then_replaced(tmp_path):
         assert len(pieces) > 1
         assert "a long reply".startswith("".join(pieces))
         assert await w.log.deltas(s) == []
+
+
+async def test_a_reply_that_begins_afresh_is_shown_afresh(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        await w.sessions.send(s, "afresh")
+        shown: dict[int, str] = {}
+        async for item in w.sessions.follow(s):
+            if isinstance(item, Delta):
+                shown = {item.n: item.text} if item.n == 0 else {**shown, item.n: item.text}
+            elif item.kind == "assistant":
+                assert item.body["text"] == "right"
+                break
+        assert "right".startswith("".join(shown.values()))
 
 
 async def test_a_broken_stream_leaves_a_partial_reply(tmp_path):
