@@ -27,12 +27,14 @@ _RECONNECT_MS_SINCE = (9, 2)
 
 @dataclass(frozen=True)
 class Qemu:
-    """The QEMU of this host. `tb_mib`: size of TCG's translation cache in MiB."""
+    """The QEMU of this host. `tb_mib`: size of TCG's translation cache in MiB. `devices_command`: device state is
+    saved by `xen-save-devices-state` (see state.py)."""
 
     binary: Path
     version: tuple[int, int, int]
     accelerator: str  # kvm | tcg
     tb_mib: int = 64
+    devices_command: bool = True
 
 
 def kernel_command_line(spec: VmSpec, tsc_khz: int) -> str:
@@ -78,8 +80,8 @@ def command(qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool,
     out += ["-chardev", f"socket,id=link,path={LINK_SOCKET},{_reconnect(qemu.version)}"]
     out += ["-device", "virtio-serial-device,id=ports"]
     out += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=link,name={PORT_NAME}"]
-    # The device command's stream has no configuration section; so that both kinds of state load alike, none has.
-    out += ["-global", "migration.send-configuration=off"]
+    if qemu.devices_command:  # its stream lacks the section that a migration's begins with
+        out += ["-global", "migration.send-configuration=off"]
     if boot is None:
         return [*out, "-incoming", "defer"]
     return [*out, "-kernel", str(spec.boot.kernel), "-initrd", str(spec.boot.initrd), "-append", boot]

@@ -190,7 +190,7 @@ async def _take(vm: Handles, start_copy: StartCopy) -> tuple[disk.Packed, bytes]
 
 
 async def _devices(vm: Handles, start_copy: StartCopy) -> bytes:
-    state = await save_state(vm.qmp, devices_command=vm.host.saves_device_state, shared=vm.journal.shared)
+    state = await save_state(vm.qmp, devices_command=vm.host.qemu.devices_command, shared=vm.journal.shared)
     await start_copy()
     return state
 
@@ -198,7 +198,7 @@ async def _devices(vm: Handles, start_copy: StartCopy) -> bytes:
 @contextlib.asynccontextmanager
 async def _disk_copy(vm: Handles, target: int) -> AsyncIterator[StartCopy]:
     """Give the block a function that starts the disk's copy; leaving the block waits for it, or gives it up."""
-    if not vm.host.saves_device_state:
+    if not vm.host.qemu.devices_command:
         # A migration takes the disks away from QEMU until `cont`, so a job cannot start: copy in the pause.
         async def copy_now() -> None:
             await asyncio.to_thread(_copy_stopped_disk, vm, target)

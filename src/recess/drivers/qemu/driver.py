@@ -67,7 +67,7 @@ class QemuDriver:
             "version": facts.version,
             "accelerator": facts.qemu.accelerator,
             "why": facts.why,
-            "device_state": "command" if facts.saves_device_state else "migration",
+            "device_state": "command" if facts.qemu.devices_command else "migration",
             "tsc_khz": facts.tsc_khz,
         }
 
@@ -107,7 +107,7 @@ class QemuDriver:
             if self._facts is None or fresh:
                 facts = await host_facts(self._config, tb_mib=self._tb_mib, fresh=fresh)
                 if not self._devices_command:
-                    facts = dataclasses.replace(facts, saves_device_state=False)
+                    facts = dataclasses.replace(facts, qemu=dataclasses.replace(facts.qemu, devices_command=False))
                 self._facts = facts
             return self._facts
 

@@ -44,7 +44,6 @@ class HostFacts:
 
     qemu: Qemu
     cpu_flags: tuple[str, ...]
-    saves_device_state: bool  # has xen-save-devices-state
     tsc_khz: int
     why: str  # why this accelerator, for people
 
@@ -100,8 +99,8 @@ async def inspect_host(config: Config, binary: Path, keeper: Path, *, tb_mib: in
             f"QEMU {'.'.join(map(str, version))} is too old", hint="7.2 or later is needed; set RECESS_QEMU_BIN"
         )
     tsc_khz = await asyncio.to_thread(measure_tsc_khz, keeper)
-    qemu = Qemu(binary, version, accelerator, tb_mib)
-    return HostFacts(qemu, flags, "xen-save-devices-state" in commands, tsc_khz, why)
+    qemu = Qemu(binary, version, accelerator, tb_mib, "xen-save-devices-state" in commands)
+    return HostFacts(qemu, flags, tsc_khz, why)
 
 
 async def choose_accelerator(config: Config, binary: Path, keeper: Path) -> tuple[str, str]:

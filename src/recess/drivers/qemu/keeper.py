@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 from collections import deque
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ class Keeper:
     def __init__(self, sock: socket.socket, layout: Layout) -> None:
         self._sock = sock
         self._layout = layout
+        self.pid, _uid, _gid = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         self._loop = asyncio.get_running_loop()
         self._answers: deque[asyncio.Future[tuple[str, int | None]]] = deque()
         self.death: asyncio.Future[Obituary] = self._loop.create_future()
@@ -257,10 +259,11 @@ async def last_words(keeper: Keeper) -> Obituary | None:
 async def end_vm(layout: Layout, keeper: Keeper | None) -> None:
     """End keeper and VMM, whichever still lives, and remove the run folder. Never fails, bounded in time."""
     pids = read_pids(layout)
-    if keeper is not None and not keeper.gone.done():
-        with contextlib.suppress(Exception):
+    if keeper is not None:
+        with contextlib.suppress(Exception):  # it may be dying already
             await keeper.kill()
-            await asyncio.wait([keeper.gone], timeout=_END_S)
+        await asyncio.wait([keeper.gone], timeout=_END_S)
+        await wait_gone(keeper.pid, _END_S)  # the socket closes a moment before the process is gone
     for name in ("keeper", "vmm"):  # should the keeper hang: with it the kernel ends the VMM
         process = pids.get(name)
         if process is not None and process.alive():

@@ -116,7 +116,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
     template = parts.template
     # Without its own device command QEMU can save a state only of memory that is mapped shared: then each machine has
     # a copy of the template's RAM instead of a private mapping of it.
-    own_ram = template is None or not place.host.saves_device_state
+    own_ram = template is None or not place.host.qemu.devices_command
     ram = layout.ram if template is None or own_ram else template.ram
     if template is None:
         disk_base = layout.disk_base

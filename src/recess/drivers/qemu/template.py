@@ -26,7 +26,7 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
     try:
         async with vm.explain("export"), vm.port.silence():
             await asyncio.gather(vm.qmp.execute("stop"), vm.qmp.execute("query-status"))
-            state = await save_state(vm.qmp, devices_command=vm.host.saves_device_state, shared=vm.journal.shared)
+            state = await save_state(vm.qmp, devices_command=vm.host.qemu.devices_command, shared=vm.journal.shared)
             # QEMU has its RAM file open, not its name; once stopped it writes no more.
             await asyncio.to_thread(_move_ram, vm.layout.ram, ref.ram)
             await end_vm(vm.layout, vm.keeper)
