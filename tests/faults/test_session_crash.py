@@ -151,6 +151,7 @@ async def test_attempts_are_capped_and_the_session_waits_for_a_human(tmp_path):
         assert len((tmp_path / "deaths").read_text().split()) == 3
         after = await w.say(s, "hi", turn=2)
         assert after[-1].body["status"] == "done"
+        assert [e.body["attempt"] for e in after if e.kind == "turn.start" and e.turn == 2] == [1]
 
 
 async def test_detached_server_leaves_the_machine_to_the_next(tmp_path):

@@ -22,7 +22,8 @@ from recess.sessions.states import MOVES, STATES, next_state
 SECONDS = st.sampled_from([0.0, 0.1, 5.0, 30.0, 100.0])
 VIEWS = st.builds(
     View, state=st.sampled_from(["running", "parked"]), machine_alive=st.booleans(), agent_alive=st.booleans(),
-    agent_failed=st.booleans(), waiting=st.booleans(), done=st.integers(0, 4), turn=st.integers(0, 4),
+    agent_failed=st.booleans(),
+    agent_ended=st.booleans(), waiting=st.booleans(), done=st.integers(0, 4), turn=st.integers(0, 4),
     turn_open=st.booleans(), turn_cut=st.booleans(), cuts=st.integers(0, 4), calls_open=st.integers(0, 2),
     inbox=st.booleans(), holds=st.integers(0, 2), idle_s=SECONDS, idle_timeout_s=SECONDS, park_s=SECONDS,
     suspend_wanted=st.booleans(), freeze_blocked_s=SECONDS, upgrade_to=st.sampled_from(["", "v2"]),

@@ -38,7 +38,8 @@ class View:
     state: str  # running | parked
     machine_alive: bool
     agent_alive: bool  # its process; False: it has ended or was never started
-    agent_failed: bool  # its last process ended by itself, not with code 0
+    agent_failed: bool  # its last process ended by itself, not with code 0, and no turn was failed for it yet
+    agent_ended: bool  # a process was started since the machine came up, and has ended by itself
     waiting: bool  # it asked for the next turn
     done: int  # the turn it says it has finished (0: none)
     turn: int
@@ -103,6 +104,8 @@ def _without_agent(view: View) -> Move:
         return Move(Act.START_TURN, "a message waits and the agent ended before it asked for it")
     if view.turn_open or view.inbox:
         return Move(Act.RESTART_AGENT, "there is work and no agent process")
+    if not view.agent_ended and not view.suspend_wanted and not view.upgrade_to:
+        return Move(Act.RESTART_AGENT, "to be ready before the first message")
     return _idle(view)
 
 

@@ -43,8 +43,7 @@ async def deliver(sup: Supervisor, act: Act) -> None:
 async def fail_turn(sup: Supervisor, why: str) -> None:
     """End the open turn as failed, with what the agent said last; the session waits for a human."""
     await sup.held_desk.end_turn("failed", f"{why}: {end_detail(sup)}")
-    sup.agent.crash_detail = ""
-    sup.ended_job = None
+    sup.agent.crash_detail, sup.agent_failed = "", False
 
 
 async def restart_agent(sup: Supervisor) -> None:
@@ -78,7 +77,7 @@ async def start_agent(sup: Supervisor) -> None:
     await sup.agent.shut("a newer process takes over")
     sup.agent.untold = [one for one in sup.agent.untold if one[0] == "upgrade"]
     sup.job_count += 1
-    sup.ended_job = None
+    sup.ended_job, sup.agent_failed = None, False
     job_id = f"agent-{desk.code_version}-{desk.epoch}-{sup.job_count}"
     await sup.save_meta(job=job_id)
     sup.agent.expect(job_id)

@@ -49,6 +49,7 @@ class Supervisor:
         self.failure: RecessError | None = None
         self.death = ""
         self.ended_job: Ended | None = None
+        self.agent_failed = False  # the last process failed, and no turn was ended for it yet
         self.job_count = 0
         self.no_freeze_before_s = 0.0
         self.recoveries = 0  # since a turn was last delivered
@@ -192,7 +193,8 @@ class Supervisor:
             state=self.state,
             machine_alive=self.hand.alive,
             agent_alive=self.job.alive,
-            agent_failed=self.ended_job is not None and self.ended_job.exit_code != 0,
+            agent_failed=self.agent_failed,
+            agent_ended=self.ended_job is not None,
             waiting=waiting,
             done=self.agent.channel.done if self.agent.channel else 0,
             turn=facts.turn,
@@ -285,6 +287,7 @@ class Supervisor:
 
     def _agent_ended(self, ended: Ended) -> None:
         self.ended_job = ended
+        self.agent_failed = ended.exit_code != 0
         self._bell.set()
 
     def _machine_died(self, reason: str) -> None:

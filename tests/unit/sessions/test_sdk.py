@@ -210,3 +210,13 @@ async def test_streams_are_cut_all_the_time_and_nothing_is_lost(tmp_path):
             cutting.cancel()
         log = await w.entries(s)
         assert [e.kind for e in log if e.turn] == ["turn.start", "assistant", "turn.end"] * 3
+
+
+async def test_an_eager_session_has_its_agent_ready_before_the_first_message(tmp_path):
+    async with world() as w:
+        await w.sessions.deploy("me", {"agent.py": AGENT}, {"env": {"SHARED": str(tmp_path)}})
+        s = (await w.sessions.start("me", eager=True)).id
+        await w.until_state(s, "frozen")
+        assert (await w.entries(s))[-1].body["job"]
+        log = await w.say(s, "hello", turn=1)
+        assert [e.body["agent_kept"] for e in log if e.kind == "machine.restore"] == [False, True]
