@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -157,15 +158,14 @@ async def test_the_disks_copy_fails_half_way(rig: QemuRig, monkeypatch: pytest.M
     await shell(vm.link, "head -c 3000000 /dev/urandom > /root/file; sync")
     real = capture._fill_target
 
-    def sealed(handles: Any) -> Any:
-        target, put_over = real(handles)
+    def sealed(handles: Any, target: int) -> Any:
+        put_over = real(handles, target)
         fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
-        os.truncate(fd, os.fstat(target.fileno()).st_size)
-        target.close()
-        import fcntl
-
+        os.truncate(fd, os.fstat(target).st_size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
-        return os.fdopen(fd, "rb+", buffering=0), put_over
+        os.dup2(fd, target, inheritable=False)
+        os.close(fd)
+        return put_over
 
     with monkeypatch.context() as patch:
         patch.setattr(capture, "_fill_target", sealed)

@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from recess.drivers.qemu import disk
 from recess.drivers.qemu.argv import DISK_NODE
-from recess.drivers.qemu.handles import Handles, Steps, passed_file
+from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, passed_file
 from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.drivers.qemu.state import save_state
@@ -60,8 +60,8 @@ async def capture(
             ran = await vm.running()
             try:
                 await _check_space(vm)
-                (target, put_over), _ = await asyncio.gather(asyncio.to_thread(_fill_target, vm), _prepare(vm))
-                stack.callback(target.close)
+                target = stack.enter_context(disk.scratch_file(vm.layout.directory))
+                put_over, _ = await all_of(in_thread(_fill_target, vm, target.fileno()), _prepare(vm))
                 steps.mark("prepare")
                 async with _disk_copy(vm, target.fileno()) as start_copy:
                     steps.mark("open_target")
@@ -75,9 +75,7 @@ async def capture(
                         steps.mark("after_resume")
                 steps.mark("disk_copy")
                 base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
-                blocks = await asyncio.to_thread(
-                    disk.changed_blocks, base, target.fileno(), put_over, vm.layout.directory
-                )
+                blocks = await in_thread(disk.changed_blocks, base, target.fileno(), put_over, vm.layout.directory)
                 steps.mark("disk_compare")
                 clear_capturing(vm.layout)
             except BaseException:
@@ -135,22 +133,17 @@ async def _check_space(vm: Handles) -> None:
         )
 
 
-def _fill_target(vm: Handles) -> tuple[Any, disk.Indices]:
-    """Return a nameless file with the disk as it was when the VM was started, and which blocks a restore put there."""
-    target = disk.scratch_file(vm.layout.directory)
-    try:
-        os.truncate(target.fileno(), vm.journal.spec.disk_bytes)
-        disk.copy_data(Path(vm.journal.disk_base), target.fileno())
-        packed = disk.read_packed(vm.layout.disk_delta)
-        indices, data = disk.as_arrays(packed.pages)
-        disk.write_pages(target.fileno(), indices, data)
-        put_over = indices.copy()
-        del indices, data
-        packed.close()
-    except BaseException:
-        target.close()
-        raise
-    return target, put_over
+def _fill_target(vm: Handles, target: int) -> disk.Indices:
+    """Write the disk as it was when the VM was started; return which blocks a restore had put there."""
+    os.truncate(target, vm.journal.spec.disk_bytes)
+    disk.copy_data(Path(vm.journal.disk_base), target)
+    packed = disk.read_packed(vm.layout.disk_delta)
+    indices, data = disk.as_arrays(packed.pages)
+    disk.write_pages(target, indices, data)
+    put_over = indices.copy()
+    del indices, data
+    packed.close()
+    return put_over
 
 
 async def _pause(
@@ -201,7 +194,7 @@ async def _disk_copy(vm: Handles, target: int) -> AsyncIterator[StartCopy]:
     if not vm.host.qemu.devices_command:
         # A migration takes the disks away from QEMU until `cont`, so a job cannot start: copy in the pause.
         async def copy_now() -> None:
-            await asyncio.to_thread(_copy_stopped_disk, vm, target)
+            await in_thread(_copy_stopped_disk, vm, target)
 
         yield copy_now
         return

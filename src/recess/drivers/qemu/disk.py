@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +149,7 @@ def read_packed(path: Path) -> Packed:
     return map_packed(fd, os.fstat(fd).st_size // (PAGE_BYTES + _INDEX_BYTES))
 
 
-def scratch_file(directory: Path) -> Any:
+def scratch_file(directory: Path) -> IO[bytes]:
     """Return an open file without a name in `directory`: whatever happens, nothing of it is left."""
     with space_errors(str(directory)):
         return tempfile.TemporaryFile(dir=directory)

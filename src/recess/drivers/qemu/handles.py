@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal
@@ -18,6 +19,7 @@ from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.errors import DriverFailed, RecessError
 from recess.machines.contract import Fingerprint
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -78,6 +80,28 @@ class Handles:
 def died(what: str, obituary: Obituary) -> DriverFailed:
     """Return the error for a VM that ended while something was done with it."""
     return DriverFailed(f"the VM ended during {what}: {obituary.line()}", log=obituary.log, end=obituary.end)
+
+
+async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work in a thread. A cancellation is raised when the thread is through, not before: it may hold
+    descriptors that the canceller is about to close, or be starting a process."""
+    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()
+        raise
+
+
+async def all_of(*work: Awaitable[Any]) -> list[Any]:
+    """Return all results; raise the first error only when all are through, so that nothing goes on behind it."""
+    results = await asyncio.gather(*work, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:

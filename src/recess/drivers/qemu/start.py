@@ -22,7 +22,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
-from recess.drivers.qemu.handles import Handles, Steps, unless_dead
+from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
 from recess.drivers.qemu.keeper import Keeper, end_vm
@@ -79,7 +79,7 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     cmdline = kernel_command_line(spec, place.host.tsc_khz)
     argv = command(place.host.qemu, spec, layout, ram=layout.ram, share=True, boot=cmdline)
     async with _starting(place, journal, keep_disk=True) as begin:
-        await asyncio.to_thread(_prepare_boot, layout, spec)
+        await in_thread(_prepare_boot, layout, spec)
         steps.mark("prepare")
         vm = await begin(argv)
         steps.mark("start")
@@ -136,11 +136,13 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
     )
     argv = command(place.host.qemu, spec, layout, ram=ram, share=own_ram, boot=None)
     async with _starting(place, journal, keep_disk=False) as begin:
-        disk_fd, pages_fd = await asyncio.to_thread(_create_files, layout, spec, journal, template)
+        disk_fd, pages_fd = await in_thread(_create_files, layout, spec, journal, template)
         try:
-            filling = asyncio.gather(
-                asyncio.to_thread(_fill_disk, layout, journal, disk_fd, parts.disk),
-                asyncio.to_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)),
+            filling = asyncio.ensure_future(
+                all_of(
+                    in_thread(_fill_disk, layout, journal, disk_fd, parts.disk),
+                    in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)),
+                )
             )
             try:
                 steps.mark("prepare")
@@ -237,7 +239,7 @@ class _Begin:
         place, layout = self.place, self.place.layout
         if self.port is None:
             raise DriverFailed("the link's socket was not opened", log="")
-        await asyncio.to_thread(keepers.launch, place.keeper_binary, layout, Path(self.journal.ram), argv)
+        await in_thread(keepers.launch, place.keeper_binary, layout, Path(self.journal.ram), argv)
         self._keeper = keeper = Keeper.connect(layout)
         self._qmp = await unless_dead(keeper, "start", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
         return Handles(layout, self.journal, place.host, place.fingerprint, self.port, keeper, self._qmp)

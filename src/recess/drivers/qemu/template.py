@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from recess.drivers.qemu import disk
-from recess.drivers.qemu.handles import Handles
+from recess.drivers.qemu.handles import Handles, in_thread
 from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.state import save_state
 from recess.images.files import space_errors
@@ -28,9 +28,9 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
             await asyncio.gather(vm.qmp.execute("stop"), vm.qmp.execute("query-status"))
             state = await save_state(vm.qmp, devices_command=vm.host.qemu.devices_command, shared=vm.journal.shared)
             # QEMU has its RAM file open, not its name; once stopped it writes no more.
-            await asyncio.to_thread(_move_ram, vm.layout.ram, ref.ram)
+            await in_thread(_move_ram, vm.layout.ram, ref.ram)
             await end_vm(vm.layout, vm.keeper)
-            await asyncio.to_thread(_finish, vm, ref, state)
+            await in_thread(_finish, vm, ref, state)
     except BaseException:
         await end_vm(vm.layout, vm.keeper)
         for path in (ref.vmstate, ref.disk, ref.ram):
