@@ -199,13 +199,6 @@ impl Drop for FileSink {
     }
 }
 
-/// Write a small file of guestd's own, by temporary name.
-pub fn put(target: &Path, text: &str, mode: u32) -> Outcome<()> {
-    let mut sink = Box::new(open_write(target, mode, 0)?);
-    sink.write(text.as_bytes())?;
-    sink.finish().map(drop)
-}
-
 /// Remove a file or folder; what is absent is removed already. May take long: run it in a helper.
 pub fn remove(p: &Path, recursive: bool) -> Outcome<()> {
     if p.parent().is_none() {
@@ -241,7 +234,9 @@ mod tests {
     fn write_is_all_or_nothing() {
         let dir = scratch("write");
         let target = dir.join("deep/er/f");
-        put(&target, "one", 0o640).unwrap();
+        let mut sink = Box::new(open_write(&target, 0o640, 0).unwrap());
+        sink.write(b"one").unwrap();
+        sink.finish().unwrap();
         let mut sink = open_write(&target, 0o644, 1).unwrap();
         sink.write(b"tw").unwrap();
         drop(sink);

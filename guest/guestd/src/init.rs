@@ -50,6 +50,7 @@ pub fn run() -> Result<Ready, Fail> {
     limits();
     loopback_up().map_err(|e| Fail::io("lo", &e))?;
     network_files();
+    identity_files();
     let port = open_port("recess")?;
     Ok(Ready { port, disk })
 }
@@ -322,6 +323,28 @@ fn network_files() {
     ] {
         if let Err(e) = fs::write(path, text) {
             say(&format!("{path}: {e}"));
+        }
+    }
+}
+
+/// What differs between two machines of one template lies in memory, mounted over the image's files as Docker does it:
+/// a thaw rewrites it in place, and the disk stays equal to the template's.
+fn identity_files() {
+    const HOME: &str = "/run/recess/etc";
+    let _ = fs::create_dir_all(HOME); // a failure shows below, file by file
+    for name in ["hostname", "hosts", "machine-id"] {
+        let (own, target) = (format!("{HOME}/{name}"), format!("/etc/{name}"));
+        let text = fs::read(&target).unwrap_or_default(); // an image may lack it
+        let mounted = fs::write(&own, &text)
+            .and_then(|()| {
+                if fs::metadata(&target).is_err() {
+                    fs::write(&target, &text)?;
+                }
+                sys::mount(&own, &target, "", libc::MS_BIND, "")
+            })
+            .err();
+        if let Some(e) = mounted {
+            say(&format!("{target}: {e}"));
         }
     }
 }

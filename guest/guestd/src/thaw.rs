@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::fail::{Fail, Outcome};
-use crate::files;
 use crate::json::Value;
 use crate::sys;
 
@@ -112,14 +111,10 @@ pub fn apply(t: &Thaw, places: &Places) -> Outcome<()> {
         identity(t)?;
     }
     if let Some(run) = places.run_dir {
-        files::put(
-            &run.join("generation"),
-            &format!("{}\n", t.generation),
-            0o644,
-        )?;
-        files::put(&run.join("epoch"), &format!("{}\n", t.epoch), 0o644)?;
+        rewrite(&run.join("generation"), &format!("{}\n", t.generation))?;
+        rewrite(&run.join("epoch"), &format!("{}\n", t.epoch))?;
         let lines: String = t.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
-        files::put(&run.join("env"), &lines, 0o644)?;
+        rewrite(&run.join("env"), &lines)?;
     }
     run_hooks(&places.hooks, t)
 }
@@ -169,18 +164,16 @@ fn identity(t: &Thaw) -> Outcome<()> {
     // SAFETY: pointer and length of a live string.
     let ret = unsafe { libc::sethostname(t.hostname.as_ptr().cast(), t.hostname.len()) };
     sys::check(ret).map_err(|e| Fail::io("setting the hostname", &e))?;
-    files::put(
-        Path::new("/etc/hostname"),
-        &format!("{}\n", t.hostname),
-        0o644,
-    )?;
+    rewrite(Path::new("/etc/hostname"), &format!("{}\n", t.hostname))?;
     let old = fs::read_to_string("/etc/hosts").unwrap_or_default();
-    files::put(Path::new("/etc/hosts"), &hosts(&old, &t.hostname), 0o644)?;
-    files::put(
-        Path::new("/etc/machine-id"),
-        &format!("{}\n", t.machine_id),
-        0o444,
-    )
+    rewrite(Path::new("/etc/hosts"), &hosts(&old, &t.hostname))?;
+    rewrite(Path::new("/etc/machine-id"), &format!("{}\n", t.machine_id))
+}
+
+/// Write in place: nobody reads while the workload is frozen, the files of /etc are mounts of their own (see init), and
+/// a temporary name and a rename on the disk would cost a fork more than all the rest of its thaw.
+fn rewrite(path: &Path, text: &str) -> Outcome<()> {
+    fs::write(path, text).map_err(|e| Fail::io(&path.display().to_string(), &e))
 }
 
 /// The hosts file with our own line renewed; what the user added stays.
@@ -265,6 +258,11 @@ fn run_hook(hook: &Path, t: &Thaw, bound_ms: u64) -> Outcome<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn put(path: &Path, text: &str, mode: u32) {
+        fs::write(path, text).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    }
     use crate::json;
 
     fn request(change: &str, to: &str) -> Outcome<Thaw> {
@@ -318,14 +316,14 @@ mod tests {
         let out = dir.join("out");
         let hooks = dir.join("hooks");
         let script = |name: &str, body: &str| {
-            files::put(&hooks.join(name), &format!("#!/bin/sh\n{body}\n"), 0o755).unwrap();
+            put(&hooks.join(name), &format!("#!/bin/sh\n{body}\n"), 0o755);
         };
         script(
             "10-a",
             &format!("echo a $A $RECESS_EPOCH >> {}", out.display()),
         );
         script("20-b", &format!("echo b >> {}", out.display()));
-        files::put(&hooks.join("30-not"), "not executable", 0o644).unwrap();
+        put(&hooks.join("30-not"), "not executable", 0o644);
         let run = dir.join("run");
         let places = Places {
             run_dir: Some(&run),
@@ -339,8 +337,9 @@ mod tests {
         assert_eq!(fs::read_to_string(run.join("env")).unwrap(), "A=b c\n");
         script("15-bad", "exit 3");
         assert_eq!(apply(&t, &places).unwrap_err().kind, "failed");
+        script("20-slow", "sleep 60");
         assert_eq!(
-            run_hook(&hooks.join("10-a"), &t, 0).unwrap_err().kind,
+            run_hook(&hooks.join("20-slow"), &t, 50).unwrap_err().kind,
             "timeout"
         );
         fs::remove_dir_all(&dir).unwrap();
