@@ -7,7 +7,6 @@ import json
 import time
 
 from recess.demo import log_reading as read
-from recess.demo.heartbeat import longest_gap
 from recess.demo.processes import wait_gone
 from recess.demo.report import Step
 from recess.demo.seed import blobs_of
@@ -169,7 +168,6 @@ async def fork(world: World) -> None:
             body = {"name": f"{SESSION}-{name}"}
             children.append(await client.call("POST", f"/v1/sessions/{SESSION}/fork", body, key=f"fork-{name}"))
             moments.append(time.monotonic())
-    silence = longest_gap(heart.beats, moments[0], moments[-1])
     ways = await asyncio.gather(
         *(
             turn(world, child["id"], f"Make it variant {name}")
@@ -203,10 +201,13 @@ async def fork(world: World) -> None:
     for child in children:
         await client.call("POST", f"/v1/sessions/{child['id']}/close", {})
     snapshots = read.of_kind(await client.entries(SESSION), "machine.snapshot")
+    taken = [entry for entry in snapshots if entry["body"]["why"] == "fork"]
+    report.check(step, "the parent was snapshotted for it while it ran", bool(taken), snapshots)
     thaws = [read.of_kind(seen, "machine.restore") for _, seen in ways]
-    figures = {**read.snapshot_figures(snapshots[-1]), **(read.restore_figures(thaws[0][0]) if thaws[0] else {})}
+    figures = {**read.snapshot_figures(taken[0]), **(read.restore_figures(thaws[0][0]) if thaws[0] else {})}
     forks = {"first_fork_s": moments[1] - moments[0], "second_fork_s": moments[2] - moments[1]}
-    report.end(step, **forks, heartbeat_silence_s=silence, **figures)
+    pauses = [float(read.snapshot_figures(entry).get("standstill_s", 0.0)) for entry in taken]
+    report.end(step, **forks, **figures, workload_felt_s=heart.longest_s + max(pauses))
 
 
 async def crash(world: World) -> None:

@@ -55,8 +55,14 @@ def said(entry: Json) -> tuple[object, ...]:
 def snapshot_figures(entry: Json) -> dict[str, float | int | str]:
     """Return a machine.snapshot entry's figures under the story's names."""
     figures = dict(entry["body"].get("figures") or {})
-    names = {"standstill_s": "standstill_s", "durable_s": "durable_s", "stored_bytes": "new_bytes"}
-    # A machine that was left paused never stood still for anybody: no standstill to tell.
+    names = {
+        "standstill_s": "standstill_s",
+        "freezer_s": "freezer_s",
+        "durable_s": "durable_s",
+        "stored_bytes": "new_bytes",
+    }
+    if not figures.get("standstill_s"):  # it was left paused: it never stood still for anybody
+        figures.pop("freezer_s", None)
     return {ours: figures[theirs] for ours, theirs in names.items() if figures.get(theirs)}
 
 

@@ -1,17 +1,28 @@
+import subprocess
+import sys
+
 import pytest
 
-from recess.demo.heartbeat import longest_gap
+from recess.demo.heartbeat import _PROGRAM, read_result
+from recess.errors import GuestFailed
 
 
-@pytest.mark.parametrize(
-    ("beats", "start", "end", "gap"),
-    [
-        ([1.0, 1.1, 1.2, 1.9, 2.0], 1.05, 2.0, 0.7),
-        ([1.0, 1.1, 3.0], 1.15, 2.0, 1.9),  # a silence that reaches beyond the window counts whole
-        ([], 1.0, 2.5, 1.5),
-        ([0.5, 5.0], 1.0, 2.0, 4.5),
-        ([0.9, 1.0, 1.001, 1.002], 1.0, 1.002, 0.001),
-    ],
-)
-def test_longest_gap(beats, start, end, gap) -> None:
-    assert longest_gap(beats, start, end) == pytest.approx(gap)
+def test_the_program_beats_until_its_input_is_closed_and_tells_its_longest_silence() -> None:
+    process = subprocess.Popen([sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    rest, _ = process.communicate(timeout=20)  # closes its input
+    longest, beats = read_result(first + rest)
+    assert first == b"up\n"
+    assert longest >= 0
+    assert beats >= 0
+
+
+@pytest.mark.parametrize("output", [b"", b"up\n", b"up\n{", b'up\n{"beats": 1}', b"up\nnull"])
+def test_a_heartbeat_that_was_cut_off_is_no_figure(output: bytes) -> None:
+    with pytest.raises(GuestFailed):
+        read_result(output)
+
+
+def test_result() -> None:
+    assert read_result(b'up\n{"longest_s": 0.02, "beats": 7}') == (0.02, 7)

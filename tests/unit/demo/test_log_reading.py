@@ -14,7 +14,11 @@ LOG = [
     entry(6, "tool.settled", "b", output="paid", by="verify"),
     entry(7, "tool.start", "c", name="sh"),
     entry(8, "assistant", text="done", tool_calls=[]),
-    entry(9, "machine.snapshot", figures={"standstill_s": 0.02, "new_bytes": 7, "durable_s": 0.1, "pages": 3}),
+    entry(
+        9,
+        "machine.snapshot",
+        figures={"standstill_s": 0.02, "new_bytes": 7, "durable_s": 0.1, "freezer_s": 0.03, "pages": 3},
+    ),
     entry(10, "machine.restore", rung=2, seconds=0.2),
 ]
 
@@ -30,7 +34,13 @@ def test_outputs_are_joined_with_their_calls() -> None:
 def test_texts_and_figures() -> None:
     assert read.last_text(LOG) == "done"
     assert read.last_text(LOG[:3]) == ""
-    assert read.snapshot_figures(LOG[8]) == {"standstill_s": 0.02, "stored_bytes": 7, "durable_s": 0.1}
+    assert read.snapshot_figures(LOG[8]) == {
+        "standstill_s": 0.02, "freezer_s": 0.03, "stored_bytes": 7, "durable_s": 0.1,
+    }  # fmt: skip
+    left = entry(
+        11, "machine.snapshot", figures={"standstill_s": 0.0, "new_bytes": 7, "durable_s": 0.1, "freezer_s": 2.0}
+    )
+    assert read.snapshot_figures(left) == {"stored_bytes": 7, "durable_s": 0.1}
     assert read.restore_figures(LOG[9]) == {"rung": 2, "restore_s": 0.2}
 
 
