@@ -258,12 +258,13 @@ fn run_hook(hook: &Path, t: &Thaw, bound_ms: u64) -> Outcome<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::json;
 
     fn put(path: &Path, text: &str, mode: u32) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
-    use crate::json;
 
     fn request(change: &str, to: &str) -> Outcome<Thaw> {
         let text = format!(
