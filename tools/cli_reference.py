@@ -21,11 +21,13 @@ def reference() -> str:
         "`run`, 126 not executable, 127 not found in the machine, 130 Ctrl-C, else 1. `--json` prints one envelope.",
         "",
     ]
-    _walk(cli, "recess", click.Context(cli, info_name="recess"), lines)
+    _walk(cli, "recess", click.Context(cli, info_name="recess", help_option_names=["-h", "--help"]), lines)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _walk(command: click.Command, path: str, ctx: click.Context, lines: list[str]) -> None:
+    # A command keeps its help option from the first context that asked, which may not have been ours.
+    command._help_option = None
     lines += [f"## `{path}`", "", "```", command.get_help(ctx), "```", ""]
     if isinstance(command, click.Group):
         for name in command.list_commands(ctx):

@@ -9,7 +9,7 @@ from recess.config import Config
 from recess.node.local import LocalNode
 from recess.testing.session_world import kinds, notes
 
-AGENT = '''
+AGENT = """
 import os, pathlib, socket, subprocess, time
 from recess_agent import agent, tool
 
@@ -56,7 +56,7 @@ async def coder(s):
                 break
             await s.run_tools(reply)
         await s.note(version=VERSION, nonce=nonce, cache=len(cache), pid=os.getpid(), dice=os.urandom(8).hex())
-'''
+"""
 
 
 def source(version: str = "1") -> dict[str, str]:
