@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from dataclasses import replace
@@ -263,5 +262,3 @@ async def nobodys_story(driver: QemuDriver, second: QemuDriver, spec: VmSpec, pl
     capture.close()
     await adopted.kill()
     await child.kill()
-    started = time.monotonic()
-    assert time.monotonic() - started < 60

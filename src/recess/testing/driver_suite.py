@@ -261,6 +261,19 @@ class DriverSuite:
         assert vm.id not in second.list_leftovers()
         assert await second.adopt(vm.id, self.directory_of(rig, vm)) is None
 
+    async def test_a_new_server_takes_over_a_paused_machine(self, rig: Rig, vm: Vm) -> None:
+        """It is still paused; unpausing it brings its link back, too."""
+        await shell(vm.link, "echo here > /dev/shm/who")
+        await vm.pause()
+        await rig.lose(vm)
+        adopted = await rig.make_driver().adopt(vm.id, self.directory_of(rig, vm))
+        assert adopted is not None
+        try:
+            await adopted.unpause()
+            assert await shell(adopted.link, "cat /dev/shm/who") == "here"
+        finally:
+            await adopted.kill()
+
     async def test_the_deadline_kills(self, vm: Vm) -> None:
         """A deadline that is set again holds off the end; one that passes ends the VM without the server's help."""
         await vm.set_deadline(0.3)

@@ -33,7 +33,7 @@ class Qemu:
     binary: Path
     version: tuple[int, int, int]
     accelerator: str  # kvm | tcg
-    tb_mib: int = 64
+    tb_mib: int = 32
     devices_command: bool = True
 
 

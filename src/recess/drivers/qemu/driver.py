@@ -20,7 +20,7 @@ from recess.errors import DriverFailed
 from recess.machines.contract import Capabilities, Fingerprint, RestoreParts, VmSpec
 
 BOOT_TIMEOUT_S = 120.0
-TB_MIB = 64
+TB_MIB = 32  # 32 to 256 measured: the same speed, and 32 keeps 20 MB less of a busy VM resident
 
 
 class QemuDriver:

@@ -115,11 +115,11 @@ class LinkPort:
         self._link: Link | None = None
         self._connected = asyncio.Event()
         self._failure: RecessError | None = None
-        self._serving = self._loop.create_task(self._serve())
+        self._serving: asyncio.Task[None] | None = None
 
     @classmethod
     def open(cls, layout: Layout, *, hello_timeout_s: float) -> LinkPort:
-        """Listen. A socket that an earlier server left is replaced."""
+        """Listen, so that QEMU can connect. A socket that an earlier server left is replaced."""
         (layout.run / LINK_SOCKET).unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -131,6 +131,11 @@ class LinkPort:
             sock.close()
             raise
         return cls(sock, hello_timeout_s)
+
+    def start(self) -> None:
+        """Speak to guestd from now on: it runs, or is about to. May be called again."""
+        if self._serving is None:
+            self._serving = self._loop.create_task(self._serve())
 
     @property
     def link(self) -> Link:
@@ -200,7 +205,8 @@ class LinkPort:
 
     async def close(self) -> None:
         """Stop listening and cut the link. May be called twice."""
-        await _cancel(self._serving)
+        if self._serving is not None:
+            await _cancel(self._serving)
         self._sock.close()
         link, self._link = self._link, None
         if link is not None:

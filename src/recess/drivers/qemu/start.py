@@ -35,6 +35,7 @@ from recess.images.disk import clone_sparse
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 
 _MONITOR_TIMEOUT_S = 30.0
+_ADOPTION_HELLO_S = 30.0  # guestd runs already; QEMU 7.2 takes up to a second to connect again
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ class _Begin:
 
 
 async def _run(vm: Handles, steps: Steps) -> None:
+    vm.port.start()
     async with vm.explain("start"):
         await vm.qmp.execute("cont")
     steps.mark("cont")
@@ -284,11 +286,12 @@ async def adopt(place: Place) -> Handles | None:
         if begin is None or journal is None or journal.phase != "running":
             raise DriverFailed("nothing that can be taken over", log="")
         begin._keeper = keeper = Keeper.connect(layout)
-        begin.port = LinkPort.open(layout, hello_timeout_s=place.hello_timeout_s)
+        begin.port = LinkPort.open(layout, hello_timeout_s=min(place.hello_timeout_s, _ADOPTION_HELLO_S))
         begin._qmp = await unless_dead(keeper, "adoption", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
         vm = Handles(layout, journal, place.host, place.fingerprint, begin.port, keeper, begin._qmp)
         await undo_interrupted(vm)
         if await vm.running():
+            begin.port.start()
             await unless_dead(keeper, "adoption", begin.port.wait_connected())
         return vm
     except RecessError:

@@ -42,6 +42,7 @@ class QemuVm:
         """Let the vCPUs run; the link is connected when this returns."""
         vm = self._handles
         async with self._turn, vm.explain("unpause"):
+            vm.port.start()
             await vm.qmp.execute("cont")
             await unless_dead(vm.keeper, "unpause", vm.port.wait_connected())
 
