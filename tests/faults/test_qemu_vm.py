@@ -18,6 +18,7 @@ import pytest
 from recess.drivers.qemu import QemuDriver, QemuVm, capture, disk, start
 from recess.drivers.qemu.keeper import read_pids
 from recess.errors import DriverFailed, GuestFailed, MissingTool, OutOfSpace, RecessError
+from recess.guestlink.link import ExecRequest
 from recess.machines.contract import RestoreParts, Vm
 from recess.testing.driver_suite import NO_PAGES, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
@@ -196,6 +197,31 @@ def tiny_disk(path: Path, megabytes: int) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+async def test_the_disk_fills_up_while_it_is_copied(rig: QemuRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy-before-write of a guest that writes meanwhile runs out of room: no guest write is lost."""
+
+    async def trusting(_vm: Any) -> None:
+        return
+
+    with tiny_disk(rig.home / "small", 40) as small:
+        vm = await rig.make_driver().restore("small", rig.spec, await fork_parts(rig), small / "machine")
+        try:
+            await vm.link.unfreeze()
+            await shell(vm.link, "head -c 20000000 /dev/urandom > /root/file; sync; sha256sum /root/file > /root/sum")
+            script = "while true; do dd if=/root/file of=/root/file conv=notrunc bs=1M 2>/dev/null; sync; done"
+            await vm.link.exec(ExecRequest(["sh", "-c", script], job_id="writer"))
+            with monkeypatch.context() as patch:
+                patch.setattr(capture, "_check_space", trusting)
+                with pytest.raises(OutOfSpace):
+                    await quiet_capture(vm, resume=True)
+            await vm.link.unfreeze()
+            await (await vm.link.attach("writer")).signal(signal.SIGKILL)
+            await shell(vm.link, "sync; echo 3 > /proc/sys/vm/drop_caches; sha256sum -c /root/sum")
+            assert "error" not in (await shell(vm.link, "dmesg | grep -i 'I/O error' || true"))
+        finally:
+            await vm.kill()
 
 
 async def test_a_truly_full_disk(rig: QemuRig) -> None:
