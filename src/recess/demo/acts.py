@@ -16,13 +16,8 @@ from recess.units import format_duration
 
 AGENT = "coder"
 SESSION = "lunch"
-SITE = "/root/site/index.html"
 TURN_S = 180.0
 IDLE = "2s"
-_LIFE = (
-    "curl -sS http://127.0.0.1:8000/_life; echo; cat /proc/sys/kernel/random/boot_id /proc/uptime; hostname; "
-    "cat /etc/machine-id"
-)
 
 
 async def turn(world: World, session: str, text: str) -> tuple[int, list[Json]]:
@@ -49,16 +44,6 @@ async def end_of_turn(world: World, session: str, position: int, text: str) -> l
     return seen
 
 
-async def life(world: World, session: str) -> dict[str, str]:
-    """Ask the dev server over HTTP inside the machine, and the kernel, for what only their memory knows."""
-    lines = (await world.client.run_in(session, _LIFE)).split("\n")
-    server = json.loads(lines[0])
-    return {
-        "nonce": str(server["nonce"]), "pid": str(server["pid"]), "served": str(server["served"]), "boot_id": lines[1],
-        "uptime_s": lines[2].split()[0], "hostname": lines[3], "machine_id": lines[4],
-    }  # fmt: skip
-
-
 async def open_house(world: World) -> None:
     """Start the server, store the agent's first version, start a session and its machine."""
     report = world.report
@@ -83,7 +68,7 @@ async def open_house(world: World) -> None:
 
 async def build(world: World) -> None:
     """The user asks for a site; the agent clones, writes, installs, starts a server, remembers."""
-    report, client = world.report, world.client
+    report = world.report
     step = report.begin("build", "the user asks for a small site")
     _, seen = await turn(
         world, SESSION, "Build me a small site, starting from http://127.0.0.1:3128/route/git/site.git"
@@ -91,17 +76,13 @@ async def build(world: World) -> None:
     outputs = read.tool_outputs(seen)
     report.check(step, "a git repository was cloned", world.git.commit[:7] in outputs[0][1], outputs[0])
     report.check(step, "a local Python package was installed", "1.0" in outputs[2][1], outputs[2])
-    page = await client.run_in(SESSION, "curl -sS http://127.0.0.1:8000/")
-    report.check(step, "the dev server answers over HTTP", "Lunch menu" in page, page)
+    now = read.look(seen)
+    report.check(step, "the dev server answers over HTTP", "Lunch menu" in now["page"], now)
     known = json.loads(read.output_of(seen, "recall"))
     report.check(step, "the agent's dict is filled", known["memory"].get("colour") == "teal", known)
-    found = await client.run_in(
-        SESSION, "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-' || true"
-    )
-    report.check(step, "the model's key was used and is in no process of the machine", found.strip() == "0", found)
+    report.check(step, "the model's key was used and is in no process of the machine", now["keys"] == "0", now)
     report.check(step, "the model refused no transcript and no key", not world.model.refused, list(world.model.refused))
-    world.memory.update(await life(world, SESSION))
-    world.memory.update(agent_nonce=known["process"]["nonce"], position=str(seen[-1]["position"]))
+    world.memory.update(now, agent_nonce=known["process"]["nonce"], position=str(seen[-1]["position"]))
     report.end(step, model_calls=len(world.model.requests), tool_calls=len(outputs), git_objects=world.git.served)
 
 
@@ -144,8 +125,8 @@ async def message(world: World) -> None:
     report.check(step, "the same coroutine went on counting: turn 2", process["turns"] == 2, process)
     report.check(step, "the agent's RAM-only nonce is unchanged", process["nonce"] == past["agent_nonce"], process)
     report.check(step, "the dict is there", known["memory"] == {"colour": "teal", "port": "8000"}, known)
-    report.check(step, "the dev server answered the agent", "Lunch menu" in read.output_of(seen, "sh"), seen)
-    now = await life(world, SESSION)
+    report.check(step, "the dev server answered the agent", "Lunch menu" in read.look(seen)["page"], seen)
+    now = read.look(seen)
     report.check(step, "the dev server is the same process, its nonce unchanged", _same(now, past, "nonce", "pid"), now)
     report.check(step, "the kernel never rebooted", _same(now, past, "boot_id"), now)
     going_on = float(now["uptime_s"]) > float(past["uptime_s"]) and int(now["served"]) > int(past["served"])
@@ -175,7 +156,7 @@ async def fork(world: World) -> None:
         )
     )
     parent = {e["position"]: read.said(e) for e in await client.entries(SESSION)}
-    lives = [await life(world, child["id"]) for child in children]
+    lives = [read.look(seen) for _, seen in ways]
     for child in children:
         at = int(child["fork_position"])
         log = await client.entries(child["id"])
@@ -185,14 +166,10 @@ async def fork(world: World) -> None:
             step, "log equal up to the fork", len(shared) == at and shared == [parent[p] for p in range(1, at + 1)]
         )
         report.check(step, "log different after it", bool(own) and own[0] != parent.get(at + 1), own[:1])
-    pages = [await client.run_in(child["id"], f"cat {SITE}") for child in children]
-    report.check(
-        step, "files differ only after the fork", "Variant red" in pages[0] and "Variant blue" in pages[1], pages
-    )
-    randoms = [read.output_of(seen, "sh").split("\n") for _, seen in ways]
-    report.check(
-        step, "random bytes differ", randoms[0][1] != randoms[1][1] and randoms[0][2] != randoms[1][2], randoms
-    )
+    differ = "Variant red" in lives[0]["page"] and "Variant blue" in lives[1]["page"]
+    report.check(step, "files differ only after the fork", differ and "Lunch menu" in past["page"], lives)
+    fresh = [{one["random"], one["uuid"]} for one in (*lives, past)]
+    report.check(step, "random bytes differ", not fresh[0] & fresh[1] and not fresh[0] & fresh[2], fresh)
     names = [one["hostname"] for one in lives] + [past["hostname"]]
     ids = [one["machine_id"] for one in lives] + [past["machine_id"]]
     report.check(step, "hostnames and machine ids differ", len(set(names)) == 3 and len(set(ids)) == 3, (names, ids))
@@ -266,8 +243,8 @@ async def upgrade(world: World) -> None:
     text = read.last_text(seen)
     whole = all(words in text for words in ("Build me a small site", "Is it still up", "Charge 5 dollars"))
     report.check(step, "it has the whole context", whole, text)
-    report.check(step, "the dev server answered the new agent", "Lunch menu" in read.output_of(seen, "sh"), seen)
-    now = await life(world, SESSION)
+    report.check(step, "the dev server answered the new agent", "Lunch menu" in read.look(seen)["page"], seen)
+    now = read.look(seen)
     report.check(
         step, "the dev server never stopped: the same process and nonce", _same(now, past, "nonce", "pid"), now
     )

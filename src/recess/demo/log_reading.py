@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from recess.sdk.transport import Json
@@ -33,6 +34,21 @@ def durations(entries: Sequence[Json]) -> dict[str, float]:
 def output_of(entries: Sequence[Json], tool: str) -> str:
     """Return the newest output of a tool, "" if it has none."""
     return next((output for name, output in reversed(tool_outputs(entries)) if name == tool), "")
+
+
+def look(entries: Sequence[Json]) -> dict[str, str]:
+    """Return what the agent's newest look around its machine saw (the command is `recess.testing.model_script.LOOK`).
+
+    Raises LookupError if it has not looked, ValueError if something did not answer.
+    """
+    found = [output for name, output in tool_outputs(entries) if name == "sh" and '"nonce"' in output]
+    if not found:
+        raise LookupError("the agent has not looked around")
+    lines = found[-1].split("\n")
+    server = json.loads(lines[0])
+    kernel = {"boot_id": lines[1], "uptime_s": lines[2].split()[0], "hostname": lines[3], "machine_id": lines[4]}
+    fresh = {"random": lines[5].strip(), "uuid": lines[6], "keys": lines[7], "page": "\n".join(lines[8:])}
+    return {**{name: str(server[name]) for name in ("nonce", "pid", "served")}, **kernel, **fresh}
 
 
 def last_text(entries: Sequence[Json]) -> str:

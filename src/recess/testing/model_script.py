@@ -16,6 +16,14 @@ from typing import Any
 NOTE_PREFIX = "[recess] "
 SITE_DIR = "site"  # in the agent's working folder
 SITE_PORT = 8000
+# One look around: the dev server's life over HTTP, the kernel's, the machine's names, randomness, keys in any process's
+# environment (their number), the page.
+LOOK = (
+    f"curl -sS http://127.0.0.1:{SITE_PORT}/_life; echo; cat /proc/sys/kernel/random/boot_id /proc/uptime; hostname; "
+    "cat /etc/machine-id; od -An -N16 -tx1 /dev/urandom; cat /proc/sys/kernel/random/uuid; "
+    "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-'; "
+    f"curl -sS http://127.0.0.1:{SITE_PORT}/"
+)
 _URL = re.compile(r"https?://\S+?\.git\b")
 _DOLLARS = re.compile(r"(\d+(?:\.\d\d)?) dollars?")
 _VARIANT = re.compile(r"variant (\w+)")
@@ -82,6 +90,7 @@ def _build(now: Situation) -> Answer:
         _call("write_file", path=f"{SITE_DIR}/index.html", text=_page("Lunch menu", "teal")),
         _call("sh", cmd=f"cd {SITE_DIR} && sh install.sh && python3 -c 'import tinysite; print(tinysite.__version__)'"),
         _call("start_server", cmd=f"python3 -m tinysite {SITE_DIR} {SITE_PORT}", port=SITE_PORT),
+        _call("sh", cmd=LOOK),
         Answer(
             "I keep the choices in mind.",
             (
@@ -96,7 +105,7 @@ def _build(now: Situation) -> Answer:
 
 
 def _still_up(now: Situation) -> Answer:
-    steps = [_call("sh", cmd=f"curl -sS http://127.0.0.1:{SITE_PORT}/"), _call("recall")]
+    steps = [_call("sh", cmd=LOOK), _call("recall")]
     if len(now.outputs) < 2:
         return _next(steps, now)
     up = "<h1>" in now.outputs[0]
@@ -120,7 +129,7 @@ def _variant(now: Situation) -> Answer:
     name = match[1] if match else "x"
     steps = [
         _call("write_file", path=f"{SITE_DIR}/index.html", text=_page(f"Variant {name}", name)),
-        _call("sh", cmd="hostname; od -An -N16 -tx1 /dev/urandom; cat /proc/sys/kernel/random/uuid"),
+        _call("sh", cmd=LOOK),
         _call("remember", key="variant", value=name),
         Answer(f"Variant {name} is in place."),
     ]
@@ -128,7 +137,7 @@ def _variant(now: Situation) -> Answer:
 
 
 def _story_so_far(now: Situation) -> Answer:
-    steps = [_call("sh", cmd=f"curl -sS http://127.0.0.1:{SITE_PORT}/")]
+    steps = [_call("sh", cmd=LOOK)]
     if "outline" in now.tools:
         steps.append(_call("outline", path=f"{SITE_DIR}/index.html"))
     if len(now.outputs) < len(steps):

@@ -1,4 +1,9 @@
+import subprocess
+
+import pytest
+
 from recess.demo import log_reading as read
+from recess.testing.model_script import LOOK
 
 
 def entry(position: int, kind: str, ref: str = "", **body: object) -> dict:
@@ -47,3 +52,33 @@ def test_texts_and_figures() -> None:
 def test_equal_entries_say_the_same() -> None:
     assert read.said(LOG[0]) == read.said({**LOG[0], "session": "other", "ts": 5.0})
     assert read.said(LOG[0]) != read.said(entry(1, "user", text="ho"))
+
+
+def test_a_look_around_is_read_back() -> None:
+    output = (
+        '{"nonce": "n", "pid": 7, "served": 3, "up_s": 1.0}\nboot\n12.5 9.0\nhost\nmid\n 0a 0b\nuuid\n0\n<h1>x</h1>\n'
+    )
+    log = [entry(1, "tool.start", "a", name="sh"), entry(2, "tool.result", "a", output=output)]
+    seen = read.look(log)
+    assert (seen["nonce"], seen["pid"], seen["served"], seen["boot_id"]) == ("n", "7", "3", "boot")
+    assert (seen["uptime_s"], seen["hostname"], seen["machine_id"]) == ("12.5", "host", "mid")
+    assert (seen["random"], seen["uuid"], seen["keys"], seen["page"]) == ("0a 0b", "uuid", "0", "<h1>x</h1>\n")
+    with pytest.raises(LookupError):
+        read.look(LOG)
+
+
+def test_the_scripts_look_gives_what_is_read(tmp_path) -> None:
+    """The real command on this host, with a dev server's stand-in in place of curl."""
+    (tmp_path / "curl").write_text(
+        '#!/bin/sh\ncase "$2" in */_life) printf \'{"nonce": "n", "pid": 1, "served": 2}\';; *) echo page;; esac\n'
+    )
+    (tmp_path / "curl").chmod(0o755)
+    done = subprocess.run(
+        ["sh", "-c", LOOK], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    log = [entry(1, "tool.start", "a", name="sh"), entry(2, "tool.result", "a", output=done.stdout)]
+    seen = read.look(log)
+    assert seen["page"] == "page\n"
+    assert float(seen["uptime_s"]) > 0
+    assert len(seen["random"].split()) == 16
+    assert seen["keys"].isdigit()

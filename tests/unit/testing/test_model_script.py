@@ -6,7 +6,7 @@ from recess.testing.model_script import Answer, read_situation, reply_to
 
 TOOLS = [
     {"type": "function", "function": {"name": name}}
-    for name in ("sh", "write_file", "start_server", "remember", "recall", "charge")
+    for name in ("sh", "write_file", "start_server", "sh", "remember", "recall", "charge")
 ]
 URL = "http://127.0.0.1:3128/route/git/site.git"
 
@@ -37,7 +37,7 @@ def called(messages: list) -> list[str]:
 
 def test_the_building_task_from_start_to_end() -> None:
     messages, answer = play([say(f"Build me a small site from {URL}")], lambda call: "ok")
-    assert called(messages) == ["sh", "write_file", "sh", "start_server", "remember", "remember", "recall"]
+    assert called(messages) == ["sh", "write_file", "sh", "start_server", "sh", "remember", "remember", "recall"]
     assert "8000" in answer.text
     assert URL in json.dumps(messages[1])
 
