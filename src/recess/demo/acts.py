@@ -143,7 +143,7 @@ async def fork(world: World) -> None:
     report, client, past = world.report, world.client, world.memory
     step = report.begin("fork", "try both ways: the session is forked twice")
     children: list[Json] = []
-    async with client.heartbeat(SESSION) as heart:
+    async with client.heartbeat(str((await client.session(SESSION))["machine"])) as heart:
         moments = [time.monotonic()]
         for name in ("red", "blue"):
             body = {"name": f"{SESSION}-{name}"}

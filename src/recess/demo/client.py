@@ -7,26 +7,20 @@ cancelled and bounded. The shapes are those of docs/internals/http-api.md.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import h11
 
 from recess.demo.heartbeat import Heartbeat
 from recess.demo.report import StoryFailed
-from recess.errors import GuestFailed, IllegalState, ServerUnavailable
-from recess.sdk.exec_stream import ExecStream
+from recess.errors import ServerUnavailable
 from recess.sdk.transport import Json, OnProgress, Transport
 
-T = TypeVar("T")
 CALL_S = 120.0
-CUT_OFF_MAX = 30
-WAKE_TRIES = 50
-WAKE_PAUSE_S = 0.1
 
 
 class StoryClient:
@@ -68,16 +62,6 @@ class StoryClient:
     async def session(self, ref: str) -> Json:
         """Return a session."""
         return await self.call("GET", f"/v1/sessions/{ref}")
-
-    async def awake(self, session: str) -> str:
-        """Bring a session's machine up if it was put away, and return its id. Raises StoryFailed in time."""
-        row: Json = {}
-        for _ in range(WAKE_TRIES):
-            row = await self.call("POST", f"/v1/sessions/{session}/resume", {})
-            if row["state"] == "running":
-                return str(row["machine"])
-            await asyncio.sleep(WAKE_PAUSE_S)  # it is just being put away; its next state is told by no entry
-        raise StoryFailed(f"session {session} does not wake up", seen=row)
 
     async def entries(self, session: str, after: int = 0) -> list[Json]:
         """Return all entries after a position."""
@@ -137,40 +121,9 @@ class StoryClient:
         finally:
             writer.close()
 
-    async def run_in(self, session: str, command: str) -> str:
-        """Run a shell command that only looks (it may be repeated) and return its output. StoryFailed if it fails."""
-        argv = ["timeout", "60", "sh", "-c", command]
-        code, output = await self._patiently(
-            session, lambda machine: asyncio.to_thread(self._exec, machine, argv), repr(command)
-        )
-        if code != 0:
-            raise StoryFailed(f"session {session}: {command!r} ended with {code}", seen=output)
-        return output
-
-    @contextlib.asynccontextmanager
-    async def heartbeat(self, session: str) -> AsyncIterator[Heartbeat]:
-        """Keep a heartbeat in a session's machine while the block runs."""
-        async with contextlib.AsyncExitStack() as stack:
-            yield await self._patiently(
-                session, lambda machine: stack.enter_async_context(Heartbeat(self._transport, machine)), "the heartbeat"
-            )
-
-    async def _patiently(self, session: str, ask: Callable[[str], Awaitable[T]], what: str) -> T:
-        """Ask a session's machine; one that is being put away at this very moment is woken and asked again."""
-        cut = ""
-        for _ in range(CUT_OFF_MAX):
-            try:
-                return await ask(await self.awake(session))
-            except (GuestFailed, IllegalState) as exc:
-                cut = exc.message
-                await asyncio.sleep(WAKE_PAUSE_S)
-        raise StoryFailed(f"session {session}: {what} was cut off {CUT_OFF_MAX} times", seen=cut)
-
-    def _exec(self, machine: str, argv: Sequence[str]) -> tuple[int, str]:
-        pieces: list[bytes] = []
-        stream = ExecStream(self._transport, machine, {"argv": list(argv)})
-        code = stream.run(lambda _number, data: pieces.append(data))
-        return code, b"".join(pieces).decode(errors="replace")
+    def heartbeat(self, machine: str) -> Heartbeat:
+        """Return a heartbeat in a machine, to be used as an async context manager."""
+        return Heartbeat(self._transport, machine)
 
 
 async def _body(wire: h11.Connection, reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

@@ -15,7 +15,7 @@ import json
 import threading
 from typing import Self
 
-from recess.errors import GuestFailed, RecessError
+from recess.errors import GuestFailed, IllegalState, RecessError
 from recess.sdk.exec_stream import ExecStream
 from recess.sdk.transport import Transport
 
@@ -44,7 +44,7 @@ def read_result(output: bytes) -> tuple[float, int]:
 
 class Heartbeat:
     """Async context manager over a machine of a server. After it, `longest_s` and `beats` are known; both are 0 when
-    the machine was put away meanwhile and took the heartbeat with it: then there is no figure."""
+    the machine was put away before or meanwhile: then there is no figure."""
 
     def __init__(self, transport: Transport, machine: str) -> None:
         self._transport = transport
@@ -58,16 +58,14 @@ class Heartbeat:
         self.beats = 0
 
     async def __aenter__(self) -> Self:
-        """Start it and wait until it beats. Raises GuestFailed, IllegalState if the machine is being put away."""
+        """Start it and wait until it beats, or until it is clear that it will not."""
         start = {"argv": ["python3", "-c", _PROGRAM], "stdin": True}
-        self._stream = await asyncio.to_thread(ExecStream, self._transport, self._machine, start)
-        self._thread = threading.Thread(target=self._listen, daemon=True, name="heartbeat")
-        self._thread.start()
-        async with asyncio.timeout(PATIENCE_S):
-            await self._first.wait()
-        if not self._output:
-            await self._end()
-            raise GuestFailed("the heartbeat was cut off before its first beat")
+        with contextlib.suppress(GuestFailed, IllegalState):
+            self._stream = await asyncio.to_thread(ExecStream, self._transport, self._machine, start)
+            self._thread = threading.Thread(target=self._listen, daemon=True, name="heartbeat")
+            self._thread.start()
+            async with asyncio.timeout(PATIENCE_S):
+                await self._first.wait()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -141,7 +141,8 @@ def story_config(user: Config, home: Path) -> Config:
 
 def make_home(user: Config, keys: dict[str, str]) -> Path:
     """Make the story's home: the user's images by a link, the providers' keys as secrets (private files)."""
-    user.images_dir.mkdir(parents=True, exist_ok=True)
+    user.home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    user.images_dir.mkdir(exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix="demo-", dir=user.home))
     (home / "images").symlink_to(user.images_dir)
     folder = home / "secrets"
