@@ -27,14 +27,15 @@ async def exec_socket(ws: WebSocket) -> None:
     try:
         first = _parse(await ws.receive_text())
         reject_unknown(first, _FIELDS, "exec")
-        machines = context_of(ws).node.machines
-        row = await machines.get(str(ws.path_params["ref"]))
-        job = await _open(await machines.link(row.id), first)
-        await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
-        if first.get("detach"):
-            await job.detach()
-        else:
-            await _pump(ws, job)
+        node = context_of(ws).node
+        row = await node.machines.get(str(ws.path_params["ref"]))
+        with node.sessions.activity(row.session, "exec"):  # a session's machine is not frozen under an attached process
+            job = await _open(await node.machines.link(row.id), first)
+            await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
+            if first.get("detach"):
+                await job.detach()
+            else:
+                await _pump(ws, job)
     except RecessError as error:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await ws.send_text(json.dumps({"error": error.to_dict()}))

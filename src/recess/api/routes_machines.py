@@ -134,20 +134,24 @@ def _path(request: Request) -> str:
 
 async def read_file(request: Request) -> Response:
     """GET /v1/machines/REF/files."""
-    machines = context_of(request).node.machines
-    link = await machines.link((await machines.get(_ref(request))).id)
-    return Response(await link.read_file(_path(request), FILE_BYTES_MAX), media_type="application/octet-stream")
+    node = context_of(request).node
+    row = await node.machines.get(_ref(request))
+    with node.sessions.activity(row.session, "files"):
+        data = await (await node.machines.link(row.id)).read_file(_path(request), FILE_BYTES_MAX)
+    return Response(data, media_type="application/octet-stream")
 
 
 async def write_file(request: Request) -> Response:
     """PUT /v1/machines/REF/files."""
-    machines = context_of(request).node.machines
+    node = context_of(request).node
     try:
         mode = int(request.query_params.get("mode", "644"), 8)
     except ValueError as exc:
         raise BadInput("mode: octal digits are needed") from exc
-    link = await machines.link((await machines.get(_ref(request))).id)
-    await link.write_file(_path(request), await read_body(request, FILE_BYTES_MAX), mode)
+    data = await read_body(request, FILE_BYTES_MAX)
+    row = await node.machines.get(_ref(request))
+    with node.sessions.activity(row.session, "files"):
+        await (await node.machines.link(row.id)).write_file(_path(request), data, mode)
     return Response(status_code=204)
 
 

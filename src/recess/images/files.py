@@ -116,6 +116,16 @@ def _sweep(parent: Path) -> None:
 
 
 @contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
 def build_dir(images_dir: Path) -> Iterator[Path]:
     """Yield an empty folder on the images' filesystem; it is gone afterwards, however the block ends.
 
@@ -123,12 +133,14 @@ def build_dir(images_dir: Path) -> Iterator[Path]:
     """
     parent = images_dir / "tmp"
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
     path = parent / secrets.token_hex(8)
-    path.mkdir(mode=0o700)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    # Under the parent's lock, since a folder that is made but not yet locked looks like a crashed build's to a neighbour.
+    with _locked(parent):
+        _sweep(parent)
+        path.mkdir(mode=0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
         with space_errors(str(path)):
             yield path
     finally:
