@@ -6,6 +6,7 @@ test server: loopback only, bodies capped, one request after another on a connec
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -55,7 +56,7 @@ def json_response(data: Any, status: int = 200) -> HttpResponse:
     return HttpResponse(status, json.dumps(data).encode() + b"\n")
 
 
-class LoopbackServer:
+class LoopbackServer(abc.ABC):
     """Async context manager; `url` is its base URL while it is open. Subclasses implement `answer`."""
 
     def __init__(self, port: int = 0) -> None:
@@ -68,9 +69,9 @@ class LoopbackServer:
         """The base URL, without a slash at the end."""
         return f"http://127.0.0.1:{self.port}"
 
+    @abc.abstractmethod
     async def answer(self, request: HttpRequest) -> HttpResponse:
         """Return the response to a request."""
-        raise NotImplementedError
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
