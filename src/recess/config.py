@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from recess.errors import BadInput
 
@@ -135,5 +136,5 @@ def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Co
     unknown = sorted(set(values) - set(kinds) - {"home"})
     if unknown:
         raise BadInput(f"configuration: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(kinds))}")
-    coerced = {name: _coerce(name, kinds[name], value) for name, value in values.items()}
-    return replace(config, **coerced)  # type: ignore[arg-type]
+    coerced: dict[str, Any] = {name: _coerce(name, kinds[name], value) for name, value in values.items()}
+    return replace(config, **coerced)

@@ -22,8 +22,6 @@ READ_BYTES = 64 * 1024
 LINGER_BYTES = 1 << 20
 LINGER_S = 2.0
 
-Event = h11.Request | h11.Response | h11.InformationalResponse | h11.Data | h11.EndOfMessage | h11.ConnectionClosed
-
 
 class GuestSide:
     """The guest's connection: we are its HTTP server."""
@@ -34,14 +32,16 @@ class GuestSide:
         self.responded = False  # a response has begun in this cycle
         self._method = b""
 
-    async def next_event(self) -> Event | type[h11.PAUSED]:
+    async def next_event(self) -> h11.Event | type[h11.PAUSED]:
         """Return the next event of the guest's request. Raises h11.RemoteProtocolError, GuestFailed."""
         while True:
             event = self.http.next_event()
             if isinstance(event, h11.Request):
                 self._method = event.method
-            if event is not h11.NEED_DATA:
-                return event  # type: ignore[return-value]
+            if isinstance(event, h11.Event):
+                return event
+            if event is h11.PAUSED:
+                return h11.PAUSED
             if self.http.they_are_waiting_for_100_continue:
                 await self.send(h11.InformationalResponse(status_code=100, headers=[]))
             self.http.receive_data(await self.stream.read(READ_BYTES))
@@ -108,12 +108,14 @@ class UpstreamSide:
             self.writer.write(data)
             await self.writer.drain()
 
-    async def next_event(self) -> Event | type[h11.PAUSED]:
+    async def next_event(self) -> h11.Event | type[h11.PAUSED]:
         """Return the next event of the response. Raises h11.RemoteProtocolError, OSError."""
         while True:
             event = self.http.next_event()
-            if event is not h11.NEED_DATA:
-                return event  # type: ignore[return-value]
+            if isinstance(event, h11.Event):
+                return event
+            if event is h11.PAUSED:
+                return h11.PAUSED
             self.http.receive_data(await self.reader.read(READ_BYTES))
 
 

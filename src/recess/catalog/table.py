@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 
@@ -16,7 +16,10 @@ from recess.catalog.names import check_name
 from recess.db import Database, Row, Tx, UniqueViolation
 from recess.errors import BadInput, Conflict, Corrupt, NameInUse, NotFound
 
-R = TypeVar("R")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
 
 LIST_MAX = 10_000
 
@@ -39,7 +42,7 @@ class Table(Generic[R]):
     @property
     def columns(self) -> tuple[str, ...]:
         """The column names, which are the record's fields."""
-        return tuple(f.name for f in dataclasses.fields(self.record))  # type: ignore[arg-type]
+        return tuple(f.name for f in dataclasses.fields(self.record))
 
     def insert_in(self, tx: Tx, row: R) -> R:
         """Add a row. Raises BadInput (illegal name), NameInUse, Conflict (the id exists)."""

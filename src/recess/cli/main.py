@@ -15,7 +15,7 @@ import click
 
 from recess import __version__
 from recess.cli.output import Output
-from recess.errors import RecessError
+from recess.errors import BadInput, RecessError
 
 # verb -> (module below recess.cli.verbs, attribute, one line of help)
 VERBS: dict[str, tuple[str, str, str]] = {
@@ -46,6 +46,12 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "down": ("up", "down", "Stop the local server; machines keep running unless --all"),
     "version": ("version", "version", "Show versions"),
 }  # fmt: skip
+
+
+class _Usage(BadInput):
+    """The command line itself is wrong: an unknown verb or option, a missing argument."""
+
+    code = "usage"
 
 
 class LazyGroup(click.Group):
@@ -106,10 +112,9 @@ def run_cli(args: list[str]) -> int:
     except click.exceptions.Exit as exc:
         return exc.exit_code
     except click.UsageError as exc:
-        error = RecessError(exc.format_message(), hint=f"recess {command} --help".replace("  ", " "))
-        error.code = "usage"  # type: ignore[misc]
-        output.error(error, 2)
-        return 2
+        error = _Usage(exc.format_message(), hint=f"recess {command} --help".replace("  ", " "))
+        output.error(error, error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
     except RecessError as exc:

@@ -90,11 +90,11 @@ class Report:
         """Return the closing table: rung, standstill, durable, bytes, restore of each step that moved a machine."""
         columns = ("rung", "standstill_s", "durable_s", "stored_bytes", "restore_s")
         heads = ("step", "rung", "standstill", "durable", "stored", "restore", "step took")
-        rows = [heads]
+        rows: list[tuple[str, ...]] = [heads]
         for step in self.steps:
             if any(name in step.figures for name in columns):
                 cells = [_cell(name, step.figures.get(name)) for name in columns]
-                rows.append((step.name, *cells, format_duration(step.seconds)))  # type: ignore[arg-type]
+                rows.append((step.name, *cells, format_duration(step.seconds)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -46,7 +46,8 @@ class PageMap:
     def counts(self) -> tuple[int, int, int]:
         """Return how many pages are zeros, blocks of a file, slots of a layer."""
         kinds = np.array([ZERO, *(source.kind for source in self.sources)])[self.source]
-        return tuple(int((kinds == kind).sum()) for kind in (ZERO, KIND_BLOCKS, KIND_LAYER))  # type: ignore[return-value]
+        zeros, blocks, layers = (int((kinds == kind).sum()) for kind in (ZERO, KIND_BLOCKS, KIND_LAYER))
+        return zeros, blocks, layers
 
     def rows_by_source(self) -> dict[Source | None, NDArray[np.int64]]:
         """Return for each source in use (None: zeros) the rows of the arrays that refer to it, ascending."""

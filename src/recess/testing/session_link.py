@@ -261,9 +261,10 @@ class ProcessLink:
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for member in tar.getmembers():  # `filter=` is younger than the oldest Python we support
                 where = (target / member.name).resolve()
-                if where.is_relative_to(target.resolve()) and member.isfile():
+                content = tar.extractfile(member) if member.isfile() else None
+                if content is not None and where.is_relative_to(target.resolve()):
                     where.parent.mkdir(parents=True, exist_ok=True)
-                    where.write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+                    where.write_bytes(content.read())
                     where.chmod(member.mode & 0o777)
 
     async def stats(self) -> Mapping[str, Any]:

@@ -129,8 +129,8 @@ def fetch(method: str, url: str, body: object = None, **headers: str) -> tuple[i
             return error.code, json.load(error)
 
 
-async def ask(*args: object, **headers: str) -> tuple[int, dict]:
-    return await asyncio.to_thread(fetch, *args, **headers)  # type: ignore[arg-type]
+async def ask(method: str, url: str, body: object = None, **headers: str) -> tuple[int, dict]:
+    return await asyncio.to_thread(fetch, method, url, body, **headers)
 
 
 async def test_whole_answers_models_and_unknown_calls() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,23 +35,21 @@ def _files(source: Path) -> dict[str, str]:
 @click.option("--image", default="", help="Image of its machine.")
 @click.option("-m", "--memory", default="", help="Memory of its machine.")
 @click.option("--idle", default="", help="Idle time before it is put away, like 30s.")
-@click.option("--policy", type=click.Choice(["pin", "turn", "now"]), default="turn", help="When sessions take it.")
+@click.option("--policy", type=click.Choice(["pin", "turn", "now"]), help="When sessions take it; default: turn.")
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Environment of the agent process.")
 @click.option("--route", multiple=True, metavar="NAME=URL", help="A base-URL route of the broker (key added there).")
 @click.option("--allow", multiple=True, metavar="HOST", help="Let it reach a host.")
 @click.argument("source", type=click.Path(path_type=Path))
 @verb
-def deploy(inv: Invocation, source: Path, name: str, **flags: object) -> None:
+def deploy(
+    inv: Invocation, source: Path, name: str, env: tuple[str, ...], route: tuple[str, ...], **plain: Any
+) -> None:
     """Store SOURCE (agent.py, or a folder that holds it) as the newest version of an agent."""
-    config: dict[str, object] = {"policy": flags["policy"]}
-    for key in ("image", "memory", "idle"):
-        if flags[key]:
-            config[key] = flags[key]
-    if flags["env"]:
-        config["env"] = parse_pairs(flags["env"], "-e")  # type: ignore[arg-type]
-    if flags["route"]:
-        config["routes"] = parse_pairs(flags["route"], "--route")  # type: ignore[arg-type]
-    if flags["allow"]:
-        config["allow"] = list(flags["allow"])  # type: ignore[call-overload]
+    # What was not given is left out: the agent's own declaration and the server's defaults fill it in.
+    config = {key: value for key, value in plain.items() if value}
+    if env:
+        config["env"] = parse_pairs(env, "-e")
+    if route:
+        config["routes"] = parse_pairs(route, "--route")
     row = inv.server.call("POST", "/v1/agents", {"name": name, "files": _files(source), "config": config})
     inv.out.data(row, f"{row['name']}@{row['version']}")
