@@ -28,6 +28,7 @@ FOLLOW_S = 15.0
 RETRIES_S = (0.5, 2.0, 5.0, 15.0)
 SUSPEND_S = 120.0
 STOP_S = 10.0
+RESUME_TRIES = 5
 
 
 class Sessions:
@@ -38,6 +39,7 @@ class Sessions:
         self.gate = LeaseGate(deps.clock)
         self._live: dict[str, Supervisor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._again: set[str] = set()  # woken while their supervisor was ending: the next one starts when it has
         self._closing = False
 
     # -- agents ----------------------------------------------------------------------------------------------------
@@ -151,17 +153,27 @@ class Sessions:
         return await self._deps.log.get(row.id)
 
     async def resume(self, ref: str) -> SessionRow:
-        """Bring a session's machine up (also without a message). Raises why it could not."""
+        """Bring a session's machine up, also without a message; returns when the machine answers. One that is just
+        being put away is put away and brought back. Raises why it could not be."""
         row = await self._deps.log.get(ref)
         if row.state == "closed":
             raise IllegalState(f"session {row.id} is closed")
-        supervisor = self._wake(row.id)
-        if supervisor is None:
-            raise Unavailable("this server is closing")
-        await supervisor.awake.wait()
-        if supervisor.failure is not None:
-            raise supervisor.failure
-        return await self._deps.log.get(row.id)
+        failure: RecessError = Unavailable("this server is closing")
+        for _ in range(RESUME_TRIES):
+            supervisor = self._wake(row.id)
+            if supervisor is None:
+                break
+            try:
+                await supervisor.command(supervisor.answering)
+                return await self._deps.log.get(row.id)
+            except Unavailable as exc:
+                failure = exc  # the actor sees that the machine is gone, and brings it back or puts the session away
+            except Timeout as exc:
+                failure = exc
+                await supervisor.gone.wait()
+            if supervisor.failure is not None:
+                raise supervisor.failure
+        raise failure
 
     async def fork(self, ref: str, *, at: int | None = None, name: str = "", eager: bool = False) -> SessionRow:
         """Fork log and machine together: at the head of a live session (its machine is snapshotted, it goes on), at
@@ -280,6 +292,8 @@ class Sessions:
     def _wake(self, session: str) -> Supervisor | None:
         supervisor = self._live.get(session)
         if supervisor is not None:
+            if supervisor.stopping:
+                self._again.add(session)
             supervisor.poke()
             return supervisor
         if self._closing:
@@ -300,8 +314,11 @@ class Sessions:
             while True:
                 await supervisor.run()
                 failure = supervisor.failure
-                if self._closing or not await self._has_work(session, failed=failure is not None):
+                work = await self._has_work(session, failed=failure is not None)
+                # No await from here to the end of `finally`: who wakes the session is either in `_again` or finds none.
+                if self._closing or not (work or session in self._again):
                     return
+                self._again.discard(session)
                 if failure is not None:
                     log.warning("session %s: %s", session, failure.message)
                     if isinstance(failure, Fenced) or tries >= len(RETRIES_S):
@@ -310,7 +327,9 @@ class Sessions:
                     tries += 1
                 if self._live.get(session) is not supervisor:
                     return
-                supervisor = self._live[session] = Supervisor(self._deps, self.gate, session)
+                ended, supervisor = supervisor, Supervisor(self._deps, self.gate, session)
+                self._live[session] = supervisor
+                ended.gone.set()
         except asyncio.CancelledError:
             raise
         except Exception:
@@ -319,6 +338,8 @@ class Sessions:
             if self._live.get(session) is supervisor:
                 del self._live[session]
                 self._tasks.pop(session, None)
+                self._again.discard(session)
+            supervisor.gone.set()
 
     async def _has_work(self, session: str, *, failed: bool) -> bool:
         try:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from recess.contextlog.contract import SessionRow
-from recess.errors import Fenced, IllegalState, RecessError, Timeout
+from recess.errors import Fenced, IllegalState, RecessError, Timeout, Unavailable
 from recess.sessions import moves
 from recess.sessions.agent_config import AgentConfig, check_config
 from recess.sessions.agent_job import AgentJob, Ended
@@ -53,11 +53,12 @@ class Supervisor:
         self.job_count = 0
         self.no_freeze_before_s = 0.0
         self.recoveries = 0  # since a turn was last delivered
-        self.awake = asyncio.Event()  # set when the machine is up, or when `run` has ended
+        self.gone = asyncio.Event()  # set by the service once this one serves no more and its place is free or taken
         self._active_s = deps.clock.monotonic_s()
         self._was_waiting = False
         self._refused: asyncio.Future[None] | None = None
         self._commands: list[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = []
+        self._over = False
         self._renewer: asyncio.Task[None] | None = None
 
     # -- from outside ----------------------------------------------------------------------------------------------
@@ -72,7 +73,10 @@ class Supervisor:
         self._bell.set()
 
     async def command(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Run `work` inside the actor, between two moves. Raises what it raises, or Timeout if the actor ended."""
+        """Run `work` inside the actor, once the machine is up, between two moves. Raises what it raises, or Timeout if
+        the actor ended first (also because the machine did not come up: see `failure`)."""
+        if self._over:
+            raise self._put_away()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._commands.append((work, future))
         self._bell.set()
@@ -86,7 +90,6 @@ class Supervisor:
         try:
             await self._claim()
             await self.wake()
-            self.awake.set()
             while not self.stopping:
                 await self._run_commands()
                 if not self.stopping:
@@ -98,10 +101,11 @@ class Supervisor:
             self.failure = exc
             await self._give_up(exc)
         finally:
-            self.stopping = True
-            self._fail_commands()
-            self.awake.set()
-            await self.leave()
+            self.stopping = self._over = True
+            try:
+                await self.leave()
+            finally:
+                self._fail_commands()
 
     async def _claim(self) -> None:
         settings, clock, log = self.deps.settings, self.deps.clock, self.deps.log
@@ -241,6 +245,17 @@ class Supervisor:
         await self.deps.log.close(self.session, self.held_desk.epoch)
         await self.hand.kill("session closed")
 
+    async def answering(self) -> None:
+        """See that the machine runs and answers; a wish to suspend is overruled (a command). Raises Unavailable if it
+        does not: it is ended then, and the next wake brings back what is stored."""
+        if self.suspend_wanted:
+            self.suspend_failed(IllegalState(f"session {self.session} was resumed meanwhile"))
+        if self.state == "parked":
+            await moves.unpark(self)
+        self.touch()
+        if not await self.hand.answers():
+            raise Unavailable(f"session {self.session}: its machine does not answer: {self.death or 'it was ended'}")
+
     async def want_suspend(self) -> None:
         """Put away at the next boundary, whatever the idle time says (a command)."""
         self.suspend_wanted = True
@@ -333,4 +348,7 @@ class Supervisor:
         while self._commands:
             _work, future = self._commands.pop(0)
             if not future.done():
-                future.set_exception(Timeout(f"session {self.session} was put away meanwhile", hint="try again"))
+                future.set_exception(self._put_away())
+
+    def _put_away(self) -> Timeout:
+        return Timeout(f"session {self.session} was put away meanwhile", hint="try again")
