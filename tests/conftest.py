@@ -13,14 +13,17 @@ import secrets
 import select
 import shutil
 import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from recess.config import Config, load_config
 from recess.images import ImageStore, ensure_boot_files
+from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
 
 _ALLOWED = Path(__file__).with_name("allowed_skips.txt")
 _GRACE_S = 10.0  # how long what a test ended may take to be gone
@@ -104,14 +107,43 @@ def _end(processes: dict[int, str]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-# --- skips ------------------------------------------------------------------------------------------------------------
+# --- collection -------------------------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever lies in tests/machines boots machines, and whatever asks for a real home does, too."""
-    for item in items:
+    """Whatever lies in tests/machines boots machines, and whatever asks for a real home does, too. A test that mounts
+    is run in a child with namespaces of its own where this process may not mount."""
+    for index, item in enumerate(items):
         if "tests/machines/" in item.path.as_posix() or "real_config" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.machines)
+        if item.get_closest_marker("mounts") and not may_mount():
+            items[index] = _in_own_namespace(item)
+
+
+def _in_own_namespace(item: pytest.Item) -> pytest.Item:
+    """Return a stand-in for a test: it runs the test by a pytest of its own, and holds if that passes, unskipped."""
+    if not has_namespaces():
+        item.add_marker(pytest.mark.skip(reason="this user may neither mount nor make namespaces"))
+        return item
+    assert item.parent is not None
+    stand_in = pytest.Function.from_parent(item.parent, name=item.name, callobj=_runner(item.nodeid, item.config))
+    stand_in.own_markers = [mark for mark in item.own_markers if mark.name != "asyncio"]
+    return stand_in
+
+
+def _runner(nodeid: str, config: pytest.Config) -> Callable[[Path], None]:
+    def run(tmp_path: Path) -> None:
+        pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={tmp_path / 't'}"]
+        done = subprocess.run(
+            own_namespace([*pytest_, nodeid]), cwd=config.rootpath, env={**os.environ, "CI": "true"},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+# --- skips ------------------------------------------------------------------------------------------------------------
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -127,10 +159,24 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
         _skips[report.nodeid] = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
 
+# When a line of the list holds; each is looked up only if a line with it is needed.
+_CONDITIONS: dict[str, Callable[[], bool]] = {
+    "always": lambda: True,
+    "ordinary-user": lambda: os.geteuid() != 0,
+    "no-namespaces": lambda: not may_mount() and not has_namespaces(),
+}
+
+
 def unexpected_skips(skips: dict[str, str], allowed: str) -> list[str]:
-    """Return the ids of skips that no line of the list of allowed ones matches."""
-    patterns = [line.split("  ")[0] for line in allowed.splitlines() if line.strip() and not line.startswith("#")]
-    return sorted(i for i in skips if not any(fnmatch.fnmatchcase(i, p) for p in patterns))
+    """Return the ids of skips that no line of the list of allowed ones matches whose condition holds here.
+
+    Raises ValueError for a line that is not PATTERN, CONDITION, why (two spaces between them).
+    """
+    rows = [line.split("  ", 2) for line in allowed.splitlines() if line.strip() and not line.startswith("#")]
+    wrong = [row for row in rows if len(row) != 3 or row[1] not in _CONDITIONS]
+    if wrong:
+        raise ValueError(f"{_ALLOWED.name}: not a pattern, a condition ({', '.join(_CONDITIONS)}) and why: {wrong[0]}")
+    return sorted(i for i in skips if not any(fnmatch.fnmatchcase(i, p) and _CONDITIONS[c]() for p, c, _ in rows))
 
 
 def _counts() -> bool:
@@ -153,4 +199,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, reason in sorted(_skips.items()):
         terminalreporter.line(f"{'NOT ALLOWED' if name in wrong else 'allowed'}  {name}: {reason}")
     if wrong and _counts():
-        terminalreporter.line(f"{len(wrong)} skips are not in tests/allowed_skips.txt: the run fails", red=True)
+        terminalreporter.line(f"{len(wrong)} skips are not allowed here by {_ALLOWED.name}: the run fails", red=True)

@@ -17,17 +17,11 @@ UNIFIED = next(
 
 
 class TestAsAProcess(GuestLinkSuite):
-    @pytest.fixture
-    async def guest(self, tmp_path):
-        async with guestd_process(tmp_path) as guest:
-            yield guest
+    """As whoever runs the tests; root runs the suite a second time as somebody without rights."""
 
-
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become somebody else")
-class TestAsAnOrdinaryUser(GuestLinkSuite):
-    @pytest.fixture
-    async def guest(self, short_tmp):
-        async with guestd_process(short_tmp, user=UNPRIVILEGED) as guest:
+    @pytest.fixture(params=[None, UNPRIVILEGED] if os.getuid() == 0 else [None], ids=lambda user: user and "nobody")
+    async def guest(self, short_tmp, request):
+        async with guestd_process(short_tmp, user=request.param) as guest:
             yield guest
 
     @pytest.fixture

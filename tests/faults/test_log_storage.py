@@ -4,13 +4,13 @@ import asyncio
 import os
 import shutil
 import sqlite3
-import subprocess
 
 import pytest
 
 from recess.contextlog import SCHEMA, Delta, DirectoryBodies, Draft, SqliteLog
 from recess.db import Database
 from recess.errors import Corrupt, OutOfSpace
+from recess.testing.small_disk import small_disk
 
 BIG = os.urandom(300_000).hex()
 
@@ -40,14 +40,9 @@ async def test_a_full_database_refuses_and_keeps_what_it_has(opened):
     assert [a.position for a in await log.append(row.id, row.epoch, drafts)] == list(range(2, 22))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a tiny tmpfs")
+@pytest.mark.mounts
 async def test_a_full_body_store_refuses_and_leaves_no_half_file(tmp_path):
-    small = tmp_path / "small"
-    small.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", small], capture_output=True, check=False)
-    if made.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {made.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "small", 256 << 10) as small:
         db = Database.open(tmp_path / "recess.db", [SCHEMA])
         log = SqliteLog(db, DirectoryBodies(small / "bodies"))
         row = await log.create(agent="a", code_version="v")
@@ -57,8 +52,6 @@ async def test_a_full_body_store_refuses_and_leaves_no_half_file(tmp_path):
         assert [p for p in small.rglob("*") if p.is_file()] == []
         assert (await log.append_inbox(row.id, Draft("user", {"text": "y" * 50_000}, key="k"))).position == 1
         await db.close()
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 @pytest.mark.parametrize("damage", ["body = '{'", "body = '[1]'", "body = NULL", "body = x'ff'"])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from recess.guestlink.link import ExecRequest
 from recess.machines.contract import RestoreParts, Vm
 from recess.testing.driver_suite import NO_PAGES, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
+from recess.testing.small_disk import small_disk
 
 pytestmark = pytest.mark.machines
 
@@ -184,28 +183,14 @@ async def goes_on(vm: Vm) -> None:
     await vm.kill()
 
 
-@contextlib.contextmanager
-def tiny_disk(path: Path, megabytes: int) -> Iterator[Path]:
-    """Mount a small file system there; skips where that is not allowed."""
-    path.mkdir(parents=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={megabytes}M", "tmpfs", str(path)], capture_output=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", str(path)], check=True)
-
-
+@pytest.mark.mounts
 async def test_the_disk_fills_up_while_it_is_copied(rig: QemuRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy-before-write of a guest that writes meanwhile runs out of room: no guest write is lost."""
 
     async def trusting(_vm: Any) -> None:
         return
 
-    with tiny_disk(rig.home / "small", 40) as small:
+    with small_disk(rig.home / "small", 40 << 20) as small:
         vm = await rig.make_driver().restore("small", rig.spec, await fork_parts(rig), small / "machine")
         try:
             await vm.link.unfreeze()
@@ -224,11 +209,12 @@ async def test_the_disk_fills_up_while_it_is_copied(rig: QemuRig, monkeypatch: p
             await vm.kill()
 
 
+@pytest.mark.mounts
 async def test_a_truly_full_disk(rig: QemuRig) -> None:
     """Restore and capture on a disk without room: typed, nothing left, and the machine goes on."""
     driver = rig.make_driver()
     parts = await fork_parts(rig)
-    with tiny_disk(rig.home / "small", 24) as small:
+    with small_disk(rig.home / "small", 24 << 20) as small:
         vm = await driver.restore("small", rig.spec, parts, small / "machine")
         try:
             await vm.link.unfreeze()

@@ -1,13 +1,13 @@
 """A full disk while a snapshot is written: a typed error, the space given back, older snapshots untouched."""
 
 import os
-import subprocess
 
 import pytest
 
 from recess.blobs import LocalBlobs, MemoryBlobs
 from recess.errors import OutOfSpace
 from recess.snapshots import SnapshotMeta, Store
+from recess.testing.small_disk import small_disk
 from tests.unit.snapshots.helpers import page, raw
 from tests.unit.snapshots.test_store import read
 
@@ -55,15 +55,11 @@ def test_only_the_manifest_does_not_fit():
 @pytest.fixture
 def tiny(tmp_path):
     """A real file system of 1 MiB."""
-    root = tmp_path / "tiny"
-    root.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", root], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield root
-    subprocess.run(["umount", root], check=True)
+    with small_disk(tmp_path / "tiny", 1 << 20) as root:
+        yield root
 
 
+@pytest.mark.mounts
 def test_a_real_disk_that_is_full(tiny, tmp_path):
     store = Store(LocalBlobs(tiny / "blobs"))
     old = store.write([raw("memory", 1000, SMALL)], b"old", META).snapshot_id

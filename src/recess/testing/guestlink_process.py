@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -67,11 +68,13 @@ async def guestd_process(
         path.mkdir(parents=True, exist_ok=True)
         if user is not None:
             os.chown(path, user, user)
-    channel = folder / "channel.sock"
+    channel, guestd = folder / "channel.sock", find_guestd()
+    if user is not None:  # somebody else may not be able to look into this source folder
+        guestd = Path(shutil.copy(guestd, folder / "guestd"))
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(channel))
         listener.listen(4)
-        argv = [str(find_guestd()), "--serve-fd", str(listener.fileno()), "--run-dir", str(paths["run"])]
+        argv = [str(guestd), "--serve-fd", str(listener.fileno()), "--run-dir", str(paths["run"])]
         argv += ["--proxy-port", "0", "--hooks", str(paths["hooks"]), *extra]
         argv += [] if cgroup is None else ["--cgroup", str(cgroup)]
         process = await asyncio.create_subprocess_exec(
