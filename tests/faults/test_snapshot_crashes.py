@@ -154,3 +154,17 @@ def test_crashing_notices_a_point_that_is_not_passed():
         pass
     with pytest.raises(AssertionError, match="no such"), crashing("no.such"):
         pass
+
+
+@pytest.mark.parametrize("skip", range(3))
+def test_a_crash_in_the_middle_of_a_discard(stored, skip):
+    root, store, old = stored
+    new = store.write([raw("memory", 1000, NEW)], b"new", META, parent_id=old).snapshot_id
+    with crashing("discard.between_deletions", skip=skip):
+        store.discard(new)
+    after = Store(LocalBlobs(root))
+    assert after.list_ids() == [old]  # the manifest went first: what is left are files that nothing names
+    assert whole(after, old, OLD)
+    after.collect([old], grace_s=0, now=time.time() + 100)
+    assert len(list(after._blobs.list_blobs())) == 4
+    after.close()

@@ -7,13 +7,15 @@ position. Everything here is synchronous and CPU- or disk-bound: async callers u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recess.snapshots.lineage import Shape
 
 PageIndices = NDArray[np.uint32]  # ascending page numbers
 PageData = NDArray[np.uint8]  # shape (n, 4096), C-contiguous
@@ -154,10 +156,27 @@ class SnapshotStore(Protocol):
         """Re-hash everything reachable; raises Corrupt naming the blob."""
         ...
 
-    def dependents(self, snapshot_id: str, all_ids: list[str]) -> list[str]:
-        """Return the snapshots among `all_ids` that reference layers or the template made by this one."""
+    def shapes(self, ids: Iterable[str]) -> dict[str, Shape]:
+        """Return what each of these manifests says about bytes; those that cannot be read are left out."""
         ...
 
-    def collect(self, live_ids: list[str], *, grace_s: float, now: float) -> Mapping[str, int]:
-        """Mark from the live manifests and sweep older unreferenced blobs; returns counts and bytes freed."""
+    def dependents(self, snapshot_id: str, all_ids: list[str]) -> list[str]:
+        """Return who of `all_ids` depends on it; what that means: `lineage.dependents`. Unreadable ones don't count."""
+        ...
+
+    def discard(self, snapshot_id: str) -> Mapping[str, int]:
+        """Delete a snapshot that nobody names, and what it alone needs, at once; see `sweep.discard`."""
+        ...
+
+    def collect(
+        self, live_ids: list[str], *, grace_s: float, now: float, wanted: Iterable[str] = ()
+    ) -> Mapping[str, int]:
+        """Mark from the live manifests, and from those of `wanted` that are there, and sweep older unreferenced blobs.
+
+        Returns counts and bytes freed. A live manifest that is missing or damaged raises before anything is deleted.
+        """
+        ...
+
+    def used_bytes(self) -> int:
+        """Return the bytes of everything stored. Costs a listing."""
         ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from recess.blobs import BlobStore
 from recess.crashpoints import crash_point
-from recess.errors import BadInput, Incompatible, NotFound, OutOfSpace, Unavailable
+from recess.errors import BadInput, Corrupt, Incompatible, NotFound, OutOfSpace, Unavailable
 from recess.frames import FRAME_RAW_BYTES_MAX, WorkPool
 from recess.snapshots.classify import words
 from recess.snapshots.contract import (
@@ -27,11 +27,12 @@ from recess.snapshots.contract import (
     TemplatePages,
     WriteReport,
 )
-from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of
+from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
+from recess.snapshots.lineage import Shape, dependents, shape_of
 from recess.snapshots.manifest_v1 import ManifestV1
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import OpenSnapshot, by_hash, read_manifest
-from recess.snapshots.sweep import collect
+from recess.snapshots.sweep import collect, discard
 from recess.snapshots.writer import SnapshotWriter
 from recess.units import KIB, PAGE_BYTES
 
@@ -160,20 +161,34 @@ class Store:
             snapshot_id = snapshot.manifest.template
         return counts
 
+    def shapes(self, ids: Iterable[str]) -> dict[str, Shape]:
+        """Return what each of these manifests says about bytes; those that cannot be read are left out."""
+        out = {}
+        for snapshot_id in ids:
+            try:
+                info = self._blobs.stat(key_of(snapshot_id))
+                out[snapshot_id] = shape_of(snapshot_id, self._manifest(snapshot_id), info.size_bytes)
+            except (NotFound, Corrupt, Incompatible, BadInput):
+                continue
+        return out
+
     def dependents(self, snapshot_id: str, all_ids: list[str]) -> list[str]:
         """See `SnapshotStore.dependents`."""
-        made = set(self._manifest(snapshot_id).made)
-        found = []
-        for other in all_ids:
-            if other != snapshot_id:
-                manifest = self._manifest(other)
-                if manifest.template == snapshot_id or made.intersection(manifest.files()):
-                    found.append(other)
-        return found
+        return dependents(snapshot_id, self.shapes({snapshot_id, *all_ids}))
 
-    def collect(self, live_ids: list[str], *, grace_s: float, now: float) -> Mapping[str, int]:
+    def discard(self, snapshot_id: str) -> Mapping[str, int]:
+        """See `SnapshotStore.discard`."""
+        return discard(self._blobs, self._pins, snapshot_id)
+
+    def collect(
+        self, live_ids: list[str], *, grace_s: float, now: float, wanted: Iterable[str] = ()
+    ) -> Mapping[str, int]:
         """See `SnapshotStore.collect`. Returns counts: manifests, files, leftovers, bytes."""
-        return collect(self._blobs, self._pins, live_ids, grace_s=grace_s, now=now)
+        return collect(self._blobs, self._pins, live_ids, grace_s=grace_s, now=now, wanted=wanted)
+
+    def used_bytes(self) -> int:
+        """Return the bytes of everything stored. Costs a listing."""
+        return sum(info.size_bytes for folder in FOLDERS for info in self._blobs.list_blobs(folder))
 
 
 def _check_template(snapshot: OpenSnapshot, template: TemplatePages | None) -> None:

@@ -6,6 +6,8 @@ live ids may be older than it). A root keeps its files and its template, which i
 Crash-safe in any place: manifests go first and durably, files after; so what a crash leaves is at worst a file without
 a manifest, never a manifest without its files. A root that cannot be read stops everything before the first deletion:
 what it needs is unknown. Writes that run meanwhile are protected by `publish.Pins` and by the grace period.
+
+`discard` is the same for one snapshot that nobody wants any more, at once instead of after the grace period.
 """
 
 from __future__ import annotations
@@ -14,22 +16,32 @@ from collections.abc import Iterable
 
 from recess.blobs import BlobInfo, BlobStore
 from recess.crashpoints import crash_point
-from recess.errors import NotFound
+from recess.errors import Corrupt, HasDependents, Incompatible, NotFound
 from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import read_manifest
 
 
-def mark(blobs: BlobStore, roots: Iterable[str]) -> set[str]:
-    """Return the keys of everything the roots need. Raises NotFound, Corrupt, Incompatible, BadInput."""
+def mark(blobs: BlobStore, roots: Iterable[str], wanted: Iterable[str] = ()) -> set[str]:
+    """Return the keys of everything the roots need, and those of `wanted` that are there.
+
+    Raises NotFound (a root is not there), Corrupt, Incompatible, BadInput.
+    """
     marked: set[str] = set()
-    waiting = list(roots)
+    needed = set(roots)
+    wishes = set(wanted) - needed
+    waiting = [*wishes, *needed]
     while waiting:
         snapshot_id = waiting.pop()
         key = key_of(snapshot_id)
         if key in marked:
             continue
-        manifest = read_manifest(blobs, snapshot_id)
+        try:
+            manifest = read_manifest(blobs, snapshot_id)
+        except NotFound:
+            if snapshot_id in wishes:
+                continue
+            raise
         marked.add(key)
         marked.update(key_of(ref) for ref in manifest.files())
         if manifest.template:
@@ -37,7 +49,9 @@ def mark(blobs: BlobStore, roots: Iterable[str]) -> set[str]:
     return marked
 
 
-def collect(blobs: BlobStore, pins: Pins, live_ids: Iterable[str], *, grace_s: float, now: float) -> dict[str, int]:
+def collect(
+    blobs: BlobStore, pins: Pins, live_ids: Iterable[str], *, grace_s: float, now: float, wanted: Iterable[str] = ()
+) -> dict[str, int]:
     """Sweep; return how many manifests, files and leftovers of interrupted puts went, and how many bytes."""
     before = now - grace_s
     counts = {"manifests": 0, "files": 0, "leftovers": 0, "bytes": 0}
@@ -45,7 +59,7 @@ def collect(blobs: BlobStore, pins: Pins, live_ids: Iterable[str], *, grace_s: f
         infos = [info for folder in FOLDERS for info in blobs.list_blobs(folder) if id_of(info.key) is not None]
         manifests = [info for info in infos if _is_manifest(info)]
         young = [str(id_of(info.key)) for info in manifests if info.modified_s >= before]
-        marked = mark(blobs, [*live_ids, *young])
+        marked = mark(blobs, [*live_ids, *young], wanted)
         files = [info for info in infos if not _is_manifest(info)]
         for kind, group in (("manifests", manifests), ("files", files)):
             for info in group:
@@ -54,6 +68,42 @@ def collect(blobs: BlobStore, pins: Pins, live_ids: Iterable[str], *, grace_s: f
                     counts["bytes"] += info.size_bytes
                     crash_point("collect.between_deletions")
     counts["leftovers"] = blobs.clean(before_s=before)
+    return counts
+
+
+def discard(blobs: BlobStore, pins: Pins, snapshot_id: str) -> dict[str, int]:
+    """Delete one snapshot now, and those of its files that no other manifest names, with a row or without.
+
+    Only where this process is the only writer of the store: what a running write here uses is pinned, but a write of
+    another process would need the grace period of `collect`. Not there: nothing happens. Raises HasDependents (it is
+    somebody's template), Corrupt (a manifest is unreadable, so what it needs is unknown: nothing was deleted).
+    """
+    own, counts = key_of(snapshot_id), {"manifests": 0, "files": 0, "bytes": 0}
+    with pins.sweep():
+        files: list[str] = []  # if it is damaged: what was its alone is found by the next sweep
+        try:
+            own_bytes = blobs.stat(own).size_bytes
+            files = read_manifest(blobs, snapshot_id).files()
+        except NotFound:
+            return counts
+        except (Corrupt, Incompatible):
+            pass
+        ids = (id_of(info.key) for info in blobs.list_blobs(FOLDERS[0]))
+        marked = mark(blobs, (), [ref for ref in ids if ref is not None and ref != snapshot_id])
+        if own in marked:
+            raise HasDependents(f"snapshot {snapshot_id[:16]} is a template in use", dependents=[])
+        sizes = {}
+        for key in (key_of(ref) for ref in files):
+            if key not in marked and blobs.exists(key):
+                sizes[key] = blobs.stat(key).size_bytes
+        if not pins.delete(blobs, own):
+            return counts
+        counts["manifests"], counts["bytes"] = 1, own_bytes
+        for key, size in sizes.items():
+            crash_point("discard.between_deletions")
+            if pins.delete(blobs, key):
+                counts["files"] += 1
+                counts["bytes"] += size
     return counts
 
 

@@ -1,10 +1,13 @@
 """Garbage collection: nothing live goes, nothing dead stays, and doubt stops it."""
 
 import threading
+import time
 
 import pytest
 
-from recess.errors import Corrupt, NotFound
+from recess.blobs import LocalBlobs
+from recess.contextlog import DirectoryBodies
+from recess.errors import Corrupt, HasDependents, NotFound
 from recess.snapshots import SnapshotMeta, Store
 from recess.snapshots.publish import Pins
 from tests.unit.snapshots.helpers import ArrayTemplate, Blobs, page, raw
@@ -164,3 +167,80 @@ def test_pins_outlast_the_write_while_a_sweep_runs():
     assert pins.delete(blobs, "a")
     pins.hold(["c"])
     assert pins.delete(blobs, "c", own=1)
+
+
+def test_what_is_only_wanted_is_kept_if_it_is_there(store, blobs):
+    """The log may name a snapshot that was removed since; one that is there stays, whatever the rows say."""
+    one, two = put(store, 1), put(store, 2)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    store.collect([], wanted=[one, "snp_" + "0" * 64], grace_s=HOUR, now=at)
+    assert store.list_ids() == [one]
+    store.verify(one)
+    with pytest.raises(NotFound):
+        store.collect([two], wanted=[two], grace_s=HOUR, now=at)
+    blobs.replace(f"manifests/{one}", b"x")
+    with pytest.raises(Corrupt):
+        store.collect([], wanted=[one], grace_s=HOUR, now=at)
+
+
+def test_discard_takes_one_snapshot_at_once_and_nothing_of_others(store, blobs):
+    one = put(store, 1)
+    two = put(store, 2, parent_id=one)
+    counts = store.discard(one)
+    assert counts["manifests"] == 1
+    assert store.list_ids() == [two]
+    store.verify(two)  # its page 1 is in the layer of `one`, which therefore stayed
+    assert store.discard(two)["files"] == 4  # both layers, its own page maps and device state
+    assert keys(blobs) == set()
+    assert store.discard(two) == {"manifests": 0, "files": 0, "bytes": 0}
+
+
+def test_discard_refuses_a_template_and_stops_at_doubt(store, blobs):
+    base = put(store, 1)
+    template = ArrayTemplate(
+        base, {"memory": raw("memory", 20, {n: (1, 77)[n] if n < 2 else 0 for n in range(20)}).data}
+    )
+    child, other = put(store, 2, template=template), put(store, 3)
+    with pytest.raises(HasDependents):
+        store.discard(base)
+    blobs.replace(f"manifests/{other}", b"x")
+    before = keys(blobs)
+    with pytest.raises(Corrupt):
+        store.discard(child)
+    assert keys(blobs) == before
+    assert store.discard(other)["manifests"] == 1  # a damaged one can be given up itself
+    store.discard(child)
+    store.verify(base)
+
+
+def test_discard_leaves_what_a_running_write_uses(blobs):
+    """The parent is discarded between a child's look at it and the child's manifest."""
+    store = Store(blobs)
+    one = put(store, 1)
+    real_put, counts = blobs.put, []
+
+    def put_then_discard(key, data):
+        if key.startswith("manifests/"):
+            counts.append(store.discard(one))
+        return real_put(key, data)
+
+    blobs.put = put_then_discard
+    two = put(store, 2, parent_id=one)
+    assert counts[0]["manifests"] == 1
+    assert store.list_ids() == [two]
+    store.verify(two)
+    store.close()
+
+
+def test_the_bodies_of_the_log_are_never_swept(tmp_path):
+    """They may lie in the same folder, and the same blob store: the sweep looks only at names of its own."""
+    blobs = LocalBlobs(tmp_path / "blobs")
+    store = Store(blobs)
+    for folder in ("log", "layers", "manifests"):
+        bodies = DirectoryBodies(tmp_path / "blobs" / folder)
+        kept = {bodies.put(bytes([n]) * 70_000): bytes([n]) * 70_000 for n in range(8)}
+        store.collect([], grace_s=-HOUR, now=time.time() + 9 * HOUR)
+        store.discard(put(store, 1))
+        assert {digest: bodies.get(digest, 70_000) for digest in kept} == kept
+    store.close()
