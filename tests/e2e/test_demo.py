@@ -14,7 +14,7 @@ from recess.demo.processes import processes_of
 
 ACTS = ["start", "build", "lunch", "message", "fork", "crash", "upgrade", "end"]
 MOVED = {
-    "lunch": {"durable_s", "stored_bytes", "memory_given_back_bytes"},
+    "lunch": {"durable_s", "freeze_to_gone_s", "stored_bytes", "memory_given_back_bytes"},
     "message": {"rung", "restore_s", "thawed_s", "accepted_s"},
     "fork": {"first_fork_s", "durable_s", "stored_bytes"},
     "crash": {"rung", "restore_s", "recovered_s"},

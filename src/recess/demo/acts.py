@@ -93,17 +93,24 @@ async def lunch(world: World) -> None:
     before = world.machines()
     report.check(step, "a VM was running", bool(before), before)
     position = int(world.memory["position"])
+    ending = asyncio.create_task(_gone([one.pid for one in before]))
     entry, _ = await client.wait_entry(
         SESSION, position, lambda e: e["kind"] == "machine.snapshot", "the idle freeze", 60.0
     )
-    left = await wait_gone([one.pid for one in before], 20.0)
+    left, gone = await ending
     report.check(step, "no VM process is left", not left and not world.machines(), world.machines())
     row = await client.session(SESSION)
     report.check(step, "the session is frozen", row["state"] == "frozen", row["state"])
     body = entry["body"]
     report.check(step, "the snapshot carries its log position", body["position"] == entry["position"], body)
     freed = sum(one.pss_bytes for one in before)
-    report.end(step, **read.snapshot_figures(entry), memory_given_back_bytes=freed, processes_ended=len(before))
+    figures = read.snapshot_figures(entry) | read.put_away_figures(entry, gone)
+    report.end(step, **figures, memory_given_back_bytes=freed, processes_ended=len(before))
+
+
+async def _gone(pids: list[int]) -> tuple[list[int], float]:
+    """Wait for the end of these processes; return those that are left, and the wall time when the last one ended."""
+    return await wait_gone(pids, 80.0), time.time()
 
 
 async def message(world: World) -> None:

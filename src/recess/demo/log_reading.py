@@ -77,9 +77,18 @@ def snapshot_figures(entry: Json) -> dict[str, float | int | str]:
         "durable_s": "durable_s",
         "stored_bytes": "new_bytes",
     }
-    if not figures.get("standstill_s"):  # it was left paused: it never stood still for anybody
+    if not figures.get("standstill_s"):  # it was put away: there is no instant at which it ran again
         figures.pop("freezer_s", None)
     return {ours: figures[theirs] for ours, theirs in names.items() if figures.get(theirs)}
+
+
+def put_away_figures(entry: Json, gone: float) -> dict[str, float | int | str]:
+    """Return how long a machine that was put away had been frozen when its last process was gone (wall time `gone`).
+
+    A snapshot's `durable_s` runs from the freeze to the manifest's fsync, and the entry is appended after that.
+    """
+    figures = entry["body"].get("figures") or {}
+    return {"freeze_to_gone_s": float(figures["durable_s"]) + max(0.0, gone - float(entry["ts"]))}
 
 
 def restore_figures(entry: Json) -> dict[str, float | int | str]:

@@ -6,7 +6,7 @@ Pure data and rendering; printing is given in. A check that does not hold ends t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,13 +87,16 @@ class Report:
         return self._clock() - self._zero
 
     def table(self) -> list[str]:
-        """Return the closing table: rung, standstill, durable, bytes, restore of each step that moved a machine."""
-        columns = ("rung", "standstill_s", "durable_s", "stored_bytes", "restore_s")
-        heads = ("step", "rung", "standstill", "durable", "stored", "restore", "step took")
+        """Return the closing table: rung, standstill, durable, bytes, restore of each step that moved a machine.
+
+        A machine that is put away is not woken, so it has no standstill: how long it took to be gone stands instead.
+        """
+        columns = ("rung", "standstill_s", "durable_s", "freeze_to_gone_s", "stored_bytes", "restore_s")
+        heads = ("step", "rung", "standstill", "durable", "freeze to gone", "stored", "restore", "step took")
         rows: list[tuple[str, ...]] = [heads]
         for step in self.steps:
             if any(name in step.figures for name in columns):
-                cells = [_cell(name, step.figures.get(name)) for name in columns]
+                cells = [_cell(name, step.figures) for name in columns]
                 rows.append((step.name, *cells, format_duration(step.seconds)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -110,9 +113,10 @@ class Report:
         }
 
 
-def _cell(name: str, value: Figure | None) -> str:
+def _cell(name: str, figures: Mapping[str, Figure]) -> str:
+    value = figures.get(name)
     if value is None:
-        return "-"
+        return "not woken" if name == "standstill_s" and "freeze_to_gone_s" in figures else "-"
     if isinstance(value, str):
         return value
     if name.endswith("_s"):

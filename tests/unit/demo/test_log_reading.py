@@ -46,6 +46,7 @@ def test_texts_and_figures() -> None:
         11, "machine.snapshot", figures={"standstill_s": 0.0, "new_bytes": 7, "durable_s": 0.1, "freezer_s": 2.0}
     )
     assert read.snapshot_figures(left) == {"stored_bytes": 7, "durable_s": 0.1}
+    assert read.put_away_figures(left, gone=left["ts"] + 0.05) == {"freeze_to_gone_s": pytest.approx(0.15)}
     assert read.restore_figures(LOG[9]) == {"rung": 2, "restore_s": 0.2}
 
 

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 
 import pytest
 
@@ -23,7 +24,7 @@ def test_a_step_is_timed_told_and_kept() -> None:
     assert "standstill 21 ms, stored 3.3 MB, rung 2" in said[2]
     table = report.table()
     assert table[0].split()[:3] == ["step", "rung", "standstill"]
-    assert table[1].split() == ["lunch", "2", "21", "ms", "-", "3.3", "MB", "-", "1.0", "s"]
+    assert table[1].split() == ["lunch", "2", "21", "ms", "-", "-", "3.3", "MB", "-", "1.0", "s"]
     data = json.loads(json.dumps(report.to_dict()))
     assert (data["ok"], data["checks"], data["steps"][0]["figures"]["stored_bytes"]) == (True, 1, 3_300_000)
 
@@ -36,6 +37,12 @@ def test_a_check_that_does_not_hold_ends_the_story_and_says_what_was_seen() -> N
     assert caught.value.details["seen"] == "{'calls': 2}"
     assert step.checks == []
     assert caught.value.exit_code == 1
+
+
+def test_a_machine_that_was_put_away_has_no_standstill_but_is_gone_after_a_while() -> None:
+    report, _ = make()
+    report.end(report.begin("lunch", "x"), durable_s=0.3, freeze_to_gone_s=0.35)
+    assert re.split(r" {2,}", report.table()[1]) == ["lunch", "-", "not woken", "300 ms", "350 ms", "-", "-", "1.0 s"]
 
 
 def test_steps_without_a_machine_are_not_in_the_table() -> None:
