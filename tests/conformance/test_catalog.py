@@ -14,7 +14,7 @@ from recess.catalog import (
 )
 from recess.catalog import machines as machine_rows
 from recess.catalog import snapshots as snapshot_rows
-from recess.db import Database
+from recess.db import Database, RoomSchema
 from recess.errors import BadInput, Conflict, Corrupt, IllegalState, NameInUse, NotFound
 
 
@@ -104,6 +104,90 @@ async def test_snapshot_names_may_be_tagged(catalog, name, ok):
             await catalog.snapshots.insert(snapshot(1, name))
 
 
+async def names_of(catalog):
+    """All names, by id number; and check that what lists show is one of them."""
+    names = await catalog.snapshots.names()
+    for row in await catalog.snapshots.list_all():
+        assert row.name == (names[row.id][0] if row.id in names else "")
+        for name in names.get(row.id, []):
+            assert (await catalog.snapshots.get(name)).id == row.id
+    return {int(ref[4:]): found for ref, found in names.items()}
+
+
+async def test_a_snapshots_name_moves_and_its_id_does_not(catalog):
+    rows = catalog.snapshots
+    await rows.insert(snapshot(1, "base:v1"))
+    assert await names_of(catalog) == {1: ["base:v1", "base"]}
+    await rows.insert(snapshot(2, "base:v2"))
+    assert await names_of(catalog) == {1: ["base:v1"], 2: ["base:v2", "base"]}
+    await rows.insert(snapshot(3, "base:v1"))
+    assert await names_of(catalog) == {2: ["base:v2"], 3: ["base:v1", "base"]}
+    assert (await rows.get("snp_1")).name == ""
+    assert (await rows.get("base:latest")).id == "snp_3"
+    await rows.insert(snapshot(4, "base"))
+    assert await names_of(catalog) == {2: ["base:v2"], 3: ["base:v1"], 4: ["base"]}
+    with pytest.raises(NotFound):
+        await rows.get("base:v9")
+
+
+async def test_tags_are_given_and_taken(catalog):
+    rows, write = catalog.snapshots, catalog.db.write
+    await rows.insert(snapshot(1, "base:v1"))
+    await rows.insert(snapshot(2, "base:v2"))
+    assert await write(lambda tx: snapshot_rows.tag_in(tx, "snp_1", "base:stable", now=9.0)) == ""
+    assert await names_of(catalog) == {1: ["base:stable", "base:v1"], 2: ["base:v2", "base"]}
+    assert await write(lambda tx: snapshot_rows.tag_in(tx, "snp_1", "base", now=9.0)) == "snp_2"  # back to the old one
+    assert await write(lambda tx: snapshot_rows.tag_in(tx, "snp_2", "other:x", now=9.0)) == ""
+    assert await names_of(catalog) == {1: ["base:stable", "base:v1", "base"], 2: ["other:x", "base:v2", "other"]}
+    assert await write(lambda tx: snapshot_rows.untag_in(tx, "base:v2"))
+    assert not await write(lambda tx: snapshot_rows.untag_in(tx, "base:v2"))
+    assert await names_of(catalog) == {1: ["base:stable", "base:v1", "base"], 2: ["other:x", "other"]}
+    with pytest.raises(BadInput):
+        await write(lambda tx: snapshot_rows.tag_in(tx, "snp_1", "snp_9", now=9.0))
+
+
+async def test_a_deleted_snapshot_leaves_its_name_and_its_children_to_others(catalog):
+    rows = catalog.snapshots
+    for number, name, parent in ((1, "base:v1", ""), (2, "base:v2", "snp_1"), (3, "base:v3", "snp_2")):
+        await rows.insert(snapshot(number, name, parent=parent))
+    await rows.delete("snp_2")
+    assert (await rows.get("snp_3")).parent == "snp_1"
+    await rows.delete("snp_3")
+    assert await names_of(catalog) == {1: ["base:v1", "base"]}
+    await rows.delete("snp_1")
+    assert await names_of(catalog) == {}
+    assert not await rows.delete("snp_1")
+
+
+async def test_all_ids_are_told_however_damaged_the_rows(catalog):
+    for number in range(1, 4):
+        await catalog.snapshots.insert(snapshot(number))
+    await catalog.db.write(lambda tx: tx.execute("UPDATE catalog_snapshot SET figures = '{' WHERE id = 'snp_2'"))
+    assert sorted(await catalog.snapshots.all_ids()) == ["snp_1", "snp_2", "snp_3"]
+    assert [row.id for row in await catalog.snapshots.readable()] == ["snp_3", "snp_1"]
+    with pytest.raises(Corrupt):
+        await catalog.snapshots.list_all()
+
+
+async def test_names_of_an_older_database_are_taken_over(tmp_path):
+    old = RoomSchema("catalog", SCHEMA.migrations[:1])
+    db = Database.open(tmp_path / "old.db", [old])
+    columns = "(id, name, machine, session, log_position, epoch, why, created, template, parent, figures)"
+    for number, name in enumerate(["base:v1", "base:v2", "plain", "", "plain2:x"]):
+        values = (f"snp_{number}", name, "mch_1", "", 0, 0, "manual", float(number), "", "", "{}")
+        marks = ", ".join("?" * len(values))
+        await db.write(
+            lambda tx, v=values, m=marks: tx.execute(f"INSERT INTO catalog_snapshot {columns} VALUES ({m})", v)
+        )
+    await db.close()
+    catalog = Catalog(Database.open(tmp_path / "old.db", [SCHEMA]))
+    assert await names_of(catalog) == {
+        0: ["base:v1"], 1: ["base:v2", "base"], 2: ["plain"], 4: ["plain2:x", "plain2"],
+    }  # fmt: skip
+    assert all(row.expires == 0.0 for row in await catalog.snapshots.list_all())
+    await catalog.db.close()
+
+
 async def test_updates(catalog):
     await catalog.machines.insert(machine(1, "dev"))
     row = await catalog.machines.update("mch_1", status="busy", meta={"x": 1}, exit_code=0)
@@ -159,19 +243,19 @@ async def test_newest_snapshot_of_a_session_at_a_position(catalog):
 
 async def test_rows_of_two_tables_change_together_or_not_at_all(catalog):
     await catalog.machines.insert(machine(1))
-    await catalog.snapshots.insert(snapshot(1, "taken"))
+    await catalog.snapshots.insert(snapshot(1))
 
-    def both(name):
+    def both(number):
         def run(tx):
             machine_rows.update_in(tx, "mch_1", snapshot="snp_2", state="suspended")
-            snapshot_rows.insert_in(tx, snapshot(2, name))
+            snapshot_rows.insert_in(tx, snapshot(number, "free"))
 
         return run
 
-    with pytest.raises(NameInUse):
-        await catalog.db.write(both("taken"))
+    with pytest.raises(Conflict):
+        await catalog.db.write(both(1))
     assert (await catalog.machines.get("mch_1")).state == "running"
-    await catalog.db.write(both("free"))
+    await catalog.db.write(both(2))
     assert (await catalog.machines.get("mch_1")).snapshot == (await catalog.snapshots.get("free")).id
 
 

@@ -1,8 +1,9 @@
 """The catalog's schema, forward only. A text that ran anywhere is never edited: add a migration."""
 
 from recess.catalog.migrations.m0001_first import FIRST
+from recess.catalog.migrations.m0002_snapshot_refs import SNAPSHOT_REFS
 from recess.db import RoomSchema
 
-SCHEMA = RoomSchema("catalog", (FIRST,))
+SCHEMA = RoomSchema("catalog", (FIRST, SNAPSHOT_REFS))
 
 __all__ = ["SCHEMA"]
