@@ -2,6 +2,7 @@
 
 import asyncio
 
+from recess.contextlog.transcript import messages
 from recess.testing.session_world import appears, coder_world, kinds, machine_of, notes, texts
 
 
@@ -57,7 +58,10 @@ async def test_machine_dies_in_a_local_tool(tmp_path):
         assert [e.body["attempt"] for e in log if e.kind == "turn.start" and e.turn == 2] == [1, 2]
         assert "machine.lost" in kinds(log)
         assert notes(log)[-1]["attempt"] == 2
-        assert "[recess]" in texts(log)[-1]  # the model was told, and said so
+        assert texts(log)[-1].startswith("after: [recess] Your turn was cut (crash)")  # told once, and it said so
+        assert texts(log)[-1].count("[recess]") == 1
+        assert f"on rung 2 from its snapshot at entry {restore.body['position']} of the log" in texts(log)[-1]
+        assert [m["text"] for m in messages(log) if m.get("note")] == [texts(log)[-1].removeprefix("after: ")]
 
 
 async def test_machine_dies_before_any_snapshot_gives_a_fresh_one(tmp_path):
@@ -69,7 +73,7 @@ async def test_machine_dies_before_any_snapshot_gives_a_fresh_one(tmp_path):
         restore = (await w.entries(s, "machine.restore"))[-1]
         assert restore.body["rung"] == 5
         assert restore.body["stale"] is True
-        assert "fresh" in restore.body["lost"]
+        assert restore.body["lost"] == "all files, processes and memory of before"
 
 
 async def test_charge_stands_once_when_machine_and_server_die(tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 
 from recess.contextlog.branch import model_view
 from recess.contextlog.contract import Entry
+from recess.contextlog.recovery_notes import recovery_notes
 
 Message = dict[str, Any]
 
@@ -25,6 +26,7 @@ NOTE_MARK = "[recess] "
 DOUBT = "outcome unknown: it may or may not have happened. Do not retry without checking."
 NOT_IN_BRANCH = "not run in this branch"
 NO_RESULT = "no result is recorded"
+REPEATABLE = ("local", "pure", "keyed")
 
 
 @dataclass
@@ -59,8 +61,10 @@ def messages(entries: Sequence[Entry]) -> list[Message]:
     if compact is not None:
         summary = _text(compact.body, "summary")
         blocks[0].after.append(_note(f"Summary of the conversation before this point:\n{summary}"))
-    for entry in in_turn_order(entries, rest):
-        _take(blocks, entry)
+    ordered = in_turn_order(entries, rest)
+    told = recovery_notes(ordered)
+    for i, entry in enumerate(ordered):
+        _take(blocks, entry, told.get(i, ""))
     out: list[Message] = []
     if system is not None and _text(system.body, "text"):
         out.append({"role": "system", "text": _text(system.body, "text")})
@@ -75,7 +79,7 @@ def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entr
     A message sent while a turn is at work stands among that turn's entries in the log; the reply after it was made
     without it, so the model must see it at the beginning of its own turn (the first turn.start whose `inbox` names it).
     One that was passed over (a later one was accepted, or a fork or rewind came after it) stays where it came, and so
-    does one sent with mode "steer".
+    does one sent with mode "steer", unless a turn of its own was begun for it.
     """
     accepted: dict[int, int] = {}
     branched = 0
@@ -88,17 +92,15 @@ def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entr
     passed = max([branched, *accepted])
     placed: list[tuple[float, Entry]] = []
     for entry in shown:
-        if entry.kind != "user" or entry.body.get("mode") == "steer":
-            placed.append((entry.position, entry))
-        elif entry.position in accepted:
+        if entry.kind == "user" and entry.position in accepted:
             placed.append((accepted[entry.position] - 0.5, entry))
-        elif entry.position < passed:
+        elif entry.kind != "user" or entry.body.get("mode") == "steer" or entry.position < passed:
             placed.append((entry.position, entry))
     return [entry for _, entry in sorted(placed, key=lambda pair: pair[0])]
 
 
-def _take(blocks: list[_Block], entry: Entry) -> None:
-    """Put one entry where it belongs. Kinds that are not named here are not for the model."""
+def _take(blocks: list[_Block], entry: Entry, recovery: str) -> None:
+    """Put one entry where it belongs, with the note of the recovery that it ends. Kinds not named are not for the model."""
     block = blocks[-1]
     if block.entry is not None and entry.session != block.entry.session:
         block.forked = True
@@ -125,7 +127,7 @@ def _take(blocks: list[_Block], entry: Entry) -> None:
                 block.cut = block.cut or _text(entry.body, "cause") or "crash"
             elif entry.kind == "fork" and "parent" in entry.body:
                 block.forked = True
-            told = _told(entry)
+            told = recovery or _told(entry)
             if told:
                 block.after.append(_note(told))
 
@@ -195,8 +197,9 @@ def _write(block: _Block) -> list[Message]:
 
 
 def _unfilled(slot: _Slot, block: _Block) -> str:
-    """Say why a call has no outcome. Only a started `once` call is a doubt: the others may be asked for again."""
-    if slot.start is not None and slot.start.body.get("effect") == "once":
+    """Say why a call has no outcome. A started `once` call is a doubt, and so is one of an effect class that is not known
+    here; the others may be asked for again."""
+    if slot.start is not None and slot.start.body.get("effect") not in REPEATABLE:
         return _doubt_text("it was started and its result was never recorded")
     if block.forked:
         return NOT_IN_BRANCH
@@ -213,33 +216,9 @@ def _doubt_text(reason: str) -> str:
 def _told(entry: Entry) -> str:
     """Return what the model is told of an entry that is no message, or ''."""
     body = entry.body
-    if entry.kind == "turn.cut":
-        return _sentence(f"Your turn was cut ({_text(body, 'cause') or 'crash'})", _text(body, "detail"))
     if entry.kind == "turn.end" and body.get("status") in ("failed", "cancelled"):
         return _sentence(f"The turn was ended: {body['status']}", _text(body, "error"))
-    if entry.kind == "machine.lost":
-        return _sentence("Your machine was lost", _text(body, "why"), _text(body, "lost"))
-    if entry.kind == "machine.restore":
-        return _restored(body)
     return ""
-
-
-def _restored(body: Mapping[str, Any]) -> str:
-    """Only a machine that is not what the conversation makes of it is worth a word: not the first one, not a thaw."""
-    rung = body.get("rung")
-    late = isinstance(rung, int) and rung >= 4
-    if body.get("stale") is not True and not (late and body.get("position")):
-        return ""
-    if rung == 5:
-        first = "Your machine is a fresh one: files, processes and memory of the old one are gone"
-    elif rung == 4:
-        first = "Your machine was booted again from its disk: files are there, processes and memory are gone"
-    else:
-        first = (
-            f"Your machine was brought back to its state at entry {body.get('position')} of the log, which ended at "
-            f"{body.get('head')}: what happened in the machine after that is gone"
-        )
-    return _sentence(first, _text(body, "why"), _text(body, "lost"))
 
 
 def _sentence(*parts: str) -> str:

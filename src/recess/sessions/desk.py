@@ -20,6 +20,7 @@ from recess.errors import IllegalState
 from recess.sessions.facts import OpenCall, TurnFacts, fold, is_work, observe
 from recess.sessions.keys import call_key, end_key, entry_key, start_key
 from recess.sessions.protocol import DeltaLine, Request
+from recess.sessions.recovery import settle
 
 READ_BACK = 256
 
@@ -139,6 +140,16 @@ class Desk:
         if error:
             body["error"] = error
         await self.append([Draft("turn.end", body, turn=self.facts.turn, key=end_key(self.facts.turn))])
+
+    async def settle(self, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0) -> None:
+        """Settle what the open turn left open, in one transaction (see `recovery.settle`)."""
+        deltas = await self._log.deltas(self.session)
+        await self.append(
+            settle(
+                self.facts, deltas, cause=cause, detail=detail, machine_lives=machine_lives,
+                machine_position=machine_position,
+            )
+        )  # fmt: skip
 
     def pending_calls(self) -> list[dict[str, Any]]:
         """Return the open calls in the form the agent gets them in when a turn goes on."""

@@ -28,7 +28,8 @@ def is_work(kind: str) -> bool:
 
 @dataclass(frozen=True)
 class OpenCall:
-    """A tool call that was started and has no outcome."""
+    """A tool call that was started and has no outcome. `effect` is what the entry says, "" if it says nothing: whoever
+    acts on it must take what it does not know for `once`."""
 
     call_id: str
     position: int
@@ -107,6 +108,6 @@ def _open_call(entry: Entry) -> OpenCall:
         position=entry.position,
         name=str(entry.body.get("name", "")),
         arguments=dict(arguments) if isinstance(arguments, Mapping) else {},
-        effect=str(entry.body.get("effect", "local")),
+        effect=str(entry.body.get("effect", "")),
         verify=bool(entry.body.get("verify", False)),
     )

@@ -10,7 +10,6 @@ from recess.errors import Fenced, RecessError, Unavailable
 from recess.sessions.agent_config import check_config
 from recess.sessions.decisions import Act
 from recess.sessions.freezing import freeze
-from recess.sessions.recovery import settle_turn
 from recess.sessions.states import next_state
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ async def restart_agent(sup: Supervisor) -> None:
         return  # the process ended because the machine did: look again
     if desk.facts.open and not desk.facts.cut:
         await sup.agent.shut()
-        await settle_turn(sup.deps.log, desk, cause="crash", detail=end_detail(sup), machine_lives=True)
+        await desk.settle(cause="crash", detail=end_detail(sup), machine_lives=True)
         return  # look again: the attempts may be used up
     if desk.facts.open:
         # Counted when its process starts, not when it asks: code that never gets so far uses its attempts up too.
@@ -95,7 +94,7 @@ async def upgrade(sup: Supervisor, act: Act) -> None:
     config = check_config(deployed.config)
     await sup.agent.shut("newer code takes over")
     if act is Act.CUT_FOR_UPGRADE:
-        await settle_turn(sup.deps.log, desk, cause="upgrade", detail="newer code takes over", machine_lives=True)
+        await desk.settle(cause="upgrade", detail="newer code takes over", machine_lives=True)
     old = desk.code_version
     key = f"code/{desk.epoch}/{deployed.deployed}"
     await desk.append([Draft("code", {"old": old, "new": deployed.version}, key=key)])

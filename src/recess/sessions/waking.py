@@ -16,7 +16,6 @@ from recess.contextlog.contract import ContextLog, Draft, Entry, SessionRow
 from recess.sessions.agent_job import LABEL, end_job
 from recess.sessions.decisions import Rung, keeps_agent, plan_wake
 from recess.sessions.machine_hand import Reached
-from recess.sessions.recovery import settle_turn
 
 if TYPE_CHECKING:
     from recess.sessions.supervisor import Supervisor
@@ -90,9 +89,7 @@ async def wake(sup: Supervisor) -> Woken:
     in_place = reached.rung in (Rung.REATTACH, Rung.UNPAUSE)
     if desk.facts.open and not desk.facts.cut and not (woken.agent_kept and in_place):
         detail = "the machine runs on, the agent process was gone" if in_place else "the machine was gone"
-        await settle_turn(
-            deps.log, desk, cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position
-        )
+        await desk.settle(cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position)
     await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
     await sup.set_state("wake")
     if woken.agent_kept:
@@ -141,9 +138,8 @@ def _restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
     }  # fmt: skip
     if woken.stale:
         body["lost"] = (
-            f"The machine is as it was at position {woken.position} of the log; files, processes and memory changed "
-            f"after that, up to position {last_work}, are gone."
+            f"files, processes and memory changed after entry {woken.position}, up to entry {last_work}"
             if woken.position
-            else "The machine is a fresh one: all files, processes and memory of before are gone."
+            else "all files, processes and memory of before"
         )
     return Draft("machine.restore", body)
