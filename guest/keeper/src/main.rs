@@ -7,12 +7,17 @@
 //!
 //! It knows nothing of machines' names, snapshots, sessions or leases.
 
+mod bitmap;
+mod buffer;
 mod memory;
+mod remote;
 mod request;
 mod serve;
 mod sys;
 mod tail;
+mod track;
 mod tsc;
+mod uffd;
 mod vmm;
 
 use std::fs::File;
@@ -218,6 +223,8 @@ fn start(options: Options) -> io::Result<Keeper> {
         clients: Vec::<OwnedFd>::new(),
         deadline_ns: None,
         prepared: None,
+        tracker: None,
+        copying: None,
         reason: None,
     })
 }

@@ -8,12 +8,14 @@
 //! Nothing here knows of templates, layers or compression. Every loop looks at `Stop` between slices, so that a
 //! deadline is kept even while gigabytes are moved.
 
+use std::cell::OnceCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::buffer::{Buffer, INDEX};
 use crate::sys::{self, Mapping, Remote, Way, PAGE};
 
 const PRESENT: u64 = 1 << 63;
@@ -23,7 +25,6 @@ const FILE_BACKED: u64 = 1 << 61;
 const STRETCHES: usize = 1024;
 /// Bytes moved between two looks at the deadline.
 const SLICE: usize = 16 << 20;
-const INDEX: usize = 4;
 
 /// Asked between slices; an error stops the work.
 pub type Stop<'a> = &'a dyn Fn() -> io::Result<()>;
@@ -35,31 +36,18 @@ pub struct Ram {
     device: u64,
     inode: u64,
     pub pages: usize,
+    /// Found once: what is mapped there later (other files, over parts of it) does not move it.
+    found: OnceCell<Vec<Segment>>,
 }
 
 /// One mapped piece of the RAM file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    address: u64,
-    first_page: usize,
-    pages: usize,
-}
-
-/// Where captured pages go: `room` pages of data, touched beforehand, so that the pause pays no page faults.
-pub struct Buffer {
-    pub fd: OwnedFd,
-    map: Mapping,
-    room: usize,
-}
-
-impl Buffer {
-    /// Layout of the file: page data from 0, then the page numbers (u32 little endian), `INDEX` bytes each.
-    fn new(room: usize, populate: bool) -> io::Result<Buffer> {
-        let bytes = room * (PAGE + INDEX);
-        let fd = sys::memfd("recess-pages", bytes as u64)?;
-        let map = Mapping::new(&fd, bytes, true, populate)?;
-        Ok(Buffer { fd, map, room })
-    }
+    pub address: u64,
+    pub first_page: usize,
+    pub pages: usize,
+    /// Mapped shared: its written pages are the file's own, not private ones.
+    pub shared: bool,
 }
 
 impl Ram {
@@ -73,10 +61,18 @@ impl Ram {
             device: about.dev(),
             inode: about.ino(),
             pages,
+            found: OnceCell::new(),
         })
     }
 
-    fn segments(&self) -> io::Result<Vec<Segment>> {
+    pub fn file(&self) -> io::Result<File> {
+        File::open(&self.path)
+    }
+
+    pub fn segments(&self) -> io::Result<&[Segment]> {
+        if let Some(found) = self.found.get() {
+            return Ok(found);
+        }
         let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.pid))?;
         let wanted = Wanted {
             path: &self.path,
@@ -91,10 +87,10 @@ impl Ram {
                 "the VM has not mapped its memory",
             ));
         }
-        Ok(found)
+        Ok(self.found.get_or_init(|| found))
     }
 
-    fn private_pages(&self, segments: &[Segment]) -> io::Result<Vec<u32>> {
+    pub fn private_pages(&self, segments: &[Segment]) -> io::Result<Vec<u32>> {
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         let mut out = Vec::new();
         let mut raw = vec![0u8; 32768 * 8];
@@ -113,9 +109,11 @@ impl Ram {
 
     /// Make the buffer of a capture that is about to come, while the VM still runs.
     pub fn prepare_private(&self) -> io::Result<Buffer> {
-        let now = self.private_pages(&self.segments()?)?.len();
+        let now = self.private_pages(self.segments()?)?.len();
+        let mut buffer = Buffer::new(self.pages)?;
         // What is written between now and the pause is at most a fraction; more only costs page faults later.
-        Buffer::new((now + now / 8 + 512).min(self.pages), true)
+        buffer.touch(0, now + now / 8 + 512);
+        Ok(buffer)
     }
 
     /// Copy every private page. The VM must be stopped. Returns the buffer and the number of pages.
@@ -125,23 +123,22 @@ impl Ram {
         stop: Stop,
     ) -> io::Result<(Buffer, usize)> {
         let segments = self.segments()?;
-        let indices = self.private_pages(&segments)?;
+        let indices = self.private_pages(segments)?;
         let mut buffer = match ready {
-            Some(buffer) if buffer.room >= indices.len() => buffer,
-            _ => Buffer::new(indices.len(), false)?,
+            Some(buffer) => buffer,
+            None => Buffer::new(self.pages)?,
         };
-        let data = buffer.map.bytes_mut().as_mut_ptr();
-        self.transfer(&Way::Read, &segments, &indices, data, stop)?;
-        finish(&mut buffer, &indices)?;
+        self.read_pages(&indices, 0, &mut buffer, stop)?;
+        buffer.finish(&indices)?;
         Ok((buffer, indices.len()))
     }
 
     /// Copy every page that the RAM file holds (zero pages too when asked): for memory that is mapped shared.
     pub fn capture_file(&self, keep_zero: bool, stop: Stop) -> io::Result<(Buffer, usize)> {
-        let file = File::open(&self.path)?;
+        let file = self.file()?;
         let candidates = file_pages(&file, self.pages)?;
-        let source = Mapping::new(&OwnedFd::from(file), self.pages * PAGE, false, false)?;
-        let mut buffer = Buffer::new(candidates.len(), false)?;
+        let source = Mapping::new(&OwnedFd::from(file), self.pages * PAGE, false)?;
+        let mut buffer = Buffer::new(self.pages)?;
         let mut indices = Vec::with_capacity(candidates.len());
         for (count, &page) in candidates.iter().enumerate() {
             if count % (SLICE / PAGE) == 0 {
@@ -149,11 +146,11 @@ impl Ram {
             }
             let from = &source.bytes()[page as usize * PAGE..][..PAGE];
             if keep_zero || !is_zero(from) {
-                buffer.map.bytes_mut()[indices.len() * PAGE..][..PAGE].copy_from_slice(from);
+                buffer.page_mut(indices.len()).copy_from_slice(from);
                 indices.push(page);
             }
         }
-        finish(&mut buffer, &indices)?;
+        buffer.finish(&indices)?;
         Ok((buffer, indices.len()))
     }
 
@@ -175,25 +172,63 @@ impl Ram {
         for (turn, part) in indices.chunks(SLICE / PAGE).enumerate() {
             let bytes = part.len() * PAGE;
             file.read_exact_at(&mut slice[..bytes], (turn * SLICE) as u64)?;
-            self.transfer(&Way::Write, &segments, part, slice.as_mut_ptr(), stop)?;
+            let pairs = part.iter().enumerate().map(|(slot, &page)| (page, slot));
+            self.transfer(&Way::Write, segments, pairs, slice.as_mut_ptr(), stop)?;
         }
         Ok(())
     }
 
+    /// Copy ascending pages of the VM to the slots from `first_slot` on.
+    pub fn read_pages(
+        &self,
+        pages: &[u32],
+        first_slot: usize,
+        into: &mut Buffer,
+        stop: Stop,
+    ) -> io::Result<()> {
+        let pairs = pages.iter().enumerate();
+        self.read_pairs(pairs.map(|(at, &page)| (page, first_slot + at)), into, stop)
+    }
+
+    /// Copy pages of the VM (ascending) to slots of the buffer; every slot must be inside it.
+    pub fn read_pairs(
+        &self,
+        pairs: impl Iterator<Item = (u32, usize)>,
+        into: &mut Buffer,
+        stop: Stop,
+    ) -> io::Result<()> {
+        let room = into.room();
+        let checked = pairs.map(|(page, slot)| {
+            assert!(slot < room, "slot {slot} of {room}");
+            (page, slot)
+        });
+        self.transfer(
+            &Way::Read,
+            self.segments()?,
+            checked,
+            into.data().as_mut_ptr(),
+            stop,
+        )
+    }
+
+    /// The memory at `data` holds PAGE bytes for every slot that is named.
     fn transfer(
         &self,
         way: &Way,
         at: &[Segment],
-        pages: &[u32],
+        pairs: impl Iterator<Item = (u32, usize)>,
         data: *mut u8,
         stop: Stop,
     ) -> io::Result<()> {
-        let mut moved = 0;
-        for batch in batches(&stretches(at, pages)) {
+        for batch in batches(&stretches(at, pairs)) {
             stop()?;
-            // SAFETY: the buffer holds PAGE bytes for each of `pages`, and batches cover them once, in order.
-            sys::process_vm(way, self.pid, unsafe { data.add(moved) }, batch)?;
-            moved += batch.iter().map(|s| s.bytes).sum::<usize>();
+            // SAFETY: see above.
+            let here: Vec<libc::iovec> = batch
+                .iter()
+                .map(|s| sys::local(unsafe { data.add(s.slot * PAGE) }, s.remote.bytes))
+                .collect();
+            let there: Vec<Remote> = batch.iter().map(|s| s.remote).collect();
+            sys::process_vm(way, self.pid, &here, &there)?;
         }
         Ok(())
     }
@@ -201,20 +236,6 @@ impl Ram {
 
 fn bad(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
-}
-
-/// Put the page numbers after the data and cut the file to size.
-fn finish(buffer: &mut Buffer, indices: &[u32]) -> io::Result<()> {
-    let at = indices.len() * PAGE;
-    for (slot, page) in buffer.map.bytes_mut()[at..]
-        .chunks_exact_mut(INDEX)
-        .zip(indices)
-    {
-        slot.copy_from_slice(&page.to_le_bytes());
-    }
-    let size = at + indices.len() * INDEX;
-    // SAFETY: plain ftruncate; nothing beyond `size` is touched through the mapping after this.
-    sys::check(unsafe { libc::ftruncate(buffer.fd.as_raw_fd(), size as libc::off_t) }).map(|_| ())
 }
 
 /// Page numbers from their bytes: ascending and inside the memory, or an error.
@@ -257,7 +278,7 @@ fn find_segments(maps: &str, wanted: &Wanted) -> Vec<Segment> {
     let mut out = Vec::new();
     for line in maps.lines() {
         let fields: Vec<&str> = line.splitn(6, ' ').collect();
-        let [range, _access, offset, device, inode, rest] = fields[..] else {
+        let [range, access, offset, device, inode, rest] = fields[..] else {
             continue;
         };
         let path = rest.trim_start().trim_end_matches(" (deleted)");
@@ -278,6 +299,7 @@ fn find_segments(maps: &str, wanted: &Wanted) -> Vec<Segment> {
                 address: from,
                 first_page,
                 pages,
+                shared: access.ends_with('s'),
             });
         }
     }
@@ -291,11 +313,18 @@ fn device_number(text: &str) -> Option<u64> {
     Some(libc::makedev(hex(major)?, hex(minor)?))
 }
 
-/// Ascending page numbers as runs of remote addresses.
-fn stretches(segments: &[Segment], pages: &[u32]) -> Vec<Remote> {
-    let mut out: Vec<Remote> = Vec::new();
+/// Pages that lie one after the other both in the VM and in the slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stretch {
+    remote: Remote,
+    slot: usize,
+}
+
+/// Ascending (page, slot) pairs as stretches.
+fn stretches(segments: &[Segment], pairs: impl Iterator<Item = (u32, usize)>) -> Vec<Stretch> {
+    let mut out: Vec<Stretch> = Vec::new();
     let mut segments = segments.iter().peekable();
-    for &page in pages {
+    for (page, slot) in pairs {
         let page = page as usize;
         while segments
             .next_if(|s| page >= s.first_page + s.pages)
@@ -306,12 +335,19 @@ fn stretches(segments: &[Segment], pages: &[u32]) -> Vec<Remote> {
         };
         let address = segment.address + ((page - segment.first_page) * PAGE) as u64;
         match out.last_mut() {
-            Some(last) if last.address + last.bytes as u64 == address && last.bytes < SLICE => {
-                last.bytes += PAGE
+            Some(Stretch { remote, slot: from })
+                if remote.address + remote.bytes as u64 == address
+                    && *from + remote.bytes / PAGE == slot
+                    && remote.bytes < SLICE =>
+            {
+                remote.bytes += PAGE
             }
-            _ => out.push(Remote {
-                address,
-                bytes: PAGE,
+            _ => out.push(Stretch {
+                remote: Remote {
+                    address,
+                    bytes: PAGE,
+                },
+                slot,
             }),
         }
     }
@@ -319,15 +355,15 @@ fn stretches(segments: &[Segment], pages: &[u32]) -> Vec<Remote> {
 }
 
 /// Cut into pieces that one system call takes and that end soon enough to look at the clock.
-fn batches(stretches: &[Remote]) -> Vec<&[Remote]> {
+fn batches(stretches: &[Stretch]) -> Vec<&[Stretch]> {
     let mut out = Vec::new();
     let (mut from, mut bytes) = (0, 0);
     for (at, stretch) in stretches.iter().enumerate() {
-        if at - from == STRETCHES || (at > from && bytes + stretch.bytes > SLICE) {
+        if at - from == STRETCHES || (at > from && bytes + stretch.remote.bytes > SLICE) {
             out.push(&stretches[from..at]);
             (from, bytes) = (at, 0);
         }
-        bytes += stretch.bytes;
+        bytes += stretch.remote.bytes;
     }
     if from < stretches.len() {
         out.push(&stretches[from..]);
@@ -336,7 +372,7 @@ fn batches(stretches: &[Remote]) -> Vec<&[Remote]> {
 }
 
 /// Pages of a sparse file that hold data.
-fn file_pages(file: &File, pages: usize) -> io::Result<Vec<u32>> {
+pub fn file_pages(file: &File, pages: usize) -> io::Result<Vec<u32>> {
     let mut out = Vec::new();
     let mut at: libc::off_t = 0;
     loop {
@@ -388,11 +424,13 @@ mod tests {
                 address: 0x7f00_0000_0000,
                 first_page: 0,
                 pages: 4,
+                shared: false,
             },
             Segment {
                 address: 0x7f00_0000_4000,
                 first_page: 4,
                 pages: 2,
+                shared: false,
             },
         ];
         assert_eq!(find_segments(MAPS, &by_path), both);
@@ -427,6 +465,16 @@ mod tests {
         assert_eq!(out, vec![11, 13]);
     }
 
+    fn stretch(address: u64, pages: usize, slot: usize) -> Stretch {
+        Stretch {
+            remote: Remote {
+                address,
+                bytes: pages * PAGE,
+            },
+            slot,
+        }
+    }
+
     #[test]
     fn runs_join_across_pages_but_not_across_segments() {
         let at = [
@@ -434,41 +482,35 @@ mod tests {
                 address: 0x10000,
                 first_page: 0,
                 pages: 4,
+                shared: false,
             },
             Segment {
                 address: 0x90000,
                 first_page: 4,
                 pages: 4,
+                shared: false,
             },
         ];
-        let runs = stretches(&at, &[0, 1, 3, 4, 5]);
-        let expect: Vec<Remote> = [(0x10000, 2), (0x13000, 1), (0x90000, 2)]
-            .map(|(address, pages)| Remote {
-                address,
-                bytes: pages * PAGE,
-            })
-            .to_vec();
+        let pages = [0, 1, 3, 4, 5];
+        let pairs = pages.iter().enumerate().map(|(slot, &page)| (page, slot));
+        let runs = stretches(&at, pairs);
+        let expect = vec![
+            stretch(0x10000, 2, 0),
+            stretch(0x13000, 1, 2),
+            stretch(0x90000, 2, 3),
+        ];
         assert_eq!(runs, expect);
+        let scattered = [(0, 5), (1, 6), (3, 0)];
+        let expect = vec![stretch(0x10000, 2, 5), stretch(0x13000, 1, 0)];
+        assert_eq!(stretches(&at, scattered.into_iter()), expect);
     }
 
     #[test]
     fn batches_respect_both_limits() {
-        let many = vec![
-            Remote {
-                address: 0,
-                bytes: PAGE
-            };
-            2500
-        ];
+        let many = vec![stretch(0, 1, 0); 2500];
         let sizes: Vec<usize> = batches(&many).iter().map(|b| b.len()).collect();
         assert_eq!(sizes, vec![1024, 1024, 452]);
-        let large = vec![
-            Remote {
-                address: 0,
-                bytes: SLICE
-            };
-            3
-        ];
+        let large = vec![stretch(0, SLICE / PAGE, 0); 3];
         assert_eq!(batches(&large).len(), 3);
         assert!(batches(&[]).is_empty());
     }

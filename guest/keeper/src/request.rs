@@ -9,13 +9,25 @@
 //!   release                        ok                       drop a prepared buffer
 //!   inject COUNT + descriptor      ok                       put pages into the VM's memory
 //!
+//!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
+//!   tracking                       ok way=WAY base=BASE     (way=none: not tracked)
+//!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
+//!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
+//!   collect                        ok pages=N + descriptor  what was captured, in order
+//!   committed G BASE               ok                       capture G is stored as snapshot BASE
+//!
+//! BASE is a snapshot's name as the server has it, or `-`: the RAM file as it was. `user` asks for a userfaultfd without
+//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file.
+//!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
 //! gone every client gets `dead END REASON`, a newline and the tail of the VMM's output; then the socket closes.
 
 /// Greatest length of a request in bytes.
 pub const REQUEST_LIMIT: usize = 256;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+use crate::track::Which;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     Status,
     Kill,
@@ -28,8 +40,22 @@ pub enum Request {
     },
     Release,
     Inject(usize),
+    Track {
+        base: String,
+        user_only: bool,
+    },
+    Tracking,
+    PrepareTracked(Which),
+    CaptureTracked(Which),
+    Collect,
+    Committed {
+        generation: u64,
+        base: String,
+    },
 }
 
+/// Greatest length of a snapshot's name in bytes.
+const BASE_LIMIT: usize = 128;
 /// A year: more is a mistake, and it keeps the arithmetic far from overflow.
 const DEADLINE_LIMIT_MS: u64 = 366 * 86_400_000;
 
@@ -53,7 +79,36 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             .parse()
             .map(Request::Inject)
             .map_err(|_| "not a number of pages"),
+        ["track", base, which @ ("any" | "user")] => Ok(Request::Track {
+            base: base_name(base)?,
+            user_only: which == "user",
+        }),
+        ["tracking"] => Ok(Request::Tracking),
+        ["prepare", which] => Ok(Request::PrepareTracked(parse_which(which)?)),
+        ["capture", which] => Ok(Request::CaptureTracked(parse_which(which)?)),
+        ["collect"] => Ok(Request::Collect),
+        ["committed", generation, base] => Ok(Request::Committed {
+            generation: generation.parse().map_err(|_| "not a generation")?,
+            base: base_name(base)?,
+        }),
         _ => Err("no such request"),
+    }
+}
+
+fn parse_which(word: &str) -> Result<Which, &'static str> {
+    match word {
+        "delta" => Ok(Which::Delta),
+        "all" => Ok(Which::All),
+        _ => Err("no such pages"),
+    }
+}
+
+fn base_name(word: &str) -> Result<String, &'static str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if word.len() <= BASE_LIMIT && word.chars().all(plain) {
+        Ok(word.to_string())
+    } else {
+        Err("not a snapshot's name")
     }
 }
 
@@ -71,6 +126,24 @@ mod tests {
             Ok(Request::CaptureFile { keep_zero: true })
         );
         assert_eq!(parse(b"inject 12"), Ok(Request::Inject(12)));
+        let track = Request::Track {
+            base: "snp_1".to_string(),
+            user_only: true,
+        };
+        assert_eq!(parse(b"track snp_1 user"), Ok(track));
+        assert_eq!(
+            parse(b"prepare all"),
+            Ok(Request::PrepareTracked(Which::All))
+        );
+        assert_eq!(
+            parse(b"capture delta"),
+            Ok(Request::CaptureTracked(Which::Delta))
+        );
+        let committed = Request::Committed {
+            generation: 3,
+            base: "-".to_string(),
+        };
+        assert_eq!(parse(b"committed 3 -"), Ok(committed));
     }
 
     #[test]
@@ -80,6 +153,10 @@ mod tests {
             b"deadline 99999999999999999",
             b"inject",
             b"capture",
+            b"capture some",
+            b"track",
+            b"track a/b any",
+            b"committed x y",
             b"\xff",
             b"",
         ] {

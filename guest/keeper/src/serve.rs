@@ -3,14 +3,16 @@
 //! It has no thread and no state on disk but what `Home` names. Whatever goes wrong with a client is that client's
 //! affair; whatever goes wrong with the keeper itself ends it, and with it (PR_SET_PDEATHSIG) the VMM.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use crate::memory::{Buffer, Ram};
+use crate::buffer::Buffer;
+use crate::memory::Ram;
 use crate::request::{self, Request, REQUEST_LIMIT};
 use crate::sys;
 use crate::tail::Tail;
+use crate::track::{Copying, Tracker};
 use crate::vmm::{End, Vmm};
 
 /// Connected clients at a time; the server needs one, a restarted one overlaps for a moment.
@@ -43,6 +45,8 @@ pub struct Keeper {
     pub clients: Vec<OwnedFd>,
     pub deadline_ns: Option<u64>,
     pub prepared: Option<Buffer>,
+    pub tracker: Option<Tracker>,
+    pub copying: Option<Copying>,
     /// Why we ended the VMM, once we have.
     pub reason: Option<&'static str>,
 }
@@ -168,15 +172,17 @@ impl Keeper {
                 done()
             }
             Request::Prepare => {
+                self.untracked()?;
                 self.prepared = None;
                 self.prepared = Some(self.ram.prepare_private()?);
                 done()
             }
             Request::Release => {
-                self.prepared = None;
+                (self.prepared, self.copying) = (None, None);
                 done()
             }
             Request::CapturePrivate => {
+                self.untracked()?;
                 let ready = self.prepared.take();
                 captured(self.ram.capture_private(ready, &self.stop()))
             }
@@ -184,12 +190,64 @@ impl Keeper {
                 captured(self.ram.capture_file(keep_zero, &self.stop()))
             }
             Request::Inject(count) => {
-                let source = fd.ok_or_else(|| {
-                    io::Error::new(io::ErrorKind::InvalidInput, "no descriptor came")
-                })?;
+                let source = fd.ok_or_else(|| invalid("no descriptor came"))?;
                 self.ram.inject(&source, count, &self.stop())?;
                 done()
             }
+            request => self.answer_tracked(request, fd),
+        }
+    }
+
+    fn answer_tracked(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
+        let stop = self.stop();
+        let tracker = self.tracker.as_mut();
+        let text = match request {
+            Request::Track { base, user_only } => {
+                self.untracked()?;
+                let known = fd.map_or(Ok(Vec::new()), |fd| read_ranges(fd, self.ram.pages))?;
+                let tracker = Tracker::start(&self.ram, &base, &known, user_only)?;
+                let text = format!("ok way={}", tracker.way());
+                self.tracker = Some(tracker);
+                text
+            }
+            Request::PrepareTracked(which) => {
+                self.copying = None;
+                let ready = tracker.ok_or_else(not_tracked)?;
+                self.copying = Some(ready.prepare(&self.ram, which, &stop)?);
+                "ok".to_string()
+            }
+            Request::CaptureTracked(which) => {
+                let ready = self.copying.take();
+                let tracker = tracker.ok_or_else(not_tracked)?;
+                let copying = tracker.capture(&self.ram, which, ready, &stop)?;
+                let (pages, generation) = (copying.pages(), tracker.generation);
+                self.copying = Some(copying);
+                format!("ok pages={pages} generation={generation}")
+            }
+            Request::Collect => {
+                let copying = self.copying.take().filter(Copying::is_done);
+                let copying = copying.ok_or_else(|| invalid("nothing was captured"))?;
+                return captured(copying.collect());
+            }
+            Request::Committed { generation, base } => {
+                tracker
+                    .ok_or_else(not_tracked)?
+                    .committed(generation, &base);
+                "ok".to_string()
+            }
+            _ => match tracker {
+                Some(tracker) => format!("ok way={} base={}", tracker.way(), tracker.base),
+                None => "ok way=none base=-".to_string(),
+            },
+        };
+        Ok((text, None))
+    }
+
+    /// Plain pagemap lies once pages are protected.
+    fn untracked(&self) -> io::Result<()> {
+        match self.tracker {
+            Some(_) => Err(invalid("the VM's writes are tracked already")),
+            None => Ok(()),
         }
     }
 
@@ -261,6 +319,36 @@ struct Ready {
 
 fn captured(done: io::Result<(Buffer, usize)>) -> Answer {
     done.map(|(buffer, pages)| (format!("ok pages={pages}"), Some(buffer.fd)))
+}
+
+fn invalid(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, why)
+}
+
+fn not_tracked() -> io::Error {
+    invalid("the VM's writes are not tracked")
+}
+
+/// Pairs of u32 (little endian): first page and count, all inside the memory.
+fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
+    let mut raw = Vec::new();
+    let file = std::fs::File::from(fd);
+    let limit = 8 * pages as u64;
+    file.take(limit + 1).read_to_end(&mut raw)?;
+    if raw.len() as u64 > limit || raw.len() % 8 != 0 {
+        return Err(invalid("the list of ranges has an odd size"));
+    }
+    let number = |word: &[u8]| u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+    let ranges: Vec<(u32, u32)> = raw
+        .chunks_exact(8)
+        .map(|pair| (number(pair), number(&pair[4..])))
+        .collect();
+    let inside = |&(first, count): &(u32, u32)| first as usize + count as usize <= pages;
+    if ranges.iter().all(inside) {
+        Ok(ranges)
+    } else {
+        Err(invalid("a range is not in the VM's memory"))
+    }
 }
 
 fn describe(error: &io::Error) -> String {

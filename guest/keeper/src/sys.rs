@@ -278,8 +278,8 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Map `length` bytes from the start. `populate` touches every page now rather than at first use.
-    pub fn new(fd: &OwnedFd, length: usize, write: bool, populate: bool) -> io::Result<Mapping> {
+    /// Map `length` bytes from the start.
+    pub fn new(fd: &OwnedFd, length: usize, write: bool) -> io::Result<Mapping> {
         if length == 0 {
             return Ok(Mapping {
                 address: std::ptr::null_mut(),
@@ -291,14 +291,13 @@ impl Mapping {
         } else {
             libc::PROT_READ
         };
-        let flags = libc::MAP_SHARED | if populate { libc::MAP_POPULATE } else { 0 };
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let got = unsafe {
             libc::mmap(
                 std::ptr::null_mut(),
                 length,
                 access,
-                flags,
+                libc::MAP_SHARED,
                 fd.as_raw_fd(),
                 0,
             )
@@ -338,6 +337,23 @@ impl Drop for Mapping {
     }
 }
 
+/// Have memory behind these pages now rather than at first use. A kernel before 5.14 cannot: then they are written to.
+pub fn populate(pages: &mut [u8]) {
+    // SAFETY: the slice is mapped; populating changes no byte of it.
+    let ret = unsafe {
+        libc::madvise(
+            pages.as_mut_ptr().cast(),
+            pages.len(),
+            libc::MADV_POPULATE_WRITE,
+        )
+    };
+    if ret < 0 {
+        for page in pages.chunks_mut(PAGE) {
+            page[0] = std::hint::black_box(page[0]);
+        }
+    }
+}
+
 /// One stretch of another process's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Remote {
@@ -350,32 +366,36 @@ pub enum Way {
     Write,
 }
 
-/// Copy between `local` and the stretches (at most 1024) of process `pid`; anything short of all is an error.
+/// One stretch of our own memory, for `process_vm`.
+pub fn local(address: *mut u8, bytes: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: address.cast(),
+        iov_len: bytes,
+    }
+}
+
+/// Copy between our stretches and those (at most 1024 each) of process `pid`; anything short of all is an error.
+/// The callers own what the local stretches name.
 pub fn process_vm(
     way: &Way,
     pid: libc::pid_t,
-    local: *mut u8,
+    here: &[libc::iovec],
     stretches: &[Remote],
 ) -> io::Result<()> {
     let total: usize = stretches.iter().map(|s| s.bytes).sum();
     let there: Vec<libc::iovec> = stretches
         .iter()
-        .map(|s| libc::iovec {
-            iov_base: s.address as *mut _,
-            iov_len: s.bytes,
-        })
+        .map(|s| local(s.address as *mut u8, s.bytes))
         .collect();
-    let here = libc::iovec {
-        iov_base: local.cast(),
-        iov_len: total,
-    };
-    let count = there.len() as libc::c_ulong;
-    // SAFETY: the callers pass a local buffer of at least `total` bytes; remote addresses are checked by the kernel.
+    let (ours, theirs) = (here.len() as libc::c_ulong, there.len() as libc::c_ulong);
+    // SAFETY: local memory is the callers'; remote addresses are checked by the kernel.
     let moved = unsafe {
         match way {
-            Way::Read => libc::process_vm_readv(pid, &raw const here, 1, there.as_ptr(), count, 0),
+            Way::Read => {
+                libc::process_vm_readv(pid, here.as_ptr(), ours, there.as_ptr(), theirs, 0)
+            }
             Way::Write => {
-                libc::process_vm_writev(pid, &raw const here, 1, there.as_ptr(), count, 0)
+                libc::process_vm_writev(pid, here.as_ptr(), ours, there.as_ptr(), theirs, 0)
             }
         }
     };
@@ -432,7 +452,7 @@ mod tests {
         send(&a, b"hello", Some(&file)).unwrap();
         let (count, fd) = receive(&b, &mut buffer).unwrap().unwrap();
         assert_eq!(&buffer[..count], b"hello");
-        assert!(Mapping::new(&fd.unwrap(), 4096, true, false).is_ok());
+        assert!(Mapping::new(&fd.unwrap(), 4096, true).is_ok());
         drop(a);
         assert_eq!(receive(&b, &mut buffer).unwrap().unwrap().0, 0);
     }
@@ -448,7 +468,7 @@ mod tests {
         process_vm(
             &Way::Read,
             std::process::id() as i32,
-            out.as_mut_ptr(),
+            &[local(out.as_mut_ptr(), PAGE)],
             &[from],
         )
         .unwrap();

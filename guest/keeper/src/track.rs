@@ -1,0 +1,456 @@
+//! Exact dirty tracking: which pages were written since a snapshot, and copies of them with the shortest pause.
+//!
+//! Three sets of pages. `ever`: what may differ from what the RAM file holds, since the VM was started. `since`: what
+//! was written since the *base*, the last snapshot that the server said was stored. `fresh`: what was written since
+//! the last capture; it becomes `since` when that capture's snapshot is stored. A capture that is never stored
+//! therefore loses nothing: its pages are in the next one. All of this outlives the server.
+//!
+//! A capture has rounds. While the VM runs, what was written is copied and protected again, until a round brings
+//! little (or rounds are used up); then, in the pause, the rest. A page that is written while it is being copied is
+//! written after its protection, so the next round has it: only the last round must be of a stopped VM.
+
+use std::fs::File;
+use std::io;
+
+use crate::bitmap::Bitmap;
+use crate::buffer::Buffer;
+use crate::memory::{file_pages, Ram, Segment, Stop};
+use crate::sys::PAGE;
+use crate::uffd::{self, Uffd};
+
+/// Pages that may be left for the pause: 20 MiB, some 5 ms.
+const CALM: usize = 5120;
+/// A guest that writes faster than we copy is not waited for.
+const ROUNDS: usize = 4;
+/// Room that is touched for the pause at least: 4 MiB.
+const SPARE: usize = 1024;
+
+/// Which pages a capture is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Written since the base.
+    Delta,
+    /// All that may differ from the RAM file.
+    All,
+}
+
+pub struct Tracker {
+    uffd: Uffd,
+    pagemap: File,
+    ever: Bitmap,
+    since: Bitmap,
+    fresh: Bitmap,
+    /// The snapshot that `since` counts from; `-` before the first.
+    pub base: String,
+    /// Counts captures, so that a late word about an old one changes nothing.
+    pub generation: u64,
+}
+
+/// A capture that is being made.
+pub struct Copying {
+    which: Which,
+    buffer: Buffer,
+    sorted: Vec<u32>,
+    more: Vec<u32>,
+    done: bool,
+}
+
+impl Tracker {
+    /// Track every write from now on. To be called before the guest runs. `base`: the snapshot whose memory this is,
+    /// or `-`; `known`: ranges (first page, count) that differ from the RAM file without having been written.
+    pub fn start(
+        ram: &Ram,
+        base: &str,
+        known: &[(u32, u32)],
+        user_only: bool,
+    ) -> io::Result<Tracker> {
+        let segments = ram.segments()?;
+        let mut ever = Bitmap::new(ram.pages);
+        // Before the protection: plain pagemap is of no use after it.
+        for page in ram.private_pages(segments)? {
+            ever.add(page as usize, 1);
+        }
+        if segments.iter().any(|segment| segment.shared) {
+            for page in file_pages(&ram.file()?, ram.pages)? {
+                ever.add(page as usize, 1);
+            }
+        }
+        for &(first, count) in known {
+            ever.add(first as usize, count as usize);
+        }
+        let uffd = Uffd::open(ram.pid, user_only)?;
+        let tracker = Tracker {
+            uffd,
+            pagemap: File::open(format!("/proc/{}/pagemap", ram.pid))?,
+            ever,
+            since: Bitmap::new(ram.pages),
+            fresh: Bitmap::new(ram.pages),
+            base: base.to_string(),
+            generation: 0,
+        };
+        for segment in segments {
+            let bytes = (segment.pages * PAGE) as u64;
+            tracker
+                .uffd
+                .register(segment.address, bytes, uffd::WRITES)?;
+            tracker.uffd.protect(segment.address, bytes)?;
+        }
+        // The first look shows whether this kernel can scan at all, before anybody relies on it.
+        let mut tracker = tracker;
+        tracker.scan(ram)?;
+        Ok(tracker)
+    }
+
+    /// How it came about, in one word: `kernel` sees the kernel's own accesses too, `user` only needs no rights.
+    pub fn way(&self) -> &'static str {
+        if self.uffd.kernel_faults {
+            "kernel"
+        } else {
+            "user"
+        }
+    }
+
+    /// Note and return the pages written since the last scan, ascending.
+    fn scan(&mut self, ram: &Ram) -> io::Result<Vec<u32>> {
+        let mut found = Vec::new();
+        for segment in ram.segments()? {
+            let bytes = (segment.pages * PAGE) as u64;
+            let (ever, since, fresh) = (&mut self.ever, &mut self.since, &mut self.fresh);
+            uffd::scan_written(&self.pagemap, segment.address, bytes, |address, length| {
+                let (first, count) = pages_of(segment, address, length);
+                for set in [&mut *ever, &mut *since, &mut *fresh] {
+                    set.add(first, count);
+                }
+                found.extend((first..first + count).map(|page| page as u32));
+            })?;
+        }
+        Ok(found)
+    }
+
+    /// Copy while the VM runs, until little is left, and touch the memory that the pause will need.
+    pub fn prepare(&mut self, ram: &Ram, which: Which, stop: Stop) -> io::Result<Copying> {
+        self.scan(ram)?;
+        let sorted = match which {
+            Which::Delta => self.since.members(),
+            Which::All => self.ever.members(),
+        };
+        let mut copying = Copying {
+            which,
+            buffer: Buffer::new(ram.pages)?,
+            sorted,
+            more: Vec::new(),
+            done: false,
+        };
+        copying.buffer.touch(0, copying.sorted.len());
+        ram.read_pages(&copying.sorted, 0, &mut copying.buffer, stop)?;
+        let mut last = copying.sorted.len();
+        for _ in 1..ROUNDS {
+            if last <= CALM {
+                break;
+            }
+            last = self.round(ram, &mut copying, stop)?;
+        }
+        copying.buffer.touch(copying.pages(), last.max(SPARE));
+        Ok(copying)
+    }
+
+    /// Copy what was written since the last look. Returns how many pages that was.
+    fn round(&mut self, ram: &Ram, copying: &mut Copying, stop: Stop) -> io::Result<usize> {
+        let found = self.scan(ram)?;
+        let (again, new) = copying.place(&found);
+        ram.read_pairs(again.into_iter(), &mut copying.buffer, stop)?;
+        let first = copying.pages();
+        ram.read_pages(&new, first, &mut copying.buffer, stop)?;
+        copying.more.extend(new);
+        Ok(found.len())
+    }
+
+    /// The last round, of a stopped VM: from here on the copies are of one instant. Returns the number of pages.
+    pub fn capture(
+        &mut self,
+        ram: &Ram,
+        which: Which,
+        ready: Option<Copying>,
+        stop: Stop,
+    ) -> io::Result<Copying> {
+        let mut copying = match ready {
+            Some(copying) if copying.which == which && !copying.done => copying,
+            _ => self.prepare(ram, which, stop)?,
+        };
+        self.round(ram, &mut copying, stop)?;
+        copying.done = true;
+        self.fresh.clear();
+        self.generation += 1;
+        Ok(copying)
+    }
+
+    /// The capture of this generation is stored as `base`. A word about an older one changes nothing: its pages stay
+    /// in the next capture, which is more than needed and never less.
+    pub fn committed(&mut self, generation: u64, base: &str) {
+        if generation == self.generation {
+            self.since = self.fresh.clone();
+            self.base = base.to_string();
+        }
+    }
+}
+
+fn pages_of(segment: &Segment, address: u64, length: u64) -> (usize, usize) {
+    let first = segment.first_page + ((address - segment.address) as usize) / PAGE;
+    (first, length as usize / PAGE)
+}
+
+impl Copying {
+    pub fn pages(&self) -> usize {
+        self.sorted.len() + self.more.len()
+    }
+
+    /// Tell pages that have a slot already (with it) from new ones.
+    fn place(&self, found: &[u32]) -> (Vec<(u32, usize)>, Vec<u32>) {
+        let mut later: Vec<(u32, usize)> = self
+            .more
+            .iter()
+            .enumerate()
+            .map(|(at, &page)| (page, self.sorted.len() + at))
+            .collect();
+        later.sort_unstable();
+        let (mut again, mut new) = (Vec::new(), Vec::new());
+        for &page in found {
+            if let Ok(slot) = self.sorted.binary_search(&page) {
+                again.push((page, slot));
+            } else if let Ok(at) = later.binary_search_by_key(&page, |&(page, _)| page) {
+                again.push(later[at]);
+            } else {
+                new.push(page);
+            }
+        }
+        (again, new)
+    }
+
+    /// Bring the pages into order. Done when the VM runs again: it moves memory.
+    pub fn collect(mut self) -> io::Result<(Buffer, usize)> {
+        let numbers = self.buffer.sort(&self.sorted, &self.more);
+        self.buffer.finish(&numbers)?;
+        Ok((self.buffer, numbers.len()))
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::fs::FileExt;
+    use std::path::{Path, PathBuf};
+
+    const PAGES: usize = 256;
+
+    /// A child with a private mapping of a file, which writes the pages it is told to.
+    struct Writer {
+        pid: libc::pid_t,
+        order: OwnedFd,
+        done: OwnedFd,
+        path: PathBuf,
+    }
+
+    impl Writer {
+        fn start(name: &str, flags: libc::c_int) -> (Writer, Ram) {
+            let path =
+                Path::new("/dev/shm").join(format!("keeper-track-{name}-{}", std::process::id()));
+            let file = File::options()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(&path)
+                .unwrap();
+            file.set_len((PAGES * PAGE) as u64).unwrap();
+            file.write_all_at(&[1; 16 * PAGE], 0).unwrap();
+            let (order_read, order) = crate::sys::pipe().unwrap();
+            let (done, done_write) = crate::sys::pipe().unwrap();
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: the child makes system calls and writes to its own mapping, nothing else.
+            let pid = unsafe {
+                let map = libc::mmap(
+                    std::ptr::null_mut(),
+                    PAGES * PAGE,
+                    access,
+                    flags,
+                    file.as_raw_fd(),
+                    0,
+                );
+                assert_ne!(map, libc::MAP_FAILED);
+                let pid = libc::fork();
+                if pid == 0 {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    let mut told = [0u8; 2];
+                    while libc::read(order_read.as_raw_fd(), told.as_mut_ptr().cast(), 2) == 2 {
+                        *map.cast::<u8>().add(told[0] as usize * PAGE) = told[1];
+                        libc::write(done_write.as_raw_fd(), told.as_ptr().cast(), 1);
+                    }
+                    libc::_exit(0);
+                }
+                libc::munmap(map, PAGES * PAGE);
+                pid
+            };
+            let ram = Ram::new(pid, &path).unwrap();
+            let writer = Writer {
+                pid,
+                order,
+                done,
+                path,
+            };
+            (writer, ram)
+        }
+
+        fn write(&self, page: u8, value: u8) {
+            let mut back = [0u8];
+            // SAFETY: buffers are valid for their lengths.
+            unsafe {
+                let order = [page, value];
+                assert_eq!(
+                    libc::write(self.order.as_raw_fd(), order.as_ptr().cast(), 2),
+                    2
+                );
+                assert_eq!(
+                    libc::read(self.done.as_raw_fd(), back.as_mut_ptr().cast(), 1),
+                    1
+                );
+            }
+        }
+    }
+
+    impl Drop for Writer {
+        fn drop(&mut self) {
+            // SAFETY: our own child.
+            unsafe {
+                libc::kill(self.pid, libc::SIGKILL);
+                libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+            }
+            std::fs::remove_file(&self.path).unwrap();
+        }
+    }
+
+    fn go() -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Page numbers and first bytes of a finished capture.
+    fn content(copying: Copying) -> Vec<(u32, u8)> {
+        let (buffer, count) = copying.collect().unwrap();
+        let file = File::from(buffer.fd.try_clone().unwrap());
+        let byte = |at: usize| {
+            let mut one = [0u8];
+            file.read_exact_at(&mut one, at as u64).unwrap();
+            one[0]
+        };
+        let number = |slot: usize| {
+            let at = count * PAGE + slot * 4;
+            u32::from_le_bytes([byte(at), byte(at + 1), byte(at + 2), byte(at + 3)])
+        };
+        (0..count)
+            .map(|slot| (number(slot), byte(slot * PAGE)))
+            .collect()
+    }
+
+    fn take(tracker: &mut Tracker, ram: &Ram, which: Which) -> Vec<(u32, u8)> {
+        content(tracker.capture(ram, which, None, &go).unwrap())
+    }
+
+    #[test]
+    fn a_capture_holds_what_was_written_since_the_base() {
+        let (writer, ram) = Writer::start("since", libc::MAP_PRIVATE);
+        writer.write(3, 30); // before it is tracked: private
+        let mut tracker = Tracker::start(&ram, "-", &[(100, 2)], false).unwrap();
+        writer.write(5, 50);
+        writer.write(200, 60);
+        let all = [(3, 30), (5, 50), (100, 0), (101, 0), (200, 60)];
+        assert_eq!(take(&mut tracker, &ram, Which::All), all);
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(5, 50), (200, 60)]);
+        tracker.committed(tracker.generation, "snp_a");
+        writer.write(5, 51);
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(5, 51)]);
+        // that one is never stored: its page is in the next
+        writer.write(7, 70);
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(5, 51), (7, 70)]);
+        tracker.committed(tracker.generation - 1, "snp_b"); // too late
+        assert_eq!(tracker.base, "snp_a");
+        assert_eq!(take(&mut tracker, &ram, Which::Delta).len(), 2);
+        let stored = tracker.generation;
+        writer.write(9, 90); // between the capture and the word that it is stored
+        tracker.committed(stored, "snp_c");
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(9, 90)]);
+    }
+
+    #[test]
+    fn what_is_written_between_the_rounds_is_of_the_last_instant() {
+        let (writer, ram) = Writer::start("rounds", libc::MAP_PRIVATE);
+        let mut tracker = Tracker::start(&ram, "-", &[], true).unwrap();
+        assert_eq!(tracker.way(), "user");
+        for page in [10, 20, 30] {
+            writer.write(page, page);
+        }
+        let ready = tracker.prepare(&ram, Which::Delta, &go).unwrap();
+        writer.write(20, 99);
+        writer.write(15, 15);
+        writer.write(5, 5);
+        let done = tracker
+            .capture(&ram, Which::Delta, Some(ready), &go)
+            .unwrap();
+        writer.write(30, 77); // after the capture
+        assert_eq!(
+            content(done),
+            [(5, 5), (10, 10), (15, 15), (20, 99), (30, 30)]
+        );
+    }
+
+    #[test]
+    fn shared_memory_counts_what_its_file_holds() {
+        let (writer, ram) = Writer::start("shared", libc::MAP_SHARED);
+        let mut tracker = Tracker::start(&ram, "-", &[], false).unwrap();
+        assert_eq!(take(&mut tracker, &ram, Which::All).len(), 16);
+        writer.write(40, 4);
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(40, 4)]);
+        assert_eq!(take(&mut tracker, &ram, Which::All).len(), 17);
+    }
+
+    #[test]
+    fn the_deadline_stops_a_copy_and_nothing_is_lost() {
+        let (writer, ram) = Writer::start("deadline", libc::MAP_PRIVATE);
+        let mut tracker = Tracker::start(&ram, "-", &[], false).unwrap();
+        writer.write(1, 1);
+        let late = || Err(io::Error::from(io::ErrorKind::TimedOut));
+        assert!(tracker.capture(&ram, Which::Delta, None, &late).is_err());
+        assert_eq!(take(&mut tracker, &ram, Which::Delta), [(1, 1)]);
+    }
+
+    #[test]
+    fn a_process_that_somebody_else_traces_is_refused() {
+        let (writer, ram) = Writer::start("traced", libc::MAP_PRIVATE);
+        let (tell, told) = crate::sys::pipe().unwrap();
+        // SAFETY: the tracer makes system calls only.
+        let tracer = unsafe {
+            let tracer = libc::fork();
+            if tracer == 0 {
+                let ret = libc::ptrace(libc::PTRACE_SEIZE, writer.pid, 0usize, 0usize);
+                libc::write(told.as_raw_fd(), [ret as u8].as_ptr().cast(), 1);
+                libc::pause();
+            }
+            tracer
+        };
+        let mut seized = [9u8];
+        // SAFETY: the buffer is valid.
+        unsafe { libc::read(tell.as_raw_fd(), seized.as_mut_ptr().cast(), 1) };
+        assert_eq!(seized, [0]);
+        let error = Tracker::start(&ram, "-", &[], false).err().unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        // SAFETY: our own child.
+        unsafe {
+            libc::kill(tracer, libc::SIGKILL);
+            libc::waitpid(tracer, std::ptr::null_mut(), 0);
+        }
+        assert!(Tracker::start(&ram, "-", &[], false).is_ok());
+    }
+}
