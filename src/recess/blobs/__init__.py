@@ -1,7 +1,26 @@
-"""Room `blobs`: bytes by key, written once. The bottom of every stored thing; it knows nothing of their meaning."""
+"""Room `blobs`: bytes by key, written once. The bottom of every stored thing; it knows nothing of their meaning.
 
-from recess.blobs.contract import BlobInfo, BlobStore, check_key
+`blobs.s3` is not part of this index: only the composition root names a remote store, and importing it costs time.
+"""
+
+from recess.blobs.caching import CacheState, CachingBlobs
+from recess.blobs.contract import BlobInfo, BlobStore, check_key, read_pieces
 from recess.blobs.local import LocalBlobs
 from recess.blobs.memory import MemoryBlobs
+from recess.blobs.metering import MeteredBlobs, Traffic
+from recess.blobs.retry import RetryingBlobs, RetryPolicy
 
-__all__ = ["BlobInfo", "BlobStore", "LocalBlobs", "MemoryBlobs", "check_key"]
+__all__ = [
+    "BlobInfo",
+    "BlobStore",
+    "CacheState",
+    "CachingBlobs",
+    "LocalBlobs",
+    "MemoryBlobs",
+    "MeteredBlobs",
+    "RetryPolicy",
+    "RetryingBlobs",
+    "Traffic",
+    "check_key",
+    "read_pieces",
+]

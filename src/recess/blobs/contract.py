@@ -1,23 +1,27 @@
-"""Bytes by key: what every blob store promises (memory and local files here; one conformance suite for all).
+"""Bytes by key: what every blob store promises (memory, local files, S3-compatible; one conformance suite for all).
 
 A blob is written once, whole, and never changed; whoever needs another content uses another key (most keys are
 hashes). The store must know nothing of what the bytes mean. Everything is synchronous; a store is safe to use from
 several threads at once. Errors: `NotFound` (no such key), `OutOfSpace` (nothing was added), `Corrupt` (a blob is
-shorter than asked for), `BadInput` (a key that is not one). None of them is worth a blind retry.
+shorter than asked for), `BadInput` (a key that is not one): none of them is worth a blind retry. `Unavailable`: the
+store cannot be reached or used; with `details["retryable"]` true the same call may succeed a moment later.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from recess.errors import BadInput
 
 Bytes = bytes | bytearray | memoryview
+PieceSource = Callable[[], Iterator[Bytes]]  # called anew for every attempt
+Ranges = Sequence[tuple[int, int]]  # (offset, length) each
 
 KEY_CHARS_MAX = 200
+PIECE_BYTES = 8 << 20
 _KEY = re.compile(r"[a-z0-9][a-z0-9_.\-]{0,127}(/[a-z0-9][a-z0-9_.\-]{0,127}){0,3}")
 
 
@@ -42,12 +46,31 @@ class BlobStore(Protocol):
         """
         ...
 
+    def put_stream(self, key: str, source: PieceSource) -> bool:
+        """Like `put`, for content that is larger than memory: the pieces of `source()` in their order.
+
+        The source may be called several times or not at all. What it raises is passed on, and nothing is stored then:
+        so a source can verify what it yields, and refuse at the very end.
+        """
+        ...
+
+    def touch(self, key: str) -> bool:
+        """Renew the time of a blob, as `put` does for one that is there; False if it is not there."""
+        ...
+
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """Return the whole blob. Raises NotFound; Corrupt if it holds more than `max_bytes` (nothing is read then)."""
         ...
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """Return exactly `length` bytes from `offset`. There are no short reads: Corrupt if the blob ends before."""
+        ...
+
+    def get_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """Return the bytes of each (offset, length), in the order asked for; as exact as `get_range`.
+
+        A store that pays by the request joins ranges that lie near each other.
+        """
         ...
 
     def stat(self, key: str) -> BlobInfo:
@@ -69,6 +92,12 @@ class BlobStore(Protocol):
     def clean(self, *, before_s: float) -> int:
         """Remove what interrupted puts left behind and that is older than this wall time; return how many."""
         ...
+
+
+def read_pieces(blobs: BlobStore, key: str, size_bytes: int, *, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield a blob of this size piece by piece: as much memory as one piece, and a retry repeats only one."""
+    for offset in range(0, size_bytes, piece_bytes):
+        yield blobs.get_range(key, offset, min(piece_bytes, size_bytes - offset))
 
 
 def check_key(key: str) -> str:

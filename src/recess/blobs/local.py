@@ -14,10 +14,11 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
-from recess.blobs.contract import BlobInfo, Bytes, check_key, pieces
+from recess.blobs.contract import BlobInfo, Bytes, PieceSource, Ranges, check_key, pieces
 from recess.crashpoints import Crashed, crash_point
 from recess.errors import BadInput, Corrupt, NotFound, OutOfSpace, Unavailable
 
@@ -39,13 +40,25 @@ class LocalBlobs:
 
     def put(self, key: str, data: Bytes | Sequence[Bytes]) -> bool:
         """See `BlobStore.put`."""
+        return self._publish(key, lambda temp: _write_synced(temp, pieces(data), _IOV_MAX))
+
+    def put_stream(self, key: str, source: PieceSource) -> bool:
+        """See `BlobStore.put_stream`. An OSError of the source is taken for one of this store."""
+        return self._publish(key, lambda temp: _write_synced(temp, (v for p in source() for v in pieces(p)), 1))
+
+    def touch(self, key: str) -> bool:
+        """See `BlobStore.touch`."""
+        return _touch(self.root / check_key(key))
+
+    def _publish(self, key: str, write: Callable[[Path], None]) -> bool:
+        """Make a file of what `write` writes; see the head of this module for the order."""
         target = self.root / check_key(key)
         if _touch(target):
             return False
         temp = self.root / _TMP / secrets.token_hex(12)
         try:
             _make_folders(self.root, target.parent)
-            _write_synced(temp, pieces(data))
+            write(temp)
             crash_point("blobs.before_link")
             try:
                 os.link(temp, target)
@@ -82,12 +95,17 @@ class LocalBlobs:
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
         """See `BlobStore.get_range`."""
+        return self.get_ranges(key, [(offset, length)])[0]
+
+    def get_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """See `BlobStore.get_ranges`."""
         try:
             with (self.root / check_key(key)).open("rb", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
-                if offset < 0 or length < 0 or offset + length > size:
-                    raise Corrupt(f"blob {key} ends before byte {offset + length}", blob=key)
-                return _read_exactly(file.fileno(), offset, length, key)
+                for offset, length in ranges:
+                    if offset < 0 or length < 0 or offset + length > size:
+                        raise Corrupt(f"blob {key} ends before byte {offset + length}", blob=key)
+                return [_read_exactly(file.fileno(), offset, length, key) for offset, length in ranges]
         except OSError as exc:
             raise _translate(exc, key) from exc
 
@@ -156,22 +174,28 @@ class LocalBlobs:
         return removed
 
 
-def _write_synced(path: Path, views: list[memoryview]) -> None:
-    """Create `path` with these bytes and fsync it."""
+def _write_synced(path: Path, source: Iterable[memoryview], at_once: int) -> None:
+    """Create `path` with these bytes and fsync it; `at_once`: how many views are held and written together."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
     try:
-        while views:
-            written = os.writev(fd, views[:_IOV_MAX])
-            while written:  # drop what went out; a write may be short
-                if written >= views[0].nbytes:
-                    written -= views.pop(0).nbytes
-                else:
-                    views[0] = views[0][written:]
-                    written = 0
+        iterator = iter(source)
+        while views := list(islice(iterator, at_once)):
+            _write_all(fd, views)
         crash_point("blobs.before_sync")
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _write_all(fd: int, views: list[memoryview]) -> None:
+    while views:
+        written = os.writev(fd, views)
+        while written:  # drop what went out; a write may be short
+            if written >= views[0].nbytes:
+                written -= views.pop(0).nbytes
+            else:
+                views[0] = views[0][written:]
+                written = 0
 
 
 def _read_exactly(fd: int, offset: int, length: int, key: str) -> bytes:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from time import time
 
-from recess.blobs.contract import BlobInfo, Bytes, check_key, pieces
+from recess.blobs.contract import BlobInfo, Bytes, PieceSource, Ranges, check_key, pieces
 from recess.errors import Corrupt, NotFound, OutOfSpace
 
 
@@ -34,6 +34,20 @@ class MemoryBlobs:
             self._blobs[key] = (content, self._now())
             return True
 
+    def put_stream(self, key: str, source: PieceSource) -> bool:
+        """See `BlobStore.put_stream`."""
+        check_key(key)
+        return self.put(key, list(source()))
+
+    def touch(self, key: str) -> bool:
+        """See `BlobStore.touch`."""
+        check_key(key)
+        with self._lock:
+            old = self._blobs.get(key)
+            if old is not None:
+                self._blobs[key] = (old[0], self._now())
+            return old is not None
+
     def _find(self, key: str) -> tuple[bytes, float]:
         check_key(key)
         with self._lock:
@@ -55,6 +69,11 @@ class MemoryBlobs:
         if offset < 0 or length < 0 or offset + length > len(content):
             raise Corrupt(f"blob {key} ends before byte {offset + length}", blob=key)
         return content[offset : offset + length]
+
+    def get_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """See `BlobStore.get_ranges`."""
+        self._find(key)
+        return [self.get_range(key, offset, length) for offset, length in ranges]
 
     def stat(self, key: str) -> BlobInfo:
         """See `BlobStore.stat`."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
-from recess.blobs.contract import BlobStore
+from recess.blobs.contract import BlobStore, read_pieces
 from recess.errors import BadInput, Corrupt, NotFound
 
 _FAR = 1 << 40
@@ -46,6 +47,62 @@ class BlobStoreSuite:
             assert blobs.put("k", b"second") is False
         assert blobs.get("k", max_bytes=_FAR) == b"first"
         assert blobs.stat("k").modified_s > before
+
+    def test_touch_renews_the_time(self, blobs: BlobStore) -> None:
+        assert blobs.touch("d/k") is False
+        assert not blobs.exists("d/k")
+        blobs.put("d/k", b"x")
+        before = blobs.stat("d/k").modified_s
+        deadline = time.monotonic() + 5
+        while blobs.stat("d/k").modified_s == before and time.monotonic() < deadline:
+            assert blobs.touch("d/k") is True
+        after = blobs.stat("d/k").modified_s
+        assert after > before
+        assert [info.modified_s for info in blobs.list_blobs("d/")] == [after]
+        blobs.delete("d/k")
+        assert blobs.touch("d/k") is False
+        assert list(blobs.list_blobs()) == []
+
+    def test_a_stream_is_stored_whole(self, blobs: BlobStore) -> None:
+        assert blobs.put_stream("s/k", lambda: iter([b"ab", b"", bytearray(b"c"), memoryview(b"d")])) is True
+        assert blobs.get("s/k", max_bytes=4) == b"abcd"
+        assert blobs.put_stream("s/k", lambda: iter([b"other"])) is False
+        assert blobs.get("s/k", max_bytes=4) == b"abcd"
+        assert blobs.put_stream("s/empty", lambda: iter([])) is True
+        assert blobs.get("s/empty", max_bytes=0) == b""
+
+    def test_a_long_stream_is_stored_whole(self, blobs: BlobStore) -> None:
+        piece = bytes(range(256)) * (1 << 12)  # 1 MiB
+        assert blobs.put_stream("s/long", lambda: (piece for _ in range(21))) is True
+        assert blobs.stat("s/long").size_bytes == 21 << 20
+        assert blobs.get_range("s/long", (20 << 20) + 5, 10) == piece[5:15]
+        assert blobs.put_stream("s/long", lambda: (piece for _ in range(22))) is False
+        assert blobs.stat("s/long").size_bytes == 21 << 20
+        assert [info.key for info in blobs.list_blobs()] == ["s/long"]
+        assert b"".join(read_pieces(blobs, "s/long", 21 << 20, piece_bytes=(4 << 20) + 1)) == piece * 21
+
+    @pytest.mark.parametrize("pieces", [1, 20])
+    def test_a_stream_that_fails_stores_nothing(self, blobs: BlobStore, pieces: int) -> None:
+        def source() -> Iterator[bytes]:
+            yield from (bytes(1 << 20) for _ in range(pieces))
+            raise Corrupt("it is not what it should be")
+
+        with pytest.raises(Corrupt, match="not what it should be"):
+            blobs.put_stream("s/k", source)
+        assert not blobs.exists("s/k")
+        assert list(blobs.list_blobs()) == []
+        assert blobs.put_stream("s/k", lambda: iter([b"good"])) is True
+
+    def test_many_ranges_at_once(self, blobs: BlobStore) -> None:
+        blobs.put("k", bytes(range(200)))
+        asked = [(190, 10), (0, 3), (3, 0), (200, 0), (50, 100), (2, 2)]
+        assert blobs.get_ranges("k", asked) == [bytes(range(o, o + n)) for o, n in asked]
+        assert blobs.get_ranges("k", []) == []
+        for bad in ([(0, 1), (199, 2)], [(0, 1), (-1, 1)], [(0, 1), (201, 0)], [(500, 1), (0, 1)]):
+            with pytest.raises(Corrupt):
+                blobs.get_ranges("k", bad)
+        with pytest.raises(NotFound):
+            blobs.get_ranges("no", [(0, 1), (5, 1)])
 
     def test_missing_keys(self, blobs: BlobStore) -> None:
         blobs.put("there/file", b"x")
@@ -104,6 +161,12 @@ class BlobStoreSuite:
     def test_bad_keys_are_refused_everywhere(self, blobs: BlobStore, key: str) -> None:
         with pytest.raises(BadInput):
             blobs.put(key, b"")
+        with pytest.raises(BadInput):
+            blobs.put_stream(key, lambda: iter([b""]))
+        with pytest.raises(BadInput):
+            blobs.touch(key)
+        with pytest.raises(BadInput):
+            blobs.get_ranges(key, [(0, 1)])
         with pytest.raises(BadInput):
             blobs.get(key, max_bytes=1)
         with pytest.raises(BadInput):
