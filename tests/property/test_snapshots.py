@@ -17,7 +17,14 @@ numbers = st.one_of(st.integers(0, 20), st.integers(505, 520), st.integers(0, 10
 changes = st.dictionaries(numbers, contents, max_size=30)
 stretch = st.tuples(numbers, st.integers(1, 40), contents)
 steps = st.lists(
-    st.tuples(st.integers(0, 9), st.booleans(), changes, stretch, changes, st.binary(max_size=40)),
+    st.tuples(
+        st.integers(0, 9),
+        st.sampled_from(["alone", "parent", "inherit", "inherit memory"]),
+        changes,
+        stretch,
+        changes,
+        st.binary(max_size=40),
+    ),
     min_size=1,
     max_size=9,
 )
@@ -48,6 +55,15 @@ def capture(parts, base, extra):
         which[list(extra)] = True
         rows = np.flatnonzero(which).astype(np.uint32)
         out.append(RawPart(name, len(content), rows, pages_of(content[rows])))
+    return out
+
+
+def delta(parts, before):
+    """What a driver with dirty tracking hands over: what may differ from the parent; its disk is told against the base."""
+    out = []
+    for name, content in parts.items():
+        rows = np.flatnonzero(content != before[name]).astype(np.uint32)
+        out.append(RawPart(name, len(content), rows, pages_of(content[rows]), inherits=True))
     return out
 
 
@@ -82,15 +98,19 @@ def test_any_history_reads_back(tmp_path_factory, steps, over_template, frame_pa
         base = booted
         template = ArrayTemplate(ref, {name: pages_of(content) for name, content in booted.items()})
     history = []
-    for back, use_parent, memory, run, disk, vmstate in steps:
+    for back, how, memory, run, disk, vmstate in steps:
         parent, parts = history[-1 - back % len(history)] if history else ("", base)
-        parts = apply(parts, memory, run, disk)
+        before, parts = parts, apply(parts, memory, run, disk)
+        raws = capture(parts, base, extra)
+        if parent and how.startswith("inherit"):
+            changed = delta(parts, before)
+            raws = changed if how == "inherit" else [changed[0], raws[1]]
         report = store.write(
-            capture(parts, base, extra),
+            raws,
             vmstate,
             META,
             template=template,
-            parent_id=parent if use_parent else "",
+            parent_id="" if how == "alone" else parent,
             sources=[BLOCKS],
         )
         history.append((report.snapshot_id, parts))

@@ -23,12 +23,16 @@ PageData = NDArray[np.uint8]  # shape (n, 4096), C-contiguous
 
 @dataclass(frozen=True)
 class RawPart:
-    """Pages of one part as captured: those that may differ from the template (or from zeros without one)."""
+    """Pages of one part as captured: those that may differ from the template (or from zeros without one).
+
+    With `inherits` they are only those that may differ from the parent snapshot: every other page is the parent's.
+    """
 
     name: str  # "memory", "disk0"
     pages_total: int
     indices: PageIndices
     data: PageData
+    inherits: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class WriteReport:
     """What one snapshot cost. `new_bytes`: bytes this snapshot added to the store, all blobs counted.
 
     `pages_shared`: captured pages that cost nothing, by why: zero, template, parent, image and kernel (the first and
-    the second of `sources`), duplicate (of another page of this snapshot). Only what occurred is listed.
+    the second of `sources`), duplicate (of another page of this snapshot); and `inherited`: pages that were not even
+    captured, since nobody wrote them after the parent. Only what occurred is listed.
     """
 
     snapshot_id: str
@@ -119,7 +124,8 @@ class SnapshotStore(Protocol):
         """Store one snapshot; durable when it returns (manifest fsynced last). On any error nothing is visible.
 
         The buffers of `parts` must stay as they are until it returns. The parent only saves bytes: if it cannot be
-        read (Corrupt, NotFound), the same call without it stores the same snapshot. Also raises BadInput.
+        read (Corrupt, NotFound), the same call without it stores the same snapshot; not so with a part that
+        `inherits`, which needs the parent's pages. Also raises BadInput.
         """
         ...
 

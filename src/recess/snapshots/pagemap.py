@@ -6,6 +6,7 @@ page's source is a file of blocks known by hash (root image, kernel), a layer, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,8 +62,15 @@ class PageMap:
     def between(self, low: int, high: int) -> PageMap:
         """Return the part of the map with low <= page < high; page numbers stay as they are."""
         first, last = np.searchsorted(self.pages, (low, high))
-        cut = slice(int(first), int(last))
-        return PageMap(self.pages_total, self.pages[cut], self.source[cut], self.position[cut], self.sources)
+        return self.select(slice(int(first), int(last)))
+
+    def select(self, rows: slice | NDArray[np.bool_]) -> PageMap:
+        """Return the map of these rows only."""
+        return PageMap(self.pages_total, self.pages[rows], self.source[rows], self.position[rows], self.sources)
+
+    def without(self, pages: NDArray[np.uint32]) -> PageMap:
+        """Return the map without these pages."""
+        return self.select(~np.isin(self.pages, pages, assume_unique=True))
 
 
 def merge(pages_total: int, pages: NDArray[np.uint32], rows: dict[Source | None, tuple[NDArray[np.int64], NDArray[np.int64]]]) -> PageMap:  # fmt: skip
@@ -75,6 +83,22 @@ def merge(pages_total: int, pages: NDArray[np.uint32], rows: dict[Source | None,
         position[which] = where
     kept = number >= 0
     return PageMap(pages_total, pages[kept], number[kept], position[kept], sources)
+
+
+def union(maps: Sequence[PageMap]) -> PageMap:
+    """Return one map of all pages that the given maps of one part list; no page may be in two of them."""
+    used = [np.unique(page_map.source[page_map.source > 0]) - 1 for page_map in maps]
+    sources = tuple(sorted({m.sources[int(n)] for m, numbers in zip(maps, used, strict=True) for n in numbers}))
+    renumbered = []
+    for page_map, numbers in zip(maps, used, strict=True):
+        table = np.zeros(len(page_map.sources) + 1, np.int32)
+        for number in numbers.tolist():
+            table[number + 1] = 1 + sources.index(page_map.sources[number])
+        renumbered.append(table[page_map.source])
+    pages = np.concatenate([page_map.pages for page_map in maps])
+    order = np.argsort(pages, kind="stable")
+    position = np.concatenate([page_map.position for page_map in maps])[order]
+    return PageMap(maps[0].pages_total, pages[order], np.concatenate(renumbered)[order], position, sources)
 
 
 def runs_of(page_map: PageMap, leaf_pages: int) -> NDArray[np.int64]:

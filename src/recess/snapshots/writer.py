@@ -4,8 +4,10 @@ Each captured page is, in this order: equal to the base (then it is not listed a
 snapshot's page of the same number (then its slot is referred to), a block of a source, equal to another page of this
 snapshot (one slot for both), or new. Every equality was compared byte for byte.
 
-Captures are cumulative against the template: a page that was not captured is the template's. So the parent only saves
-bytes, it is never part of the meaning; and a page of a layer that is to be rewritten is at hand, uncompressed.
+A page that was not captured is the template's, or in a part that `inherits` the parent's. In the first case the parent
+only saves bytes, and a page of a layer that is to be rewritten is at hand; in the second the parent's map is taken over
+where nothing was captured, and what lies in a layer that is to be rewritten is read from it. Either way the new
+snapshot names every file it needs: the parent may be deleted afterwards.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from recess.errors import BadInput
 from recess.frames import SeekableFile, WorkPool, build_seekable
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, first_equal, look_up, take, words
 from recess.snapshots.contract import PageData, PageSource, RawPart, SnapshotMeta, TemplatePages, WriteReport
-from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, is_id, key_of, make_id
+from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, digest_of, is_id, key_of, make_id
 from recess.snapshots.layer_v1 import build_layer
 from recess.snapshots.manifest_v1 import VMSTATE_RAW_MAX, FileV1, ManifestV1, PartV1, VmstateV1, encode_manifest
 from recess.snapshots.pack_v1 import build_pack
-from recess.snapshots.pagemap import KIND_BLOCKS, KIND_LAYER, PAGES_MAX, PageMap, Source, merge
+from recess.snapshots.pagemap import KIND_BLOCKS, KIND_LAYER, PAGES_MAX, PageMap, Source, merge, union
 from recess.snapshots.pagemap_v1 import encode_tree
 from recess.snapshots.publish import Pins, Publication
 from recess.snapshots.reader import VMSTATE_KIND, OpenSnapshot
@@ -44,11 +46,18 @@ Rows = NDArray[np.int64]
 
 @dataclass
 class _Part:
-    """One part on its way. `known`: per source the rows that are there already and their positions. `rows`: the rest."""
+    """One part on its way. `known`: per source the rows that are there already and their positions. `rows`: the rest.
+    `inherited`: the parent's map of the pages that were not captured."""
 
     raw: RawPart
     rows: Rows
     known: dict[Source | None, tuple[Rows, NDArray[np.int64]]] = field(default_factory=dict)
+    inherited: PageMap | None = None
+
+    def page_map(self) -> PageMap:
+        """Return the map of all that is settled."""
+        mine = merge(self.raw.pages_total, self.raw.indices, self.known)
+        return mine if self.inherited is None else union([mine, self.inherited])
 
     def settle(self, source: Source | None, found: NDArray[np.bool_], positions: NDArray[np.int64]) -> None:
         """Note that the rows where `found` (a mask over `rows`) holds are in `source` at these positions."""
@@ -104,10 +113,15 @@ class SnapshotWriter:
             kept_layers: list[FileV1] = []
             if parent is not None:
                 publication.hold(key_of(ref) for ref in parent.manifest.files())
+                _check_parent(raws, parent, template)
                 kept_layers = self._compare_with_parent(parts, parent)
             self._compare_with_sources(parts, sources)
+            if parent is not None:
+                parts += self._read_rewritten(
+                    parts, parent, {bytes.fromhex(digest_of(file.id)) for file in kept_layers}
+                )
             new_layers = self._pack_the_rest(parts)
-            maps = {part.raw.name: merge(part.raw.pages_total, part.raw.indices, part.known) for part in parts}
+            maps = {raw.name: union([p.page_map() for p in parts if p.raw.name == raw.name]) for raw in raws}
             roots, packs = self._build_maps(maps, parent)
             snapshot_id, data = encode_manifest(
                 ManifestV1(
@@ -182,12 +196,19 @@ class SnapshotWriter:
         Layers that are not worth keeping (`rewrite`) are not referred to: their pages stay among the rest.
         """
         found: list[dict[Source, tuple[NDArray[np.bool_], NDArray[np.int64]]]] = []
+        used: dict[Source, list[NDArray[np.int64]]] = {}
         for part in parts:
-            found.append(self._same_as_parent(part, parent) if part.raw.name in parent.manifest.parts else {})
-        live = {
-            source: len(np.unique(np.concatenate([slots[same] for same, slots in _each(found, source)])))
-            for source in sorted({source for matches in found for source in matches})
-        }
+            theirs = self._parents_map(part.raw, parent)
+            found.append({} if theirs is None else self._same_as_parent(part, theirs, parent))
+            for source, (same, slots) in found[-1].items():
+                used.setdefault(source, []).append(slots[same])
+            if part.raw.inherits and theirs is not None:
+                part.inherited = theirs.without(part.raw.indices)
+                self._count("inherited", part.inherited.count)
+                for origin, rows in part.inherited.rows_by_source().items():
+                    if origin is not None and origin.kind == KIND_LAYER:
+                        used.setdefault(origin, []).append(part.inherited.position[rows].astype(np.int64))
+        live = {source: len(np.unique(np.concatenate(used[source]))) for source in sorted(used)}
         records = {file.id: file for file in parent.manifest.layers}
         ids = {source: make_id(LAYER, source.digest.hex()) for source in live}
         usages = [Usage(ids[source], count, records[ids[source]].entries) for source, count in live.items() if count]
@@ -205,11 +226,36 @@ class SnapshotWriter:
             if usage.id not in rewritten
         ]
 
+    def _parents_map(self, raw: RawPart, parent: OpenSnapshot) -> PageMap | None:
+        """Return the parent's map of a part. Raises BadInput if it cannot be inherited and has to be."""
+        theirs = parent.page_map(raw.name) if raw.name in parent.manifest.parts else None
+        if raw.inherits and (theirs is None or theirs.pages_total != raw.pages_total):
+            raise BadInput(f"part {raw.name} cannot inherit from snapshot {parent.id[:16]}")
+        return theirs
+
+    def _read_rewritten(self, parts: Sequence[_Part], parent: OpenSnapshot, kept: set[bytes]) -> list[_Part]:
+        """Return what is inherited from layers that are not kept as parts of its own, with its content: it is packed
+        anew. Takes it out of the inherited maps."""
+        out = []
+        for part in parts:
+            theirs = part.inherited
+            if theirs is None:
+                continue
+            going = [0, *(s.kind == KIND_LAYER and s.digest not in kept for s in theirs.sources)]
+            moving = np.array(going, np.bool_)[theirs.source]
+            if moving.any():
+                gone = theirs.select(moving)
+                raw = RawPart(part.raw.name, part.raw.pages_total, gone.pages, parent.read_pages(gone, {}))
+                out.append(_Part(raw, np.arange(gone.count)))
+                part.inherited = theirs.select(~moving)
+        self._lap("rewrite")
+        return out
+
     def _same_as_parent(
-        self, part: _Part, parent: OpenSnapshot
+        self, part: _Part, theirs: PageMap, parent: OpenSnapshot
     ) -> dict[Source, tuple[NDArray[np.bool_], NDArray[np.int64]]]:
         """Return per layer of the parent, over all captured rows: which are equal to it, and in which slot."""
-        raw, theirs = part.raw, parent.page_map(part.raw.name)
+        raw = part.raw
         if not theirs.count:
             return {}
         at = np.minimum(np.searchsorted(theirs.pages, raw.indices[part.rows]), theirs.count - 1)
@@ -311,10 +357,11 @@ class SnapshotWriter:
         return roots, sorted(packs, key=lambda pack: pack.id)
 
 
-def _each(
-    found: Sequence[dict[Source, tuple[NDArray[np.bool_], NDArray[np.int64]]]], source: Source
-) -> list[tuple[NDArray[np.bool_], NDArray[np.int64]]]:
-    return [matches[source] for matches in found if source in matches]
+def _check_parent(raws: Sequence[RawPart], parent: OpenSnapshot, template: TemplatePages | None) -> None:
+    """Raise BadInput if a part inherits from a snapshot whose gaps mean another template."""
+    ours = template.template_id if template is not None else ""
+    if parent.manifest.template != ours and any(raw.inherits for raw in raws):
+        raise BadInput(f"nothing can be inherited from snapshot {parent.id[:16]}: it stands on another template")
 
 
 def _mark_equal(
@@ -347,6 +394,8 @@ def _check_input(raws: Sequence[RawPart], vmstate: bytes, template: TemplatePage
         raise BadInput(f"device state of {len(vmstate)} bytes is over the cap")
     for raw in raws:
         indices, data = raw.indices, raw.data
+        if raw.inherits and not parent_id:
+            raise BadInput(f"part {raw.name} inherits, but no parent is named")
         if not 0 <= raw.pages_total <= PAGES_MAX:
             raise BadInput(f"part {raw.name} of {raw.pages_total} pages is over the cap")
         if (
