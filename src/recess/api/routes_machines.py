@@ -21,6 +21,7 @@ from recess.api.wire import (
     with_progress,
 )
 from recess.errors import BadInput
+from recess.machines.ladder import RUNGS
 from recess.units import MIB
 
 FILE_BYTES_MAX = 64 * MIB
@@ -92,8 +93,11 @@ async def suspend_machine(request: Request) -> Response:
 
 
 async def resume_machine(request: Request) -> Response:
-    """POST /v1/machines/REF/resume."""
-    return JSONResponse(resume_json(await context_of(request).node.machines.resume(_ref(request))))
+    """POST /v1/machines/REF/resume: by the best rung that works; `disk`: cold, from its newest disk."""
+    body = await read_json(request)
+    reject_unknown(body, {"disk"}, "body")
+    rungs = (4,) if field(body, "disk", bool, False) else RUNGS
+    return JSONResponse(resume_json(await context_of(request).node.machines.bring_back(_ref(request), rungs=rungs)))
 
 
 async def snapshot_machine(request: Request) -> Response:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
@@ -19,11 +18,11 @@ from recess.machines.capture import Taken
 from recess.machines.contract import RestoreParts
 from recess.machines.fleet import Fleet
 from recess.machines.identity import child_name
-from recess.machines.launching import Launcher
+from recess.machines.launching import Launcher, child_spec
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import spec_from_json
-from recess.machines.service import MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.service import ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import Origin, finish
@@ -32,11 +31,6 @@ from recess.machines.states import SUSPENDED, next_state
 FORK_MAX = 64
 FORK_AT_ONCE = 4
 LOCAL_RUNG = 2
-
-
-def child_spec(spec: MachineSpec) -> MachineSpec:
-    """Return the spec of a new machine made from an older one's memory: published ports move to free host ports."""
-    return replace(spec, ports=tuple((ip, 0, guest) for ip, _, guest in spec.ports))
 
 
 class BringBack:
@@ -59,19 +53,23 @@ class BringBack:
         return report
 
     async def restore_as(
-        self, record: MachineRecord, row: SnapshotRow, epoch: int
+        self, record: MachineRecord, row: SnapshotRow, epoch: int, *, before: str = ""
     ) -> tuple[MachineRecord, ResumeReport]:
-        """Bring a suspended, exited or dead machine back from this snapshot under its own identity."""
+        """Bring a suspended, exited or dead machine back from this snapshot under its own identity. `before`: what was
+        tried before, for the report."""
         next_state(record.state, "restore", f"machine {record.name}")
-        return await self._again(record, row, epoch)
+        return await self._again(record, row, epoch, before)
 
-    async def _again(self, record: MachineRecord, row: SnapshotRow, epoch: int) -> tuple[MachineRecord, ResumeReport]:
+    async def _again(
+        self, record: MachineRecord, row: SnapshotRow, epoch: int, before: str = ""
+    ) -> tuple[MachineRecord, ResumeReport]:
         began = time.monotonic()
-        await self._fleet.end(record.id, "it comes back from a snapshot")  # what lingers after an exit
+        # What lingers after an exit. Its disk is kept until the snapshot has been brought back: that may fail.
+        await self._fleet.end(record.id, "it comes back from a snapshot", keep_disk=True)
         origin, _, _ = await self._stored.open(row.id)
         skip = {int(k): int(v) for k, v in dict(row.figures.get("output", {})).items()}
         own = row.machine == record.id
-        why = _why(record, row)
+        why = "; ".join(word for word in (before, _why(record, row)) if word)
         record, _, timings = await self._launcher.launch(
             record, origin, epoch=epoch, skip=skip if own else None, status=why
         )

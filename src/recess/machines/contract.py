@@ -18,7 +18,9 @@ from recess.guestlink.link import GuestLink
 
 DISK_NAME = "disk.raw"
 """The writable disk's file in a machine's directory. The caller of `boot` puts a formatted one there (ext4, exactly
-`spec.disk_bytes`, sparse); `restore` writes it itself; `kill` removes it."""
+`spec.disk_bytes`, sparse); `restore` writes it itself. A VM that ends by itself leaves it, as a power cut would: `boot`
+takes it as it is (rung 4 of the ladder). `kill` removes this name and nothing else of it: the content lives on in a hard
+link that the caller made before, and is complete in it once `kill` has returned."""
 
 CONSOLE_NAME = "console.log"
 """The serial console's file in a machine's directory: bounded, the newest bytes last. Kept by `kill` for post-mortems."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable
 
 from recess.catalog.machines import MachineRecord
 from recess.errors import IllegalState, RecessError
 from recess.guestlink.link import GuestLink
+from recess.machines import keptdisk
 from recess.machines.contract import Vm
 from recess.machines.incoming import Incoming
 from recess.machines.live import Live
@@ -27,6 +29,9 @@ LINGER_S = 5.0
 """How long a VM outlives its main process, so that a client that attaches a moment later still gets all the output."""
 
 ADOPT_AT_ONCE = 8
+SETTLE_S = 5.0
+
+log = logging.getLogger(__name__)
 
 
 class Fleet:
@@ -36,6 +41,7 @@ class Fleet:
         self._parts = parts
         self._templates = templates
         self._live: dict[str, Live] = {}
+        self._going: dict[str, Live] = {}  # their VM is gone, their row is about to say so
         self._locks: dict[str, asyncio.Lock] = {}
         self._aside: set[asyncio.Task[None]] = set()
         self.incoming = Incoming()
@@ -49,6 +55,10 @@ class Fleet:
     def find(self, machine_id: str) -> Live | None:
         """Return the machine's VM, if it has one here."""
         return self._live.get(machine_id)
+
+    def find_going(self, machine_id: str) -> Live | None:
+        """Return the machine's VM, also one that has ended and whose row does not say so yet."""
+        return self._live.get(machine_id) or self._going.get(machine_id)
 
     def need(self, machine_id: str) -> Live:
         """Return the machine's VM; raises IllegalState when it is gone (its row is about to say so)."""
@@ -85,10 +95,16 @@ class Fleet:
     async def _watch(self, live: Live) -> None:
         reason = await live.vm.wait_dead()
         live.reason = live.ending or reason
-        await self._drop(live)
-        await live.vm.kill()  # its process is gone by itself: sockets, disk and connections go with this
-        if not live.ending:
-            await self._fall(live.id, reason)
+        self._going[live.id] = live
+        try:
+            await self._drop(live)
+            if live.keep_disk:
+                self._keep_disk(live.id)
+            await live.vm.kill()  # its process is gone by itself: sockets, disk and connections go with this
+            if not live.ending:
+                await self._fall(live.id, reason)
+        finally:
+            del self._going[live.id]
         live.gone.set()
 
     async def _drop(self, live: Live) -> None:
@@ -102,24 +118,35 @@ class Fleet:
         def decide(row: MachineRecord) -> dict[str, object]:
             if row.state not in WITH_VM:
                 return {}
-            state, status = after_loss(row.state, row.snapshot, reason)
+            disk = keptdisk.is_kept(self._parts.directory(machine_id))
+            state, status = after_loss(row.state, row.snapshot, reason, disk=disk)
             return {"state": state, "status": status}
 
         if await self._parts.catalog.machines.find(machine_id) is not None:
             await self._parts.catalog.machines.change(machine_id, decide)
 
-    async def end(self, machine_id: str, why: str) -> None:
-        """End a VM on purpose; the row is the caller's. Returns when nothing of it is left; no VM is fine."""
+    async def end(self, machine_id: str, why: str, *, keep_disk: bool = False) -> None:
+        """End a VM on purpose; the row is the caller's. Returns when nothing of it is left, but for its disk under its
+        kept name with `keep_disk`; no VM is fine."""
         live = self._live.get(machine_id)
         if live is None:
             return
-        live.ending = live.ending or why
+        if not live.ending:
+            live.ending, live.keep_disk = why, keep_disk
+        if live.keep_disk:
+            self._keep_disk(machine_id)  # before the driver removes it
         await finish(live.vm.kill())
         await live.gone.wait()
 
+    def _keep_disk(self, machine_id: str) -> None:
+        try:
+            keptdisk.keep(self._parts.directory(machine_id))
+        except RecessError as exc:
+            log.warning("machine %s: %s", machine_id, exc.message)  # its end must go on all the same
+
     async def fail(self, live: Live, reason: str) -> None:
         """End a VM that cannot be served any more; its row falls as if the VM had died by itself."""
-        await self.end(live.id, reason)
+        await self.end(live.id, reason, keep_disk=True)
         await self._fall(live.id, reason)
 
     async def main_exited(self, machine_id: str, code: int) -> None:
@@ -141,9 +168,17 @@ class Fleet:
             async with asyncio.timeout(self.linger_s):
                 await live.gone.wait()
         async with self.lock(machine_id):
-            await self.end(machine_id, "its main process ended")
+            if not live.spec.remove_on_exit and live.id in self._live:
+                await self.settle(live)
+            await self.end(machine_id, "its main process ended", keep_disk=not live.spec.remove_on_exit)
             if live.spec.remove_on_exit and row.state == EXITED:
                 await self.forget(machine_id)
+
+    async def settle(self, live: Live) -> None:
+        """Have the guest write everything to its disk before its end (bounded): a disk that needs no recovery."""
+        if live.paused_since == 0.0:
+            with contextlib.suppress(RecessError):
+                await live.link.freeze(sync=True, timeout_s=SETTLE_S)
 
     async def forget(self, machine_id: str) -> None:
         """Drop the row, the folder and the handlers of a machine without a VM."""
@@ -193,18 +228,22 @@ class Fleet:
                     await self._reattach(record, vm)
                 except UNDO:
                     self._live.pop(record.id, None)
+                    self._keep_disk(record.id)
                     await finish(vm.kill())
                     raise
                 return True
         except RecessError as exc:
             reason = f"it could not be taken over: {exc.message}"
+        # Its VM is gone. If it went while no server was there, its disk still has the driver's name.
+        self._keep_disk(record.id)
+        keptdisk.clear(self._parts.directory(record.id))
         await self._fall(record.id, reason)
         return False
 
     async def _reattach(self, record: MachineRecord, vm: Vm) -> None:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         epoch = int(record.meta.get("epoch", 0))
-        live = Live(record.id, vm, spec, await self._templates.by_id(record.template), epoch)
+        live = Live(record.id, vm, spec, await self._templates.under(record.template, record.meta.get("vm")), epoch)
         live.parent = str(record.meta.get("parent", ""))
         live.thaw = self.starter.thaw_maker(record, epoch)
         self.starter.let_out(live)

@@ -16,6 +16,7 @@ from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
 from recess.errors import NameInUse, NotFound
 from recess.ids import new_id
+from recess.machines import keptdisk
 from recess.machines.fleet import Fleet
 from recess.machines.identity import new_name
 from recess.machines.live import Live
@@ -24,8 +25,14 @@ from recess.machines.records import spec_to_json
 from recess.machines.service import MachineSpec
 from recess.machines.starting import Origin, finish
 from recess.machines.states import CREATING, RUNNING
+from recess.machines.templates import vm_json
 
 _NAME_TRIES = 8
+
+
+def child_spec(spec: MachineSpec) -> MachineSpec:
+    """Return the spec of a new machine made from an older one: published ports move to free host ports."""
+    return replace(spec, ports=tuple((ip, 0, guest) for ip, _, guest in spec.ports))
 
 
 class Launcher:
@@ -73,8 +80,8 @@ class Launcher:
     ) -> tuple[MachineRecord, Live, dict[str, float]]:
         """Start the VM of a row and serve it; returns the row in state "running".
 
-        `fresh`: a new machine, whose main process is started; else it is looked for (`skip`: output that is logged
-        already). `note` goes into the row's meta. On any error, cancellation too, no VM is left; the row is the
+        `fresh`: a new machine, whose main process is started, as it is after a cold boot; else it is looked for
+        (`skip`: output that is logged already). The disk that an earlier VM left goes once the row says "running". `note` goes into the row's meta. On any error, cancellation too, no VM is left; the row is the
         caller's.
         """
         live, timings = await self._fleet.starter.start(record, origin, epoch=epoch)
@@ -83,13 +90,15 @@ class Launcher:
             crash_point("machines.started")
             self._fleet.admit(live)
             meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
-            meta |= dict(note or {})
-            if fresh:
+            meta |= {"vm": vm_json(origin.template.spec)} | dict(note or {})  # what a cold boot needs of it
+            if fresh or origin.cold:
                 await self._fleet.starter.start_main(live)
             record = await self._parts.catalog.machines.update(
                 record.id, state=RUNNING, exit_code=None, status=status, template=origin.template.id, meta=meta
             )
-            if not fresh:
+            crash_point("machines.running")
+            keptdisk.drop(self._parts.directory(record.id))
+            if not fresh and not origin.cold:
                 await self._fleet.starter.attach_main(live, skip)
         except UNDO:
             await finish(self._undo(live))

@@ -40,6 +40,7 @@ class Live:
     paused_since: float = 0.0  # 0.0: the vCPUs run
     drift_s: float = 0.0
     ending: str = ""  # why an end that we asked for comes; empty: nobody asked
+    keep_disk: bool = True  # once it is gone: until somebody ends it who needs its files no more
     detached: bool = False
     reason: str = ""
     forwarder: Forwarder | None = None

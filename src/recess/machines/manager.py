@@ -9,7 +9,7 @@ its VM is ended. It must never know of the context log: a log position is a numb
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +18,11 @@ from recess.catalog.machines import MachineRecord
 from recess.errors import GuestFailed, RecessError, Timeout
 from recess.guestlink.link import GuestLink, IncomingHandler
 from recess.machines.bringback import BringBack
+from recess.machines.climbing import Climber
+from recess.machines.coldboot import ColdBoot
 from recess.machines.fleet import Fleet
+from recess.machines.keeping import SnapshotKeeping
+from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.live import Live
 from recess.machines.mainjob import JOB_ID
@@ -44,9 +48,12 @@ class Manager:
         self.templates = Templates(parts)
         self.fleet = Fleet(parts, self.templates)
         self._launcher = Launcher(parts, self.fleet)
-        self._taker = SnapshotTaker(parts, self.fleet)
+        self.keeping = SnapshotKeeping(parts, self.fleet)
+        self._taker = SnapshotTaker(parts, self.fleet, self.keeping.make_room)
         self._stored = StoredSnapshots(parts, self.templates)
         self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
+        self._cold = ColdBoot(parts, self.fleet, self._launcher, self.templates)
+        self._climber = Climber(parts, self.fleet, self._unpark, self._back, self._cold, self._stored)
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -165,7 +172,9 @@ class Manager:
                 )
             elif record.state != after:
                 await self._parts.catalog.machines.update(record.id, state=after, status="stopped while suspended")
-            await self.fleet.end(record.id, "stopped")
+            if live is not None and not live.spec.remove_on_exit and self.fleet.find(record.id) is live:
+                await self.fleet.settle(live)
+            await self.fleet.end(record.id, "stopped", keep_disk=True)
             if live is not None and live.spec.remove_on_exit:
                 await self.fleet.forget(record.id)
 
@@ -183,13 +192,13 @@ class Manager:
         """End the VM at once, whatever else is going on with it; state dead. A dead machine may be killed again."""
         record = await self._record(ref)
         if record.state != CREATING:
-            await self.fleet.end(record.id, why)  # without the lock: what holds it fails quickly now
+            await self.fleet.end(record.id, why, keep_disk=True)  # without the lock: what holds it fails quickly now
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "kill", f"machine {record.name}")
             if record.state != DEAD:
                 await self._parts.catalog.machines.update(record.id, state=after, status=why)
-            await self.fleet.end(record.id, why)
+            await self.fleet.end(record.id, why, keep_disk=True)
 
     async def remove(self, ref: str, *, force: bool = False) -> None:
         """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay."""
@@ -229,7 +238,7 @@ class Manager:
         async with self.fleet.lock(record.id):
             await self._taker.evict(await self._record(record.id), snapshot)
 
-    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+    async def suspend(self, ref: str, *, why: str = "suspend") -> SnapshotRow:
         """Put a machine away under its identity."""
         record = await self._record(ref)
         async with self.fleet.lock(record.id):
@@ -238,25 +247,57 @@ class Manager:
     async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
         """Bring back a paused (rung 1) or suspended machine (rung 2)."""
         record = await self._record(ref)
-        began = self._parts.clock.monotonic_s()
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             if record.state != PAUSED:
                 return await self._back.resume(record, epoch)
-            await self._unpause(record, epoch=epoch)
+            return await self._unpark(record, epoch)
+
+    async def _unpark(self, record: MachineRecord, epoch: int) -> ResumeReport:
+        began = self._parts.clock.monotonic_s()
+        await self._unpause(record, epoch=epoch)
         return ResumeReport(1, "it was parked in memory", self._parts.clock.monotonic_s() - began)
 
+    async def bring_back(
+        self,
+        ref: str,
+        *,
+        snapshots: Sequence[str] = (),
+        rungs: Collection[int] = RUNGS,
+        own_disk: bool = True,
+        epoch: int = 0,
+    ) -> ResumeReport:
+        """Bring a machine back by the best of the allowed rungs that works; see `Machines.bring_back`."""
+        record = await self._record(ref)
+        async with self.fleet.lock(record.id):
+            record = await self._record(record.id)
+            return await self._climber.climb(record, snapshots=snapshots, rungs=rungs, own_disk=own_disk, epoch=epoch)
+
     async def restore(
-        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+        self,
+        snapshot: str,
+        *,
+        name: str = "",
+        session: str = "",
+        epoch: int = 0,
+        machine_id: str = "",
+        disk_only: bool = False,
     ) -> tuple[MachineRow, ResumeReport]:
         """Make a machine from a snapshot, or bring `machine_id` back from it under its own identity."""
         row = await self._stored.get(snapshot)
         if not machine_id:
-            record, report = await self._back.restore_new(row, name=name, session=session, epoch=epoch)
+            if disk_only:
+                record, report = await self._cold.new(row, name=name, session=session, epoch=epoch)
+            else:
+                record, report = await self._back.restore_new(row, name=name, session=session, epoch=epoch)
             return machine_row(record), report
         known = await self._record(machine_id)
         async with self.fleet.lock(known.id):
-            record, report = await self._back.restore_as(await self._record(known.id), row, epoch)
+            known = await self._record(known.id)
+            if disk_only:
+                record, report = await self._cold.again(known, row, epoch=epoch)
+            else:
+                record, report = await self._back.restore_as(known, row, epoch)
         return machine_row(record), report
 
     async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
@@ -274,17 +315,27 @@ class Manager:
         """Return a snapshot by id, name or unambiguous id prefix."""
         return await self._stored.get(ref)
 
+    async def discard_snapshot(self, ref: str, snapshot: str) -> None:
+        """Take back a snapshot that came to nothing; see `SnapshotKeeping.cancel`."""
+        record = await self._record(ref)
+        async with self.fleet.lock(record.id):
+            await self.keeping.cancel(record.id, snapshot)
+
+    async def stored_snapshots(self, ids: Collection[str]) -> set[str]:
+        """Return those of `ids` that are still there."""
+        return set(ids).intersection(await self._parts.catalog.snapshots.all_ids())
+
     async def remove_snapshot(self, ref: str) -> None:
         """Forget a snapshot; HasDependents when something stands on it."""
-        await self._stored.remove(ref)
+        await self.keeping.remove(ref)
 
     async def verify_snapshot(self, ref: str) -> Mapping[str, Any]:
         """Re-hash a snapshot and its template; Corrupt names the blob."""
         return await self._stored.verify(ref)
 
     async def collect(self, **options: float) -> Mapping[str, int]:
-        """Sweep blobs nobody needs; options as `StoredSnapshots.collect`."""
-        return await self._stored.collect(**options)
+        """Sweep blobs nobody needs; options as `SnapshotKeeping.collect`."""
+        return await self.keeping.collect(**options)
 
     # --- watching ----------------------------------------------------------------------------------------------
 
@@ -294,7 +345,7 @@ class Manager:
 
     async def wait_dead(self, machine_id: str) -> str:
         """Return the reason when the VM is gone; at once if there is none."""
-        live = self.fleet.find(machine_id)
+        live = self.fleet.find_going(machine_id)
         if live is None:
             return (await self._record(machine_id)).status or "it has no VM"
         await live.gone.wait()

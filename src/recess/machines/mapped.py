@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,17 @@ def _bytes_view(array: NDArray[Any]) -> memoryview:
 
 
 class MappedTemplate:
-    """A template's RAM and disk files as arrays of pages; fulfils `recess.snapshots.contract.TemplatePages`."""
+    """A template's files as arrays of pages; fulfils `recess.snapshots.contract.TemplatePages` for the parts it has."""
 
-    def __init__(self, ref: TemplateRef) -> None:
-        self._id = ref.id
+    def __init__(self, template_id: str, files: Mapping[str, Path]) -> None:
+        self._id = template_id
         self._maps: list[mmap.mmap] = []
-        self._parts = {MEMORY: self._map(ref.ram), DISK: self._map(ref.disk)}
+        self._parts = {name: self._map(path) for name, path in files.items()}
+
+    @classmethod
+    def of(cls, ref: TemplateRef) -> MappedTemplate:
+        """Map RAM and disk."""
+        return cls(ref.id, {MEMORY: ref.ram, DISK: ref.disk})
 
     def _map(self, path: Path) -> PageData:
         with path.open("rb") as file:

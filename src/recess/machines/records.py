@@ -37,6 +37,14 @@ def spec_from_json(data: Mapping[str, Any], where: str) -> MachineSpec:
         raise Corrupt(f"{where}: unreadable machine spec: {exc}") from exc
 
 
+def manifest_machine(manifest: Mapping[str, Any], snapshot_id: str) -> MachineSpec:
+    """Return the machine spec that a snapshot's manifest holds. Raises Corrupt."""
+    spec = manifest.get("spec")
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("machine"), Mapping):
+        raise Corrupt(f"snapshot {snapshot_id[:16]}: its manifest holds no machine spec")
+    return spec_from_json(spec["machine"], f"snapshot {snapshot_id[:16]}")
+
+
 def machine_row(record: MachineRecord) -> MachineRow:
     """Return a machine as this room shows it."""
     return MachineRow(

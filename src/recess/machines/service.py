@@ -6,7 +6,7 @@ snapshot store, the images and the catalog. It must never know of the context lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -127,19 +127,65 @@ class Machines(Protocol):
         """End the VM of a paused machine whose snapshot is stored: state suspended, memory given back."""
         ...
 
-    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+    async def discard_snapshot(self, ref: str, snapshot: str) -> None:
+        """Take back a snapshot of this machine that came to nothing, row and bytes, at once. One that is gone, or that
+        something needs by now, is left alone."""
+        ...
+
+    async def stored_snapshots(self, ids: Collection[str]) -> set[str]:
+        """Return those of `ids` that are still stored."""
+        ...
+
+    async def suspend(self, ref: str, *, why: str = "suspend") -> SnapshotRow:
         """Snapshot and evict: put away under its identity."""
         ...
 
     async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
-        """Bring back a paused (rung 1) or suspended machine (rung 2), same id and name."""
+        """Bring back a paused (rung 1) or suspended machine (rung 2), same id and name. One rung, no other."""
+        ...
+
+    async def bring_back(
+        self,
+        ref: str,
+        *,
+        snapshots: Sequence[str] = (),
+        rungs: Collection[int] = (1, 2, 3, 4),
+        own_disk: bool = True,
+        epoch: int = 0,
+    ) -> ResumeReport:
+        """Bring a machine that does not run back under its identity by the best of the allowed rungs that works.
+
+        Rung 1: it is paused. Rungs 2 and 3: a snapshot, memory and disk of one instant. Rung 4: its disk boots cold:
+        files are kept, memory and processes are gone, the main process is started anew. The report's `why` says what
+        failed on the way down, rung by rung; `snapshot` and `log_position` are of what it came back from ("" and 0
+        for its own disk, which is newer than every snapshot).
+
+        `snapshots` are tried in this order, each whole first (rung 2), later for its disk alone (rung 4); without
+        any, its newest own. A machine's *own* disk is what its last VM left: there after a crash, `kill`, `stop`, an
+        exit; not after `suspend` and `evict`, whose snapshot holds the same. Use `own_disk=False` when the
+        machine shall go back to an older state (a rewind): then only the disks of `snapshots` count.
+
+        A step that can never work here (Corrupt, NotFound, Incompatible, Unsupported) leads to the next. Any other
+        error is raised at once, the machine as it was: it may work later (Unavailable, DriverFailed, Timeout,
+        OutOfSpace); who does not want to wait calls again with `rungs=(4,)`. Raises IllegalState when it runs, or
+        when nothing is left of it that the rungs allow; when every step failed, the first one's error, with
+        `details["reasons"]` for all of them.
+        """
         ...
 
     async def restore(
-        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+        self,
+        snapshot: str,
+        *,
+        name: str = "",
+        session: str = "",
+        epoch: int = 0,
+        machine_id: str = "",
+        disk_only: bool = False,
     ) -> tuple[MachineRow, ResumeReport]:
         """Make a new machine from a snapshot (id, name or prefix). Raises Incompatible with reasons. With
-        `machine_id`, bring that dead or suspended machine back from this snapshot under its own identity."""
+        `machine_id`, bring that dead or suspended machine back from this snapshot under its own identity. With
+        `disk_only` its disk boots cold (rung 4), whatever its memory and device state are like."""
         ...
 
     async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:
@@ -147,11 +193,11 @@ class Machines(Protocol):
         ...
 
     async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
-        """SIGTERM the main process, wait, then end the VM (state exited)."""
+        """SIGTERM the main process, wait, sync the disk, then end the VM (state exited). The disk is kept."""
         ...
 
     async def kill(self, ref: str, *, why: str) -> None:
-        """End the VM at once; state dead, with `why`. A dead machine may be killed again."""
+        """End the VM at once; state dead, with `why`. Its disk is kept as after a power cut. May be called again."""
         ...
 
     async def remove(self, ref: str, *, force: bool = False) -> None:

@@ -7,6 +7,9 @@ written in one transaction.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+from typing import Protocol
+
 from recess.catalog.machines import MachineRecord
 from recess.catalog.machines import update_in as update_machine_in
 from recess.catalog.names import check_name
@@ -14,8 +17,9 @@ from recess.catalog.snapshots import SnapshotRecord
 from recess.catalog.snapshots import insert_in as insert_snapshot_in
 from recess.crashpoints import crash_point
 from recess.db import Tx
-from recess.errors import GuestFailed, IllegalState, NameInUse, NotFound, Timeout
-from recess.machines.capture import Taken, figures, snapshot_meta, store_capture, take
+from recess.errors import GuestFailed, IllegalState, Timeout
+from recess.machines import keptdisk
+from recess.machines.capture import Taken, drop_nameless, figures, snapshot_meta, store_capture, take
 from recess.machines.fleet import Fleet
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
@@ -26,30 +30,29 @@ from recess.machines.states import PAUSED, RUNNING, next_state
 from recess.machines.templates import vm_json
 
 
+class MakeRoom(Protocol):
+    """Prunes when space is short; raises OutOfSpace if that is not enough, with `refuse`."""
+
+    def __call__(self, *, refuse: bool) -> Awaitable[None]:
+        """See `SnapshotKeeping.make_room`."""
+        ...
+
+
 class SnapshotTaker:
     """Snapshots of machines that have a VM. Every call expects the machine's lock to be held."""
 
-    def __init__(self, parts: Parts, fleet: Fleet) -> None:
+    def __init__(self, parts: Parts, fleet: Fleet, make_room: MakeRoom) -> None:
         self._parts = parts
         self._fleet = fleet
+        self._make_room = make_room
 
-    async def check_free(self, name: str) -> None:
-        """Raise NameInUse or BadInput before anything costly, when a snapshot cannot get this name."""
-        if not name:
-            return
-        check_name(name, "snapshot", tagged=True)
-        try:
-            holder = await self._parts.catalog.snapshots.get(name)
-        except NotFound:
-            return
-        if holder.name == name:
-            raise NameInUse(
-                f"the name {name!r} is in use by snapshot {holder.id[:16]}", hint="remove it first, or choose another"
-            )
+    async def capture(self, record: MachineRecord, *, resume: bool, refuse: bool = True) -> tuple[Live, Taken]:
+        """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended.
 
-    async def capture(self, record: MachineRecord, *, resume: bool) -> tuple[Live, Taken]:
-        """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended."""
+        Raises OutOfSpace before anything is touched when there is no room and `refuse`.
+        """
         next_state(record.state, "snapshot", f"machine {record.name}")
+        await self._make_room(refuse=refuse)
         live = self._fleet.need(record.id)
         go_on = resume and record.state == RUNNING
         try:
@@ -93,17 +96,29 @@ class SnapshotTaker:
             changed = {**record.meta, "parent": row.id}
             update_machine_in(tx, record.id, snapshot=row.id, state=state, meta=changed)
 
-        await catalog.db.write(write)
+        try:
+            await catalog.db.write(write)
+        except UNDO:
+            await finish(self._drop_rowless(row.id))
+            raise
         live.parent = row.id
         crash_point("machines.snapshot_row")
         return snapshot_row(row)
+
+    async def _drop_rowless(self, snapshot_id: str) -> None:
+        """After a row that failed: a cancelled write may have been done all the same, so look behind it in the queue."""
+        catalog = self._parts.catalog
+        if await catalog.db.write(lambda tx: catalog.snapshots.table.find_in(tx, snapshot_id)) is None:
+            await drop_nameless(self._parts.store, snapshot_id)
 
     async def snapshot(
         self, record: MachineRecord, *, name: str, why: str, log_position: int, epoch: int, resume: bool
     ) -> SnapshotRow:
         """Capture and store; on an error the machine is as it was before."""
-        await self.check_free(name)
-        live, taken = await self.capture(record, resume=resume)
+        if name:
+            check_name(name, "snapshot", tagged=True)  # before anything costly; a name that is in use moves
+        # A server that stops has no other way to keep its machines than to store them, short of space or not.
+        live, taken = await self.capture(record, resume=resume, refuse=why != "stop")
         state = record.state if resume else PAUSED
         try:
             return await self.store(
@@ -137,6 +152,7 @@ class SnapshotTaker:
         await self._parts.catalog.machines.update(record.id, state=after, snapshot=row.id, status="")
         crash_point("machines.evicted")
         await self._fleet.end(record.id, "put away")
+        keptdisk.drop(self._parts.directory(record.id))  # of an earlier end: the snapshot has it all
 
     async def suspend(self, record: MachineRecord, why: str) -> SnapshotRow:
         """Snapshot and evict."""

@@ -40,11 +40,17 @@ class Origin:
     parent: str = ""
     bytes_read: int = 0
     timings_s: Mapping[str, float] = field(default_factory=dict)
+    cold: bool = False  # booted from the disk that lies in its folder: `parts` holds nothing
 
 
 def template_origin(template: Template) -> Origin:
     """Return the origin of a new machine: the template, nothing over it."""
     return Origin(template, RestoreParts(template.ref, NO_PAGES, NO_PAGES, template.vmstate))
+
+
+def cold_origin(ground: Template) -> Origin:
+    """Return the origin of a machine that is booted from the disk in its folder; `ground` is a bare template."""
+    return Origin(ground, RestoreParts(None, NO_PAGES, NO_PAGES, b""), cold=True)
 
 
 class Starter:
@@ -68,7 +74,10 @@ class Starter:
         directory = self._parts.directory(record.id)
         build_policy(spec.allow, spec.routes)  # before anything costly: raises BadInput
         began = time.monotonic()
-        vm = await self._parts.driver.restore(record.id, origin.template.spec, origin.parts, directory)
+        if origin.cold:
+            vm = await self._parts.driver.boot(record.id, origin.template.spec, directory)
+        else:
+            vm = await self._parts.driver.restore(record.id, origin.template.spec, origin.parts, directory)
         restored = time.monotonic()
         try:
             live = Live(record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True)

@@ -5,7 +5,7 @@ running    thawed and served
 paused     vCPUs stopped, memory held (a session's parked state)
 suspended  no VM; its newest snapshot brings it back under its identity
 exited     its main process has ended, or it was stopped
-dead       lost or killed; only a restore from a snapshot brings it back
+dead       lost or killed; a snapshot brings it back, or its disk without its memory, if there is one
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MOVES: Final[Mapping[str, Mapping[str, str]]] = {
     "evict": {PAUSED: SUSPENDED},
     "resume": {PAUSED: RUNNING, SUSPENDED: RUNNING},
     "restore": {SUSPENDED: RUNNING, EXITED: RUNNING, DEAD: RUNNING},
+    "bring back": {PAUSED: RUNNING, SUSPENDED: RUNNING, EXITED: RUNNING, DEAD: RUNNING},
     "exit": {RUNNING: EXITED, PAUSED: EXITED},
     "stop": {RUNNING: EXITED, PAUSED: EXITED, SUSPENDED: EXITED, EXITED: EXITED},
     "kill": {CREATING: DEAD, RUNNING: DEAD, PAUSED: DEAD, SUSPENDED: DEAD, EXITED: DEAD, DEAD: DEAD},
@@ -50,6 +51,7 @@ _HINTS: Final[Mapping[tuple[str, str], str]] = {
     ("use", DEAD): "restore one of its snapshots: recess restore",
     ("resume", DEAD): "it has no snapshot to resume from; restore one of another machine",
     ("resume", RUNNING): "it runs already",
+    ("bring back", RUNNING): "it runs already",
 }
 
 
@@ -67,14 +69,16 @@ def next_state(state: str, move: str, who: str = "the machine") -> str:
     return after
 
 
-def after_loss(state: str, snapshot: str, reason: str) -> tuple[str, str]:
+def after_loss(state: str, snapshot: str, reason: str, *, disk: bool = False) -> tuple[str, str]:
     """Decide where a machine falls whose VM is gone without anybody having asked: (state, one line that says it).
 
     With a snapshot of its own it is suspended, so that `resume` brings it back, and the line says that what came
-    after that snapshot is lost; without one it is dead. A machine that was still being made is dead.
+    after that snapshot is lost; without one it is dead. A machine that was still being made is dead. `disk`: the disk
+    of its VM was kept, so that all its files can be had without its memory.
     """
     if state == CREATING:
         return DEAD, f"it was never finished: {reason}"
     if snapshot:
-        return SUSPENDED, f"its VM is gone ({reason}); what came after snapshot {snapshot[:16]} is lost"
-    return DEAD, f"its VM is gone ({reason}) and it had no snapshot"
+        kept = " but for the files: its disk is kept (resume --disk)" if disk else ""
+        return SUSPENDED, f"its VM is gone ({reason}); what came after snapshot {snapshot[:16]} is lost{kept}"
+    return DEAD, f"its VM is gone ({reason}) and it had no snapshot{'; its disk is kept' if disk else ''}"

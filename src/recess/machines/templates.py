@@ -41,14 +41,22 @@ TOUCH_S = 60.0
 
 @dataclass(frozen=True)
 class Template:
-    """A template that is ready to fork. `pages` maps its files; `sources` are the blocks its snapshots may refer to."""
+    """A template that is ready to fork. `pages` maps its files; `sources` are the blocks its snapshots may refer to.
 
-    id: str  # manifest id
-    ref: TemplateRef
+    A VM that was booted cold stands on none: `bare_template` says its spec and sources all the same.
+    """
+
+    id: str  # manifest id; "" for none
+    ref: TemplateRef | None
     spec: VmSpec
-    pages: MappedTemplate
+    pages: MappedTemplate | None
     sources: list[PageSource]
     vmstate: bytes
+
+
+def bare_template(spec: VmSpec, sources: list[PageSource]) -> Template:
+    """Return what a VM without a template stands on."""
+    return Template("", None, spec, None, sources, b"")
 
 
 def fingerprint_json(fingerprint: Fingerprint) -> dict[str, Any]:
@@ -132,14 +140,38 @@ class Templates:
 
     async def by_id(self, template_id: str) -> Template:
         """Return the template that a snapshot names. Raises NotFound, Corrupt."""
-        known = self._loaded.get(template_id)
-        if known is not None and self._cached(template_id, known.spec):
+        known = self.loaded(template_id)
+        if known is not None:
             return known
         manifest = await asyncio.to_thread(self._parts.store.manifest, template_id)
         vm = manifest_vm(manifest)
-        boot = await self._parts.images.boot_files_by_hash(str(vm["root"]), str(vm["kernel"]), str(vm["initrd"]))
+        boot = await self._boot_files(vm)
         async with self._lock(template_id):
             return await self._load(template_id, vm_from_json(vm, boot))
+
+    async def under(self, template_id: str, vm: object) -> Template:
+        """Return what a VM stands on: the template of this id, or with "" none; then `vm` (as `vm_json`) tells the rest.
+
+        Raises NotFound, Corrupt.
+        """
+        if template_id:
+            return await self.by_id(template_id)
+        if not isinstance(vm, Mapping):
+            raise Corrupt("it names neither a template nor its VM")
+        boot = await self._boot_files(vm)
+        return bare_template(vm_from_json(vm, boot), await self._parts.images.sources(boot))
+
+    def loaded(self, template_id: str) -> Template | None:
+        """Return a template whose files are there and mapped already."""
+        known = self._loaded.get(template_id)
+        return known if known is not None and self._cached(template_id, known.spec) else None
+
+    async def _boot_files(self, vm: Mapping[str, Any]) -> BootFiles:
+        try:
+            root, kernel, initrd = (str(vm[name]) for name in ("root", "kernel", "initrd"))
+        except KeyError as exc:
+            raise Corrupt(f"a VM's description lacks {exc}") from exc
+        return await self._parts.images.boot_files_by_hash(root, kernel, initrd)
 
     def _lock(self, key: str) -> asyncio.Lock:
         return self._locks.setdefault(key, asyncio.Lock())
@@ -168,7 +200,7 @@ class Templates:
         ref = TemplateRef(template_id, folder / "ram", folder / "disk", folder / "vmstate")
         if not self._cached(template_id, spec):
             raise Corrupt(f"template {template_id[:16]}: its parts have not the sizes that its row says")
-        template = Template(template_id, ref, spec, MappedTemplate(ref), sources, ref.vmstate.read_bytes())
+        template = Template(template_id, ref, spec, MappedTemplate.of(ref), sources, ref.vmstate.read_bytes())
         self._loaded[template_id] = template
         return template
 

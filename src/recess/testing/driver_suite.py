@@ -22,7 +22,7 @@ import pytest
 
 from recess.errors import IllegalState, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Thaw
-from recess.machines.contract import Capture, Driver, PageSet, RestoreParts, TemplateRef, Vm, VmSpec
+from recess.machines.contract import DISK_NAME, Capture, Driver, PageSet, RestoreParts, TemplateRef, Vm, VmSpec
 from recess.units import PAGE_BYTES
 
 LIVES = ("booted", "forked", "restored")
@@ -298,6 +298,44 @@ class DriverSuite:
         assert rig.leftovers() == []
         assert list(driver.list_leftovers()) == []
         await vm.kill()
+
+    async def test_its_disk_boots_again_after_its_end(self, rig: Rig, driver: Driver, vm: Vm) -> None:
+        """Rung 4: what was synced is there after a cold boot from the disk of a VM that died, or was killed; its memory
+        is not. A hard link keeps the disk over `kill`."""
+        directory = self.directory_of(rig, vm)
+        await shell(vm.link, "echo kept > /root/file; echo gone > /dev/shm/nonce; sync")
+        boot_id = await shell(vm.link, "cat /proc/sys/kernel/random/boot_id")
+        await vm.set_deadline(0.0)
+        await asyncio.wait_for(vm.wait_dead(), 10)
+        os.link(directory / DISK_NAME, rig.home / "kept")
+        await vm.kill()
+        os.link(rig.home / "kept", directory / DISK_NAME)
+        second = await driver.boot(vm.id, rig.spec, directory)
+        try:
+            await second.link.thaw(new_thaw())
+            assert (
+                await shell(second.link, "cat /root/file; test -e /dev/shm/nonce || echo forgotten")
+                == "kept\nforgotten"
+            )
+            assert await shell(second.link, "cat /proc/sys/kernel/random/boot_id") != boot_id
+            await shell(second.link, "echo again > /root/file; sync")
+            parts = await rig.parts_of(await quiet_capture(second, resume=True))
+            assert parts.template is None
+        finally:
+            await second.kill()
+        assert not (directory / DISK_NAME).exists()
+        third = await rig.restore(driver, parts)
+        try:
+            assert await shell(third.link, "cat /root/file") == "again"
+        finally:
+            await third.kill()
+        os.link(rig.home / "kept", directory / DISK_NAME)
+        fourth = await driver.boot(vm.id, rig.spec, directory)
+        try:
+            await fourth.link.thaw(new_thaw())
+            assert await shell(fourth.link, "cat /root/file") == "again"
+        finally:
+            await fourth.kill()
 
     async def test_only_a_template_is_exported(self, vm: Vm, rig: Rig) -> None:
         """A machine in use cannot become a template."""

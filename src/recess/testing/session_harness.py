@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from recess.errors import IllegalState, NotFound
 from recess.guestlink.link import IncomingHandler
 from recess.ids import new_id
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
-from recess.testing.session_link import ProcessLink, SocketStream
+from recess.testing.proxy_port import SocketStream
+from recess.testing.session_link import ProcessLink
 
 
 @dataclass
@@ -135,8 +136,49 @@ class ProcessMachines:
         position = self.snapshots[snapshot].log_position if snapshot else 0
         return ResumeReport(rung=rung, why="", seconds=0.0, snapshot=snapshot, log_position=position)
 
+    async def bring_back(
+        self,
+        ref: str,
+        *,
+        snapshots: Sequence[str] = (),
+        rungs: Collection[int] = (1, 2, 3, 4),
+        own_disk: bool = True,
+        epoch: int = 0,
+    ) -> ResumeReport:
+        machine = self._find(ref)
+        self._note("bring_back", machine.row.id)
+        wanted = list(snapshots) or ([machine.row.snapshot] if machine.row.snapshot else [])
+        if machine.row.state in ("running", "creating"):
+            raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot bring back")
+        if machine.row.state == "paused" and 1 in rungs:
+            return await self.resume(ref, epoch=epoch)
+        if 2 in rungs and wanted:
+            return (await self.restore(wanted[0], session=machine.row.session, epoch=epoch, machine_id=ref))[1]
+        if 4 in rungs and own_disk and machine.row.state == "dead":
+            return await self._boot(machine, machine.folder / "root", epoch)
+        if 4 in rungs and wanted:
+            report = await self._boot(machine, self.root / wanted[0], epoch)
+            return replace(report, snapshot=wanted[0], log_position=self.snapshots[wanted[0]].log_position)
+        raise IllegalState(f"nothing is left of machine {machine.row.id}")
+
+    async def _boot(self, machine: ProcessMachine, files: Path, epoch: int) -> ResumeReport:
+        aside = self.root / new_id("dsk")
+        await asyncio.to_thread(shutil.copytree, files, aside)
+        row = machine.row
+        made = await self._make(row.id, row.spec, row.session, epoch, files=aside)
+        await asyncio.to_thread(shutil.rmtree, aside)
+        self._set(made, snapshot=row.snapshot, name=row.name)
+        return ResumeReport(rung=4, why="booted cold: files are kept, memory and processes are gone", seconds=0.0)
+
     async def restore(
-        self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = ""
+        self,
+        snapshot: str,
+        *,
+        name: str = "",
+        session: str = "",
+        epoch: int = 0,
+        machine_id: str = "",
+        disk_only: bool = False,
     ) -> tuple[MachineRow, ResumeReport]:
         self._note("restore", snapshot)
         row = self.snapshots.get(snapshot)
@@ -147,7 +189,9 @@ class ProcessMachines:
             await self.kill(machine_id, why="restored from a snapshot")
         machine = await self._make(machine_id or new_id("mch"), spec, session, epoch, files=self.root / snapshot)
         self._set(machine, snapshot=snapshot)
-        report = ResumeReport(rung=2, why="", seconds=0.0, snapshot=snapshot, log_position=row.log_position)
+        report = ResumeReport(
+            rung=4 if disk_only else 2, why="", seconds=0.0, snapshot=snapshot, log_position=row.log_position
+        )
         return machine.row, report
 
     async def fork(self, ref: str, count: int = 1, *, names: Sequence[str] = (), session: str = "") -> list[MachineRow]:

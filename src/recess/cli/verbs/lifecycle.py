@@ -91,13 +91,14 @@ def suspend(inv: Invocation, machines: tuple[str, ...]) -> int:
 
 
 @click.command("resume")
+@click.option("--disk", is_flag=True, help="Boot cold from the newest disk: files are kept, memory is not.")
 @click.argument("machines", nargs=-1, required=True)
 @verb
-def resume(inv: Invocation, machines: tuple[str, ...]) -> int:
-    """Bring suspended MACHINES back."""
+def resume(inv: Invocation, machines: tuple[str, ...], disk: bool) -> int:
+    """Bring back MACHINES that do not run: with their memory if it can be had, else cold from their disk."""
 
     def act(ref: str) -> Any:
-        report = inv.server.call("POST", f"/v1/machines/{ref}/resume", {})
+        report = inv.server.call("POST", f"/v1/machines/{ref}/resume", {"disk": True} if disk else {})
         inv.out.progress(f"{ref}: rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
         return report
 

@@ -198,11 +198,17 @@ class FakeVm:
         await self._link.cut("this server let go of it")
 
     async def kill(self) -> None:
-        """End the VM; may be called twice."""
-        await self.die("killed")
+        """End the VM and remove its disk; may be called twice. A hard link to the disk keeps what the guest wrote."""
+        disk = self.directory / DISK_NAME
+        alone = not disk.exists() or disk.stat().st_nlink == 1
+        await self._end("killed", write_disk=not alone)
+        disk.unlink(missing_ok=True)
 
     async def die(self, reason: str) -> None:
-        """End the VM for this reason, as a crash would."""
+        """End the VM for this reason, as a crash would: the disk stays, with everything the guest wrote to it."""
+        await self._end(reason, write_disk=True)
+
+    async def _end(self, reason: str, *, write_disk: bool) -> None:
         if self._dead.is_set():
             return
         self._reason = reason
@@ -211,7 +217,8 @@ class FakeVm:
         if self._deadline is not None:
             self._deadline.cancel()
         self.guest.stop_vcpus()
-        (self.directory / DISK_NAME).unlink(missing_ok=True)
+        if write_disk:
+            _write_pages(self.directory / DISK_NAME, self._now_pages()[1], self.spec.disk_bytes)
         await self._link.cut(f"the VM is dead: {reason}")
         await self.guest.stop()
 
@@ -272,12 +279,18 @@ class FakeDriver:
         return vm
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> FakeVm:
-        """Cold-boot an empty guest. The disk must be there, as for a real driver, but its content is not looked at."""
+        """Cold-boot a guest on the disk that is there: a blank one, or one that an earlier VM left."""
         disk = directory / DISK_NAME
         if not disk.is_file() or disk.stat().st_size != spec.disk_bytes:
             raise InvalidSpec(f"there is no disk of {spec.disk_bytes} bytes in {directory}")
         self.host.maybe_die("boot")
-        vm = self._make(vm_id, spec, FakeGuest.booted(self.programs), directory)
+        pages = _read_pages(disk, spec.disk_bytes // PAGE_BYTES)
+        try:
+            written = decode(lambda n: pages.get(n, bytes(PAGE_BYTES))) if pages else b""
+            guest = FakeGuest.booted(self.programs, written)
+        except (msgspec.ValidationError, msgspec.DecodeError) as exc:
+            raise Corrupt(f"fake guest: {exc}") from exc
+        vm = self._make(vm_id, spec, guest, directory)
         vm.for_template = for_template
         vm.guest.run_vcpus()
         return vm
@@ -302,6 +315,7 @@ class FakeDriver:
         except (msgspec.ValidationError, msgspec.DecodeError) as exc:
             raise Corrupt(f"fake guest: {exc}") from exc
         vm = self._make(vm_id, spec, guest, directory)
+        _write_pages(directory / DISK_NAME, {}, spec.disk_bytes)  # filled when the VM ends: only its size is looked at
         vm.poked = {n: p for n, p in memory.items() if n >= POKE_FIRST and p != zero}
         vm.set_base("template" if parts.template is not None else "boot", base_memory, base_disk)
         guest.run_vcpus()

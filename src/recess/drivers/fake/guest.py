@@ -110,11 +110,14 @@ class FakeGuest:
         self._since: float | None = None  # host monotonic at which the vCPUs last began to run
 
     @classmethod
-    def booted(cls, programs: Mapping[str, Program]) -> FakeGuest:
-        """Return a guest as after a cold boot, clock set."""
+    def booted(cls, programs: Mapping[str, Program], disk: bytes = b"") -> FakeGuest:
+        """Return a guest as after a cold boot, clock set; `disk` is what an earlier life wrote there, b"" a blank one.
+
+        Raises msgspec's errors when that is no fake guest's disk.
+        """
         memory = fresh_memory()
         memory.wall_offset_s = time.time()
-        return cls(programs, memory, fresh_disk())
+        return cls(programs, memory, msgspec.msgpack.decode(disk, type=DiskState) if disk else fresh_disk())
 
     @classmethod
     def thawable(cls, programs: Mapping[str, Program], memory: bytes, disk: bytes) -> FakeGuest:
