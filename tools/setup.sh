@@ -33,7 +33,8 @@ check_host() {
 	local free
 	free=$(df --output=avail -BM . | tail -n 1 | tr -dc 0-9)
 	[[ -x $venv/bin/recess || $free -ge $min_free_mb ]] ||
-		die "$PWD has $free MB free; the set-up needs $min_free_mb MB" "free some space and run it again"
+		die "$PWD has $free MB free; the set-up needs $min_free_mb MB there" \
+			"free some space, or clone to a larger disk, and run it again"
 }
 
 # --- Debian packages ------------------------------------------------------------------------------------------------
@@ -50,13 +51,21 @@ cargo_path() {
 	done
 }
 
+# Debian 12's own Rust is too old, but it has a recent one beside it; newer releases need no such thing.
+rust_packages() {
+	if grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release; then
+		printf '%s\n' cargo-web rustc-web
+	else
+		printf '%s\n' cargo rustc
+	fi
+}
+
 missing_packages() {
 	local package
 	for package in "${packages[@]}"; do
 		[[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || printf '%s\n' "$package"
 	done
-	# Debian 12's recent Rust; one from elsewhere does as well.
-	[[ -n $(cargo_path) ]] || printf '%s\n' cargo-web rustc-web
+	[[ -n $(cargo_path) ]] || rust_packages
 }
 
 as_root() {
@@ -69,28 +78,30 @@ as_root() {
 	fi
 }
 
+die_without_root() {
+	die "these packages are missing and installing them needs root: $*" \
+		"as root: apt-get update && apt-get install --no-install-recommends $*; then run this again as $(id -un)"
+}
+
 install_packages() {
 	local missing
 	command -v apt-get >/dev/null ||
-		die "this is not a Debian system: there is no apt-get" \
-			"install yourself: ${packages[*]} cargo (1.$min_rust or newer)"
+		die "there is no apt-get: the set-up knows Debian and its kin only" \
+			"use Debian 12 or newer, or a container of it"
 	mapfile -t missing < <(missing_packages)
 	[[ ${#missing[@]} -gt 0 ]] || return 0
 	step "packages: ${missing[*]}"
-	[[ $EUID -eq 0 ]] || command -v sudo >/dev/null ||
-		die "these packages are missing and installing them needs root" \
-			"as root: apt-get install --no-install-recommends ${missing[*]}"
 	local apt=(env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3)
-	local log
-	log=$(mktemp)
-	# shellcheck disable=SC2064
-	trap "rm -f '$log'" RETURN
-	if ! as_root "${apt[@]}" update >"$log" 2>&1; then
-		tail -n 5 "$log" >&2
-		die "apt-get update failed" "is the mirror reachable, and may $(id -un) use sudo?"
-	fi
-	if ! as_root "${apt[@]}" install --no-install-recommends "${missing[@]}" >"$log" 2>&1; then
-		tail -n 8 "$log" >&2
+	as_root true 2>/dev/null || die_without_root "${missing[@]}"
+	# An update that failed for one source of many is no reason to stop: the packages may all be in the others. apt
+	# itself takes an unreachable mirror for a warning. So only the install decides, and then both are shown.
+	as_root "${apt[@]}" update >"$log" 2>&1 || true
+	if ! as_root "${apt[@]}" install --no-install-recommends "${missing[@]}" >>"$log" 2>&1; then
+		grep -E '^[EW]: ' "$log" | head -n 8 >&2 || tail -n 8 "$log" >&2
+		if grep -qE '^(W|E): Failed to fetch|^Err:|Unable to locate package|no installation candidate' "$log"; then
+			die "apt could not get these packages: ${missing[*]}" \
+				"is the mirror reachable? see /etc/apt/sources.list*, and Acquire::http::Proxy in apt's configuration"
+		fi
 		die "apt-get install failed" "as root: apt-get install --no-install-recommends ${missing[*]}"
 	fi
 	mapfile -t missing < <(missing_packages)
@@ -107,36 +118,46 @@ find_python() {
 			return
 		fi
 	done
-	die "there is no Python 3.11 or newer with its venv module" "apt-get install python3 python3-venv"
+	local found=''
+	! command -v python3 >/dev/null || found=$(python3 --version 2>&1 || true)
+	die "there is no Python 3.11 or newer with its venv module (python3 here: ${found:-none})" \
+		"as root: apt-get install python3 python3-venv; Debian 12 and Ubuntu 24.04 have one that is new enough"
 }
 
 make_venv() {
 	local stamp key
 	stamp=$venv/setup.stamp
-	key=$(sha256sum pyproject.toml | cut -c1-64)
+	key="$(sha256sum pyproject.toml | cut -c1-64) $PWD" # a folder that was copied or moved must not use the old one
 	[[ -x $venv/bin/recess && -f $stamp && $(<"$stamp") == "$key" ]] && return 0
 	step "virtual environment: $venv"
-	# A venv whose interpreter has gone (an upgraded host) is made anew; any other is only brought up to date.
-	"$venv/bin/python" -c '' 2>/dev/null || rm -rf "$venv"
-	[[ -d $venv ]] || "$(find_python)" -m venv "$venv"
-	"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --retries 5 -e '.[dev]' ||
-		die "pip could not install the Python packages" "is the package index reachable? see the lines above"
+	# A venv whose interpreter has gone (an upgraded host), or that was made for another folder, is made anew; any other
+	# is only brought up to date.
+	if ! "$venv/bin/python" -c '' 2>/dev/null || [[ -f $stamp && $(<"$stamp") == *" "* && $(<"$stamp") != *" $PWD" ]]; then
+		rm -rf "$venv"
+	fi
+	if [[ ! -d $venv ]]; then
+		local python
+		python=$(find_python)
+		"$python" -m venv "$venv" || die "$python could not make a virtual environment" "see the lines above"
+	fi
+	"$venv/bin/python" -m pip --disable-pip-version-check install --quiet --retries "${PIP_RETRIES:-5}" -e '.[dev]' ||
+		die "pip could not install the Python packages: see the lines above" \
+			"is the package index reachable? behind a proxy or mirror, set it for pip (pip config, or PIP_INDEX_URL)"
 	printf '%s\n' "$key" >"$stamp" # last: its absence means not finished
 }
 
 # --- guestd and keeper ----------------------------------------------------------------------------------------------
 
 build_guest() {
-	local cargo log name
+	local cargo name
 	cargo=$(cargo_path)
-	[[ -n $cargo ]] || die "there is no cargo 1.$min_rust or newer" "apt-get install cargo-web rustc-web"
+	[[ -n $cargo ]] ||
+		die "there is no cargo 1.$min_rust or newer" "as root: apt-get install $(rust_packages | tr '\n' ' '); or use rustup"
 	[[ -x $bin/guestd && -x $bin/keeper ]] || step "guestd and keeper"
-	log=$(mktemp)
-	# shellcheck disable=SC2064
-	trap "rm -f '$log'" RETURN
 	if ! (cd guest && "$cargo" build --release --locked --quiet) >"$log" 2>&1; then
 		tail -n 30 "$log" >&2
-		die "guestd or keeper could not be built" "is crates.io reachable? see the lines above"
+		die "guestd or keeper could not be built: see the lines above" \
+			"is crates.io reachable? behind a proxy or mirror, set it in cargo's configuration"
 	fi
 	mkdir -p "$bin"
 	for name in guestd keeper; do
@@ -154,8 +175,19 @@ provision() {
 	"$venv/bin/python" tools/provision.py || exit 1
 }
 
+# Two at once would install over each other: the second waits. The lock is on this very file and goes with the process.
+one_at_a_time() {
+	exec 9<tools/setup.sh
+	flock --nonblock 9 && return
+	say "waiting: another set-up is at work in this folder"
+	flock 9
+}
+
 main() {
 	[[ $want == all || $want == gate ]] || die "usage: tools/setup.sh [all|gate]"
+	one_at_a_time
+	log=$(mktemp) # what a step says that is shown only if it fails
+	trap 'rm -f "$log"' EXIT
 	local started=$SECONDS
 	check_host
 	install_packages
