@@ -36,12 +36,19 @@ class Config:
     driver: str = "auto"
     qemu_bin: str = ""  # empty: qemu-system-x86_64 from PATH
     accelerator: str = "auto"  # auto | kvm | tcg
+    kernel: str = "auto"  # auto (trimmed if built, else Debian's) | trimmed | debian | path of a kernel file
+    page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
     idle_timeout_s: float = 30.0
     lease_s: float = 15.0
     zstd_level: int = 1
     frame_bytes: int = 65536
+    snapshot_keep: int = 3  # newest automatic snapshots that stay of each session or machine
+    snapshot_retention_s: float = 86400.0  # younger ones stay too: what a fork or a rewind may want
+    snapshot_quota_bytes: int = 0  # 0: none
+    snapshot_check_every_s: float = 86400.0  # one stored snapshot is restored for real that often; 0: never
+    disk_reserve_bytes: int = 256 << 20  # below that nothing is stored any more
     json_logs: bool = False
     no_color: bool = False
     crash_point: str = ""  # tests only: the named point at which this process kills itself
@@ -78,6 +85,8 @@ _ENV = {
     "driver": "RECESS_DRIVER",
     "qemu_bin": "RECESS_QEMU_BIN",
     "accelerator": "RECESS_ACCELERATOR",
+    "kernel": "RECESS_KERNEL",
+    "page_tracking": "RECESS_PAGE_TRACKING",
     "bin_dir": "RECESS_BIN_DIR",
     "agent_dir": "RECESS_AGENT_DIR",
     "idle_timeout_s": "RECESS_IDLE_TIMEOUT_S",

@@ -19,11 +19,12 @@ from typing import Any
 
 from recess.clock import Clock
 from recess.crashpoints import crash_point
-from recess.errors import GuestFailed, Timeout
+from recess.errors import Corrupt, GuestFailed, NotFound, RecessError, Timeout
 from recess.machines.contract import Capture
 from recess.machines.live import Live
 from recess.machines.mapped import capture_parts
 from recess.machines.parts import UNDO
+from recess.machines.starting import finish
 from recess.machines.templates import fingerprint_json
 from recess.snapshots.contract import SnapshotMeta, SnapshotStore, WriteReport
 
@@ -112,25 +113,42 @@ async def store_capture(
     """Write a capture in a thread and return when it is durable. The capture's buffers outlive the thread whatever
     happens to the caller: a cancelled caller still waits for the write to end before the buffers go."""
     use_template = taken.capture.base == "template"
-    work = asyncio.create_task(
-        asyncio.to_thread(
-            lambda: store.write(
-                capture_parts(taken.capture),
-                taken.capture.vmstate,
-                meta,
-                template=live.template.pages if use_template else None,
-                parent_id=parent,
-                sources=live.template.sources,
-            )
+    parts = capture_parts(taken.capture)
+
+    def write(parent_id: str) -> WriteReport:
+        return store.write(
+            parts,
+            taken.capture.vmstate,
+            meta,
+            template=live.template.pages if use_template else None,
+            parent_id=parent_id,
+            sources=live.template.sources,
         )
-    )
+
+    def write_at_any_rate() -> WriteReport:
+        try:
+            return write(parent)
+        except (Corrupt, NotFound):
+            if not parent or any(part.inherits for part in parts):
+                raise
+            return write("")  # the parent only saves bytes: it may be damaged, or removed since
+
+    work = asyncio.create_task(asyncio.to_thread(write_at_any_rate))
     try:
         report = await asyncio.shield(work)
     except asyncio.CancelledError:
         await asyncio.wait({work})
+        if work.exception() is None:
+            await finish(drop_nameless(store, work.result().snapshot_id))
         raise
     crash_point("machines.stored")
     return report
+
+
+async def drop_nameless(store: SnapshotStore, snapshot_id: str) -> None:
+    """Delete a snapshot whose row will never be written: at once, not after the grace period. In doubt the sweep does."""
+    with contextlib.suppress(RecessError):
+        await asyncio.to_thread(store.discard, snapshot_id)
 
 
 def figures(taken: Taken, report: WriteReport, durable_s: float) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from recess.catalog import Catalog
 from recess.clock import Clock
 from recess.guestlink.link import IncomingHandler
 from recess.machines.contract import BootFiles, Driver, PageSet
+from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
 
 Progress = Callable[[str], None]
@@ -73,6 +74,8 @@ class Parts:
     run_dir: Path
     egress: Egress | None = None
     progress: Progress = lambda _line: None
+    keeping: Keeping = field(default_factory=Keeping)
+    free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
 
     def directory(self, machine_id: str) -> Path:
         """Return the machine's own folder: disk, console, log of its main process."""

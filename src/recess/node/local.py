@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,6 +34,7 @@ from recess.db import Database
 from recess.errors import OutOfSpace, Refused, Unavailable
 from recess.machines.manager import Manager
 from recess.machines.parts import Parts, Progress
+from recess.machines.retention import Keeping
 from recess.node.doctoring import run_doctor
 from recess.node.drivers import Chosen, choose_driver, make_images
 from recess.node.gate import NodeGate
@@ -66,6 +68,15 @@ def _check_private(folder: Path) -> None:
         raise Refused(f"{folder} belongs to another user", hint="set RECESS_RUN_DIR to a private folder")
     if stat.S_IMODE(info.st_mode) & 0o077:
         folder.chmod(0o700)
+
+
+def keeping_of(config: Config) -> Keeping:
+    """Return the policy for stored snapshots."""
+    return Keeping(
+        keep_last=config.snapshot_keep, retention_s=config.snapshot_retention_s,
+        quota_bytes=config.snapshot_quota_bytes, reserve_bytes=config.disk_reserve_bytes,
+        check_every_s=config.snapshot_check_every_s,
+    )  # fmt: skip
 
 
 class LocalNode:
@@ -116,6 +127,7 @@ class LocalNode:
         parts = Parts(
             driver=chosen.driver, store=store, images=make_images(config, chosen.driver, progress), catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
+            keeping=keeping_of(config), free_bytes=lambda: shutil.disk_usage(config.blobs_dir).free,
         )  # fmt: skip
         machines = Manager(parts)
         log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)
@@ -125,6 +137,7 @@ class LocalNode:
         )  # fmt: skip
         sessions = Sessions(Deps(log=log, machines=machines, agents=catalog.agents, clock=clock, settings=settings))
         gate.bind(sessions.gate)
+        machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, catalog, progress)
         node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images)
         stack.push_async_callback(node._end)
@@ -134,7 +147,7 @@ class LocalNode:
         return node
 
     def _start_reaper(self, clock: Clock, stack: contextlib.AsyncExitStack) -> None:
-        task = asyncio.create_task(reap(clock, self.machines.collect), name="reaper")
+        task = asyncio.create_task(reap(clock, self.machines.keeping.tidy), name="reaper")
 
         async def stop() -> None:
             task.cancel()

@@ -1,4 +1,4 @@
-"""What a node tidies up by itself: blobs that nothing needs, after a grace period, now and then.
+"""What a node tidies up by itself, now and then: snapshots that its policy lets go, blobs that nothing needs.
 
 It must never touch machines or sessions; their ends are noticed where they happen.
 """
@@ -17,13 +17,13 @@ FIRST_S = 300.0
 EVERY_S = 3600.0
 
 
-async def reap(clock: Clock, collect: Callable[[], Awaitable[Mapping[str, int]]]) -> None:
-    """Collect garbage for ever; a failed round (a corrupt manifest stops a sweep) is logged and tried again later."""
+async def reap(clock: Clock, tidy: Callable[[], Awaitable[Mapping[str, int]]]) -> None:
+    """Tidy up for ever; a failed round (a corrupt manifest stops a sweep) is logged and tried again later."""
     await clock.sleep(FIRST_S)
     while True:
         try:
-            swept = await collect()
-            log.info("garbage collected: %s", dict(swept))
+            swept = await tidy()
+            log.info("tidied up: %s", dict(swept))
         except RecessError as exc:
-            log.warning("garbage was not collected: %s", exc.message)
+            log.warning("not tidied up: %s", exc.message)
         await clock.sleep(EVERY_S)

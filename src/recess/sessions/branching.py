@@ -55,6 +55,8 @@ async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> Se
 
 async def _newest(deps: Deps, row: SessionRow, position: int) -> Stored | None:
     known = await stored_snapshots(deps.log, row, to=position)
+    there = await deps.machines.stored_snapshots({one.snapshot for one in known})  # the retention may have taken some
+    known = [one for one in known if one.snapshot in there]
     chosen, _position = snapshot_for(position, [(one.snapshot, one.position) for one in known])
     return next((one for one in known if one.snapshot == chosen), None) if chosen else None
 

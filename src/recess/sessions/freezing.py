@@ -4,10 +4,11 @@
     freeze     one transaction of the log: {nothing in the inbox after `consumed`?} entry, state, snapshot, lease released
     evict      the VM goes and the memory is given back
 
-A crash before `freeze` leaves the older snapshot valid: the new one is garbage with a position that no row names. A
-crash after it leaves a paused VM beside a frozen session: the next server ends it, or unpauses it if a message came
-first; either way its memory equals the log. A message between snapshot and freeze makes `freeze` return False: the
-machine is unpaused and goes on. The desk's lock is held throughout, so no entry of ours can slip in between.
+A crash before `freeze` leaves the older snapshot valid: the new one is garbage with a position that no row names, and
+the retention takes it. A crash after it leaves a paused VM beside a frozen session: the next server ends it, or unpauses
+it if a message came first; either way its memory equals the log. A message between snapshot and freeze makes `freeze`
+return False: the machine is unpaused, goes on, and the snapshot is discarded at once. The desk's lock is held
+throughout, so no entry of ours can slip in between.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ async def freeze(
                 await machines.unpause(machine_id)
             return False
         position = row.head + 1
+        taken: SnapshotRow | None = None
         try:
             taken = await machines.snapshot(
                 machine_id, why=why, log_position=position, epoch=desk.epoch, resume=False
@@ -57,9 +59,12 @@ async def freeze(
         except RecessError:
             with contextlib.suppress(RecessError):
                 await machines.unpause(machine_id)
+                if taken is not None:
+                    await machines.discard_snapshot(machine_id, taken.id)
             raise
         if not frozen:
             await machines.unpause(machine_id)
+            await machines.discard_snapshot(machine_id, taken.id)  # no entry and no row will ever name it
             return False
         crash_point("session.after_freeze")
         return True

@@ -16,9 +16,11 @@ from recess.catalog import AgentVersion
 from recess.contextlog.contract import Appended, Delta, Draft, Entry, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
+from recess.machines.retention import Holds
 from recess.sessions import branching
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.deps import Deps
+from recess.sessions.holding import snapshot_holds
 from recess.sessions.lease import LeaseGate
 from recess.sessions.supervisor import Supervisor
 
@@ -236,6 +238,10 @@ class Sessions:
                 supervisor.agent.release(token)
 
     # -- the server's life -----------------------------------------------------------------------------------------
+
+    async def snapshot_holds(self, since: float) -> Holds:
+        """Return the snapshots that sessions need, and those that their logs name since a wall time."""
+        return await snapshot_holds(self._deps.log, since)
 
     async def recover(self) -> list[str]:
         """At server start: take back every session that some server left live, and wake those with unread messages or

@@ -116,7 +116,17 @@ class ProcessMachines:
         await self._cut(machine)
         self._set(machine, state="suspended", snapshot=snapshot)
 
-    async def suspend(self, ref: str, *, why: str = "manual") -> SnapshotRow:
+    async def discard_snapshot(self, ref: str, snapshot: str) -> None:
+        self._note("discard_snapshot", snapshot)
+        machine, row = self._find(ref), self.snapshots.pop(snapshot)
+        await asyncio.to_thread(shutil.rmtree, self.root / snapshot)
+        if machine.row.snapshot == snapshot:
+            self._set(machine, snapshot=row.parent)
+
+    async def stored_snapshots(self, ids: Collection[str]) -> set[str]:
+        return set(ids) & self.snapshots.keys()
+
+    async def suspend(self, ref: str, *, why: str = "suspend") -> SnapshotRow:
         row = await self.snapshot(ref, why=why, resume=False)
         await self.evict(ref, snapshot=row.id)
         return row
