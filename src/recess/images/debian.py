@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recess.errors import BadInput, MissingTool, RecessError, Unavailable
+from recess.errors import BadInput, MissingTool, OutOfSpace, RecessError, Unavailable
 from recess.images import erofs, tree
 from recess.images.tools import Progress, run_tool
+from recess.units import format_bytes
 
 SUITE = "bookworm"
 BASE_PACKAGES = (
@@ -126,6 +127,13 @@ def _bootstrap(packages: Sequence[str], archive: Path, progress: Progress, cance
         run_tool([*command, SUITE, str(archive), *_host_sources()], progress=_phases(progress), cancel=cancel)
     except Unavailable as exc:
         raise explain(exc) from exc
+    except OutOfSpace as exc:
+        free = format_bytes(shutil.disk_usage(scratch).free)
+        raise OutOfSpace(
+            f"no space left while the image was made: {free} free in {scratch.parent}, {archive.parent} takes the result",
+            hint="free some space there, or set TMPDIR to a larger disk",
+            log=exc.details.get("log", ""),
+        ) from exc
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
