@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak clean
+.PHONY: help setup demo test check bench soak clean kernel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ bench: setup ## the figures, each beside the bare QEMU equivalent of the same ru
 
 soak: setup ## the long run on real machines
 	@tools/soak.sh
+
+kernel: setup ## build the trimmed guest kernel (some 10 minutes of one core, 2.6 GB for a while)
+	@tools/kernel.sh
 
 clean: ## remove what was built here (not the home of your machines)
 	rm -rf $(VENV) build dist guest/target src/recess/_bin .mypy_cache .ruff_cache .pytest_cache

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         store = ImageStore(config.images_dir)
         if not any(image.name == BASE_IMAGE for image in store.list()):
             _check_space(config.images_dir)
-        boot = ensure_boot_files(config.images_dir, config.bin_dir / "guestd", _say)
+        boot = ensure_boot_files(config.images_dir, config.bin_dir / "guestd", _say, kernel=config.kernel)
         base = store.ensure_base(_say)
     except RecessError as exc:
         print(f"error: {exc.message}", file=sys.stderr)

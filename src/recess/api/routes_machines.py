@@ -53,9 +53,10 @@ async def create_machine(request: Request) -> Response:
 
 async def get_machine(request: Request) -> Response:
     """GET /v1/machines/REF."""
-    machines = context_of(request).node.machines
+    node = context_of(request).node
+    machines = node.machines
     row = await machines.get(_ref(request))
-    out = machine_json(row)
+    out = {**machine_json(row), "kernel": await node.images.kernel(row.meta)}
     if row.state == "running":
         out["stats"] = await machines.stats(row.id)
     return JSONResponse(out)

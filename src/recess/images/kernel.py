@@ -88,12 +88,16 @@ _UNPACKERS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
 )
 
 
+_BARE = (_ELF_MAGIC, *(magic for magic, _unpacker in _UNPACKERS))
+
+
 def extract_vmlinux(boot_image: bytes) -> bytes:
-    """Return the kernel proper (an ELF file with a PVH entry note) out of a bzImage; an ELF is returned as it is.
+    """Return the kernel proper (an ELF file with a PVH entry note) out of a bzImage or a packed ELF (vmlinux.zst); an ELF
+    is returned as it is.
 
     Raises Corrupt when it is no kernel or has no PVH note, MissingTool when the decompressor is not there.
     """
-    elf = boot_image if boot_image.startswith(_ELF_MAGIC) else _unpack(_payload(boot_image))
+    elf = _unpack(boot_image if boot_image.startswith(_BARE) else _payload(boot_image))
     if not elf.startswith(_ELF_MAGIC):
         raise Corrupt("the boot image does not hold an ELF kernel")
     if not has_pvh_note(elf):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from recess.errors import NotFound
 from recess.images import BootFiles as KernelFiles
-from recess.images import FilePages, ImageStore, clone_sparse, ensure_blank_disk, ensure_boot_files
+from recess.images import FilePages, ImageStore, clone_sparse, ensure_blank_disk, ensure_boot_files, kernels
 from recess.machines.contract import BootFiles
 from recess.machines.parts import Progress
 from recess.snapshots.contract import PageSource
@@ -19,12 +19,13 @@ from recess.snapshots.contract import PageSource
 class StoredImages:
     """Images, kernel and initial root below one folder. Page sources are mapped once and kept."""
 
-    def __init__(self, images_dir: Path, guestd: Path, progress: Progress) -> None:
+    def __init__(self, images_dir: Path, guestd: Path, progress: Progress, *, kernel: str = kernels.AUTO) -> None:
         self._dir = images_dir
         self._guestd = guestd
+        self._wanted = kernel
         self._progress = progress
         self._store = ImageStore(images_dir)
-        self._kernel: tuple[tuple[int, int], KernelFiles] | None = None
+        self._kernel: tuple[tuple[tuple[int, int], ...], KernelFiles] | None = None
         self._sources: dict[str, FilePages] = {}
         self._lock = asyncio.Lock()
 
@@ -37,18 +38,15 @@ class StoredImages:
         info = self._store.get(image)
         stamp = self._stamp()
         if self._kernel is None or self._kernel[0] != stamp:
-            self._kernel = (stamp, ensure_boot_files(self._dir, self._guestd, self._progress))
+            self._kernel = (stamp, ensure_boot_files(self._dir, self._guestd, self._progress, kernel=self._wanted))
         files = self._kernel[1]
         return BootFiles(
             files.kernel, files.kernel_hash, files.initrd, files.initrd_hash, info.root_path, info.root_hash
         )
 
-    def _stamp(self) -> tuple[int, int]:
-        try:
-            stat = self._guestd.stat()
-        except FileNotFoundError:
-            return 0, 0  # ensure_boot_files says what is missing
-        return stat.st_mtime_ns, stat.st_size
+    def _stamp(self) -> tuple[tuple[int, int], ...]:
+        """What the files go by: a new guestd or kernel is taken by the next machine, without a restart."""
+        return kernels.stamp([self._guestd, *kernels.chosen_by(self._dir, self._wanted)])
 
     async def boot_files_by_hash(self, root_hash: str, kernel_hash: str, initrd_hash: str) -> BootFiles:
         """Return exactly these files; the initial root is only needed to boot, so it may be gone."""

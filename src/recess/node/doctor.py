@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recess.config import Config
-from recess.errors import MissingTool
+from recess.errors import MissingTool, RecessError
+from recess.images import kernels
 from recess.images.tools import find_tool
 from recess.units import GIB, format_bytes
 
@@ -67,6 +68,8 @@ class HostFacts:
     tools: Mapping[str, str | None] = field(default_factory=dict)
     programs: Mapping[str, bool] = field(default_factory=dict)  # guestd, keeper: built?
     base_image: bool = False
+    guest_kernel: str = ""  # what new machines start from; empty: none is here yet
+    kernel_problem: str = ""
 
 
 def judge_host(facts: HostFacts) -> list[HostCheck]:
@@ -142,7 +145,32 @@ def _built(facts: HostFacts) -> list[HostCheck]:
         for name, there in facts.programs.items()
     ]
     image = "the image base is there" if facts.base_image else "the image base is not built"
-    return [*checks, HostCheck("base image", facts.base_image, image, "" if facts.base_image else hint)]
+    return [
+        *checks,
+        _guest_kernel(facts),
+        HostCheck("base image", facts.base_image, image, "" if facts.base_image else hint),
+    ]
+
+
+def _guest_kernel(facts: HostFacts) -> HostCheck:
+    if facts.kernel_problem:
+        return HostCheck("guest kernel", False, facts.kernel_problem, "RECESS_KERNEL: auto, trimmed, debian or a path")
+    there = bool(facts.guest_kernel)
+    return HostCheck("guest kernel", there, facts.guest_kernel or "none", "" if there else "make setup")
+
+
+def read_kernel(config: Config) -> tuple[str, str]:
+    """Return (the kernel that new machines start from, what is wrong): one of the two is empty, both if there is none."""
+
+    def none_here() -> kernels.Kernel:
+        raise MissingTool("none")
+
+    try:
+        return kernels.choose(config.images_dir, config.kernel, none_here).label, ""
+    except MissingTool:
+        return "", ""
+    except RecessError as exc:
+        return "", exc.message
 
 
 def read_host(config: Config, *, base_image: bool) -> HostFacts:
@@ -150,6 +178,7 @@ def read_host(config: Config, *, base_image: bool) -> HostFacts:
     shared = _existing(config.run_dir)
     home = _existing(config.home)
     release = re.match(r"(\d+)\.(\d+)", platform.release())
+    guest_kernel, kernel_problem = read_kernel(config)
     return HostFacts(
         system=platform.system(),
         machine=platform.machine(),
@@ -168,6 +197,7 @@ def read_host(config: Config, *, base_image: bool) -> HostFacts:
                for name, (arguments, _package, _needed) in _TOOLS.items()},
         programs={name: os.access(config.bin_dir / name, os.X_OK) for name in ("guestd", "keeper")},
         base_image=base_image,
+        guest_kernel=guest_kernel, kernel_problem=kernel_problem,
     )  # fmt: skip
 
 

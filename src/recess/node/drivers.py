@@ -43,4 +43,4 @@ def make_images(config: Config, driver: Driver, progress: Progress) -> ImageFile
     """Return the boot files that this driver's machines start from."""
     if driver.name == "fake":
         return FakeImages()
-    return StoredImages(config.images_dir, config.bin_dir / "guestd", progress)
+    return StoredImages(config.images_dir, config.bin_dir / "guestd", progress, kernel=config.kernel)

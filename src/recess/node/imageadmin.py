@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from recess.catalog import Catalog
 from recess.config import Config
-from recess.images import ImageInfo, ImageStore
+from recess.images import ImageInfo, ImageStore, kernels
 from recess.machines.parts import Progress
 
 
@@ -18,6 +18,7 @@ class ImageAdmin:
     """The images of a node, off the event loop."""
 
     def __init__(self, config: Config, catalog: Catalog, progress: Progress) -> None:
+        self._dir = config.images_dir
         self.store = ImageStore(config.images_dir)
         self._catalog = catalog
         self._progress = progress
@@ -46,6 +47,11 @@ class ImageAdmin:
     async def remove(self, name: str) -> None:
         """Forget an image; HasDependents while templates or snapshots stand on its root."""
         await asyncio.to_thread(self.store.remove, name, in_use=await self._in_use())
+
+    async def kernel(self, meta: Mapping[str, Any]) -> str:
+        """Return one line about the kernel that a machine runs, from its row's notes; "" for one without."""
+        digest = str(meta.get("vm", {}).get("kernel", ""))
+        return await asyncio.to_thread(kernels.describe, self._dir, digest) if digest else ""
 
     async def _in_use(self) -> set[str]:
         """Roots that templates stand on; every snapshot stands on a template."""

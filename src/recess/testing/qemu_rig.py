@@ -40,7 +40,7 @@ def vm_processes(run_dir: Path) -> list[str]:
 
 def spec_of(config: Config) -> VmSpec:
     """Return a small machine of the image `base`. Raises NotFound or MissingTool when the set-up was not run."""
-    files = ensure_boot_files(config.images_dir, config.bin_dir / "guestd")
+    files = ensure_boot_files(config.images_dir, config.bin_dir / "guestd", kernel=config.kernel)
     image = ImageStore(config.images_dir).get("base")
     boot = BootFiles(files.kernel, files.kernel_hash, files.initrd, files.initrd_hash, image.root_path, image.root_hash)
     return VmSpec(memory_bytes=MEMORY_BYTES, cpus=1, disk_bytes=DISK_BYTES, boot=boot)

@@ -58,6 +58,10 @@ def test_an_elf_is_taken_as_it_is():
     assert kernel.extract_vmlinux(elf()) == elf()
 
 
+def test_a_packed_elf_as_a_release_publishes_it():
+    assert kernel.extract_vmlinux(kernel.zstd.compress(elf())) == elf()
+
+
 @pytest.mark.parametrize(
     ("image", "says"),
     [

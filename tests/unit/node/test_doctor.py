@@ -23,6 +23,7 @@ GOOD = HostFacts(
     tools={"qemu-system-x86_64": "QEMU 7.2", "mkfs.ext4": "1.47", "mmdebstrap": "1.3.5", "newuidmap": ""},
     programs={"guestd": True, "keeper": True},
     base_image=True,
+    guest_kernel="debian (linux-image 6.1, 0123)",
 )
 
 
@@ -48,6 +49,8 @@ def test_a_good_host_passes_without_a_hint():
         ({"tools": {"mkfs.ext4": None}}, "mkfs.ext4", "apt-get install e2fsprogs"),
         ({"programs": {"keeper": False}}, "keeper", "make setup"),
         ({"base_image": False}, "base image", "make setup"),
+        ({"guest_kernel": ""}, "guest kernel", "make setup"),
+        ({"kernel_problem": "the trimmed kernel is not built"}, "guest kernel", "RECESS_KERNEL"),
     ],
 )
 def test_what_stops_machines_fails_with_what_to_do(change, name, says):
