@@ -93,8 +93,9 @@ async def test_snapshot_restore_keeps_memory_disk_and_processes(room):
     jobs = await (await room.manager.link(child.id)).jobs()
     assert [j.job_id for j in jobs if j.exit_code is None] == ["sleeper"]
     assert await room.sh("parent", "cat /root/file") == "later\n"
-    with pytest.raises(NameInUse):
-        await room.manager.snapshot("parent", name="base:v1")
+    again = await room.manager.snapshot("parent", name="base:v1")
+    assert (await room.manager.get_snapshot("base:v1")).id == again.id  # a name moves
+    assert (await room.manager.get_snapshot(snap.id)).name == ""  # an id does not
     assert (await room.manager.verify_snapshot("base:v1"))["template"]
 
 
