@@ -9,6 +9,7 @@ from recess.blobs.local import LocalBlobs
 from recess.blobs.memory import MemoryBlobs
 from recess.blobs.metering import MeteredBlobs, Traffic
 from recess.blobs.retry import RetryingBlobs, RetryPolicy
+from recess.blobs.wrapped import WrappedBlobs
 
 __all__ = [
     "BlobInfo",
@@ -21,6 +22,7 @@ __all__ = [
     "RetryPolicy",
     "RetryingBlobs",
     "Traffic",
+    "WrappedBlobs",
     "check_key",
     "read_pieces",
 ]

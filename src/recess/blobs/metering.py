@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from recess.blobs.contract import BlobInfo, BlobStore, Bytes, PieceSource, Ranges, pieces
+from recess.blobs.wrapped import WrappedBlobs
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Traffic:
         return Traffic(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
 
-class MeteredBlobs:
+class MeteredBlobs(WrappedBlobs):
     """`inner` with a meter. Bytes count when they were moved: a put that found its blob there moved none."""
 
     def __init__(self, inner: BlobStore) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._lock = threading.Lock()
         self._traffic = Traffic()
 

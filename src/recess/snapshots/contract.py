@@ -162,6 +162,13 @@ class SnapshotStore(Protocol):
         """Re-hash everything reachable; raises Corrupt naming the blob."""
         ...
 
+    def fetch_bytes(self, snapshot_id: str) -> int:
+        """Return how many bytes a restore has to bring from a remote store first; 0 if all of it is on this node.
+
+        Raises NotFound, Corrupt.
+        """
+        ...
+
     def shapes(self, ids: Iterable[str]) -> dict[str, Shape]:
         """Return what each of these manifests says about bytes; those that cannot be read are left out."""
         ...
