@@ -73,6 +73,10 @@ def test_run_passes_output_and_exit_code_through(recess):
         (("run", "-p", "nonsense", "base"), 2, "bad_input"),
         (("run", "-m", "lots", "base"), 2, "bad_input"),
         (("run", "--name", "../x", "base"), 2, "bad_input"),
+        (("run", "--bogus", "base"), 2, "usage"),
+        (("frobnicate",), 2, "usage"),
+        (("cp", "/no/such/file", "dev:/x"), 2, "bad_input"),
+        (("deploy", "/no/such/agent.py", "--name", "a"), 2, "bad_input"),
     ],
 )
 def test_bad_input_is_one_typed_line(recess, args, code, error):
@@ -82,6 +86,31 @@ def test_bad_input_is_one_typed_line(recess, args, code, error):
     text = recess(*args, expect=code).stderr.decode()
     assert "recess: " in text
     assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("args", [(), ("session",), ("images",)])
+def test_asked_for_nothing_it_shows_what_there_is(recess, args):
+    done = recess(*args)
+    assert b"Usage: recess" in done.stdout
+    assert b"Commands:" in done.stdout
+    assert done.stderr == b""
+
+
+def test_a_hint_names_a_command_that_exists(recess):
+    assert b"hint: recess --help" in recess("frobnicate", expect=2).stderr
+    assert b"hint: recess session start --help" in recess("session", "start", expect=2).stderr
+
+
+def test_published_ports_are_listed_while_they_are_open(recess):
+    recess("run", "-d", "--name", "dev", "-p", "80", "base")
+    ((address, port, guest),) = envelope(recess("ps", "--json"))["data"][0]["meta"]["ports"]
+    assert f"{address}:{port}->{guest}" in recess("ps").stdout.decode()
+    recess("suspend", "dev")
+    assert f":{port}->" not in recess("ps", "-a").stdout.decode()
+
+
+def test_guest_options_are_the_guests(recess):
+    assert recess("run", "--rm", "base", "echo", "-n", "--json", "-q").stdout == b"--json -q"
 
 
 def test_a_name_in_use(recess):

@@ -111,8 +111,11 @@ def run_cli(args: list[str]) -> int:
         result: Any = cli.main(args=args, prog_name="recess", standalone_mode=False)
     except click.exceptions.Exit as exc:
         return exc.exit_code
+    except click.exceptions.NoArgsIsHelpError as exc:  # `recess`, `recess session`: shown what there is
+        print(exc.format_message())
+        return 0
     except click.UsageError as exc:
-        error = _Usage(exc.format_message(), hint=f"recess {command} --help".replace("  ", " "))
+        error = _Usage(exc.format_message(), hint=f"{exc.ctx.command_path if exc.ctx else 'recess'} --help")
         output.error(error, error.exit_code)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):

@@ -22,8 +22,12 @@ SUSPENDED: Final = "suspended"
 EXITED: Final = "exited"
 DEAD: Final = "dead"
 
+DAMAGED: Final = "damaged"
+"""Not a state of a machine but of its row: shown instead of one when the row cannot be read. Only `remove` takes it."""
+
 STATES: Final = (CREATING, RUNNING, PAUSED, SUSPENDED, EXITED, DEAD)
 WITH_VM: Final = (CREATING, RUNNING, PAUSED)
+WITHOUT_VM: Final = (SUSPENDED, EXITED, DEAD)
 
 MOVES: Final[Mapping[str, Mapping[str, str]]] = {
     "start": {CREATING: RUNNING},
@@ -47,7 +51,7 @@ _HINTS: Final[Mapping[tuple[str, str], str]] = {
     ("remove", PAUSED): "stop it first, or use --force",
     ("remove", CREATING): "it is being made; wait, or use --force",
     ("use", SUSPENDED): "bring it back first: recess resume",
-    ("use", PAUSED): "bring it back first: recess resume",
+    ("use", PAUSED): "let it run first: recess unpause",
     ("use", DEAD): "restore one of its snapshots: recess restore",
     ("resume", DEAD): "it has no snapshot to resume from; restore one of another machine",
     ("resume", RUNNING): "it runs already",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import secrets
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -237,3 +239,25 @@ def completion_chunks(body: Mapping[str, Any], reply: Answer, *, usage: bool) ->
     if usage:
         out.append({**head, "choices": [], "usage": _usage(body, reply)})
     return out
+
+
+async def _serve_until_interrupted(port: int, key: str) -> None:
+    async with ModelServer(key, port=port) as server:
+        sys.stdout.write(f"OPENAI_BASE_URL={server.base_url}\nOPENAI_API_KEY={key}\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve until Ctrl-C: `python -m recess.testing.model_server [PORT [KEY]]`, any port and key if none is given."""
+    port = int(arguments[0]) if arguments else 0
+    key = arguments[1] if len(arguments) > 1 else "sk-local-" + secrets.token_hex(12)
+    try:
+        asyncio.run(_serve_until_interrupted(port, key))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -26,8 +26,7 @@ def cp(inv: Invocation, source: str, target: str) -> None:
     if bool(src_machine) == bool(dst_machine):
         raise BadInput("one of the two must be MACHINE:PATH")
     if dst_machine:
-        data = stdin_bytes() if src_path == "-" else Path(src_path).read_bytes()
-        mode = "644" if src_path == "-" else f"{Path(src_path).stat().st_mode & 0o777:o}"
+        data, mode = (stdin_bytes(), "644") if src_path == "-" else _read(Path(src_path))
         path = dst_path + Path(src_path).name if dst_path.endswith("/") else dst_path
         inv.server.raw("PUT", f"/v1/machines/{dst_machine}/files", query={"path": path, "mode": mode}, body=data)
         return
@@ -36,4 +35,15 @@ def cp(inv: Invocation, source: str, target: str) -> None:
         sys.stdout.buffer.write(data)
         return
     out = Path(dst_path)
-    (out / Path(src_path).name if out.is_dir() else out).write_bytes(data)
+    try:
+        (out / Path(src_path).name if out.is_dir() else out).write_bytes(data)
+    except OSError as exc:
+        raise BadInput(f"{dst_path}: {exc.strerror}") from exc
+
+
+def _read(path: Path) -> tuple[bytes, str]:
+    """Return a file's content and its mode in octal."""
+    try:
+        return path.read_bytes(), f"{path.stat().st_mode & 0o777:o}"
+    except OSError as exc:
+        raise BadInput(f"{path}: {exc.strerror}") from exc

@@ -16,7 +16,7 @@ BYTES_MAX = 8 << 20
 
 def _files(source: Path) -> dict[str, str]:
     if source.is_file():
-        return {"agent.py": source.read_text()}
+        return {"agent.py": _text(source)}
     if not source.is_dir():
         raise BadInput(f"no such file or folder: {source}")
     if not (source / "agent.py").is_file():
@@ -24,10 +24,16 @@ def _files(source: Path) -> dict[str, str]:
     paths = [p for p in sorted(source.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
     if len(paths) > FILES_MAX or sum(p.stat().st_size for p in paths) > BYTES_MAX:
         raise BadInput(f"{source} is too large for agent code ({FILES_MAX} files, 8 MiB); put data into an image")
+    return {str(p.relative_to(source)): _text(p) for p in paths}
+
+
+def _text(path: Path) -> str:
     try:
-        return {str(p.relative_to(source)): p.read_text() for p in paths}
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
-        raise BadInput(f"{source}: agent code is text; put data into an image") from exc
+        raise BadInput(f"{path}: agent code is text; put data into an image") from exc
+    except OSError as exc:
+        raise BadInput(f"{path}: {exc.strerror}") from exc
 
 
 @click.command("deploy")

@@ -11,7 +11,7 @@ from recess.cli.terminal import converse, size
 from recess.sdk.exec_stream import ExecStream
 
 
-@click.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command("exec", context_settings={"allow_interspersed_args": False})
 @click.option("-d", "--detach", is_flag=True, help="Leave it running in the machine.")
 @click.option("-i", "--interactive", is_flag=True, help="Keep stdin open.")
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")

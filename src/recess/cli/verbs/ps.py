@@ -6,6 +6,11 @@ import click
 
 from recess.cli.common import Invocation, verb
 from recess.cli.output import ago
+from recess.sdk.transport import Json
+
+
+def _ports(row: Json) -> str:
+    return ", ".join(f"{ip}:{host}->{guest}" for ip, host, guest in row["meta"].get("ports") or [])
 
 
 @click.command("ps")
@@ -20,6 +25,7 @@ def ps(inv: Invocation, everything: bool) -> None:
             "image": row["spec"]["image"],
             "command": " ".join(row["spec"]["argv"])[:30],
             "age": ago(row["created"]),
+            "ports": _ports(row) if row["state"] in ("running", "paused") else "",
         }
         for row in answer["machines"]
     ]
@@ -28,6 +34,6 @@ def ps(inv: Invocation, everything: bool) -> None:
         return
     columns = [
         ("MACHINE ID", "id"), ("IMAGE", "image"), ("COMMAND", "command"), ("CREATED", "age"), ("STATE", "state"),
-        ("NAME", "name"),
+        ("PORTS", "ports"), ("NAME", "name"),
     ]  # fmt: skip
     inv.out.table(rows, columns)
