@@ -3,7 +3,7 @@
 use crate::frame::{self, Event, Frame, WINDOW};
 use crate::json::{self, obj, Value};
 use crate::server::{Server, PROTO};
-use crate::{stats, sys, VERSION};
+use crate::{sys, VERSION};
 
 /// Reads of the port in one round: a host that floods must not keep jobs' output from moving.
 const READS_PER_ROUND: usize = 16;
@@ -135,7 +135,7 @@ impl Server {
             ("proto", PROTO.into()),
             ("nonce", nonce.into()),
             ("guestd", VERSION.into()),
-            ("boot_id", stats::boot_id().into()),
+            ("boot_id", self.boot_id.as_str().into()),
             (
                 "mode",
                 if self.opts.own_machine {

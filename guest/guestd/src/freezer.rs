@@ -5,15 +5,20 @@
 //! driver) without a cgroup of its own: SIGSTOP to each job's process group, which misses children that left it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::fail::{Fail, Outcome};
 use crate::sys;
 
 enum Means {
-    Cgroup { dir: PathBuf, procs: File },
+    Cgroup {
+        dir: PathBuf,
+        procs: File,
+        freeze: File,
+        events: File,
+    },
     Signals,
 }
 
@@ -27,15 +32,19 @@ impl Freezer {
     pub fn cgroup(dir: &Path) -> Outcome<Self> {
         let fail = |e: std::io::Error| Fail::io(&dir.display().to_string(), &e);
         fs::create_dir_all(dir).map_err(fail)?;
-        let procs = OpenOptions::new()
-            .write(true)
-            .open(dir.join("cgroup.procs"))
-            .map_err(fail)?;
-        fs::metadata(dir.join("cgroup.freeze")).map_err(fail)?;
+        let open = |name: &str| {
+            OpenOptions::new()
+                .write(true)
+                .open(dir.join(name))
+                .map_err(fail)
+        };
+        // Kept open: walking their paths costs more than the freeze itself (see thaw::Kept).
         Ok(Freezer {
             means: Means::Cgroup {
                 dir: dir.to_path_buf(),
-                procs,
+                procs: open("cgroup.procs")?,
+                freeze: open("cgroup.freeze")?,
+                events: File::open(dir.join("cgroup.events")).map_err(fail)?,
             },
             frozen: false,
         })
@@ -70,8 +79,8 @@ impl Freezer {
         }
         let deadline = sys::monotonic_ms() + timeout_ms;
         let done = match &self.means {
-            Means::Cgroup { dir, .. } => {
-                write_freeze(dir, b"1").and_then(|()| await_events(dir, "frozen 1", deadline))
+            Means::Cgroup { freeze, events, .. } => {
+                write_freeze(freeze, b"1").and_then(|()| await_events(events, "frozen 1", deadline))
             }
             Means::Signals => stop_groups(groups, deadline),
         };
@@ -102,7 +111,7 @@ impl Freezer {
 
     fn release(&self, groups: &[i32]) -> Outcome<()> {
         match &self.means {
-            Means::Cgroup { dir, .. } => write_freeze(dir, b"0"),
+            Means::Cgroup { freeze, .. } => write_freeze(freeze, b"0"),
             Means::Signals => {
                 for g in groups {
                     let _ = sys::kill_group(*g, libc::SIGCONT); // a group that is gone needs nothing
@@ -117,34 +126,37 @@ impl Freezer {
         for g in groups {
             let _ = sys::kill_group(*g, libc::SIGKILL); // gone already is as good
         }
-        if let Means::Cgroup { dir, .. } = &self.means {
+        if let Means::Cgroup {
+            dir,
+            freeze,
+            events,
+            ..
+        } = &self.means
+        {
             let _ = fs::write(dir.join("cgroup.kill"), "1"); // since Linux 5.14; the groups above cover the rest
-            let _ = write_freeze(dir, b"0"); // killed while frozen: let them die
+            let _ = write_freeze(freeze, b"0"); // killed while frozen: let them die
             let until = sys::monotonic_ms() + 2000;
-            let _ = await_events(dir, "populated 0", until); // then the folder can go; a leftover is harmless
+            let _ = await_events(events, "populated 0", until); // then the folder can go; a leftover is harmless
             let _ = fs::remove_dir(dir);
         }
     }
 }
 
-fn write_freeze(dir: &Path, value: &[u8]) -> Outcome<()> {
-    let path = dir.join("cgroup.freeze");
-    OpenOptions::new()
-        .write(true)
-        .open(&path)
-        .and_then(|mut f| f.write_all(value))
+fn write_freeze(file: &File, value: &[u8]) -> Outcome<()> {
+    file.write_all_at(value, 0)
         .map_err(|e| Fail::io("cgroup.freeze", &e))
 }
 
 /// Wait for a line in cgroup.events; the kernel raises POLLPRI at each change.
-fn await_events(dir: &Path, line: &str, deadline: u64) -> Outcome<bool> {
+fn await_events(f: &File, line: &str, deadline: u64) -> Outcome<bool> {
     let fail = |e: std::io::Error| Fail::io("cgroup.events", &e);
-    let mut f = File::open(dir.join("cgroup.events")).map_err(fail)?;
+    let mut text = [0u8; 256];
     loop {
-        let mut text = String::new();
-        f.seek(SeekFrom::Start(0)).map_err(fail)?;
-        f.read_to_string(&mut text).map_err(fail)?;
-        if text.lines().any(|l| l == line) {
+        let n = f.read_at(&mut text, 0).map_err(fail)?;
+        if text[..n]
+            .split(|b| *b == b'\n')
+            .any(|l| l == line.as_bytes())
+        {
             return Ok(true);
         }
         let left = deadline.saturating_sub(sys::monotonic_ms());

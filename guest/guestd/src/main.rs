@@ -39,6 +39,7 @@ const USAGE: &str = "usage: guestd --version | --serve-fd N [--run-dir DIR] [--p
 Without arguments, as PID 1 of a machine, guestd sets it up and serves its virtio port.";
 
 fn main() {
+    sys::keep_heap();
     let args: Vec<String> = std::env::args().skip(1).collect();
     if std::process::id() == 1 && !args.iter().any(|a| a == "--serve-fd") {
         let why = machine()

@@ -177,7 +177,7 @@ impl Server {
         obj([
             ("version", VERSION.into()),
             ("proto", server::PROTO.into()),
-            ("boot_id", stats::boot_id().into()),
+            ("boot_id", self.boot_id.as_str().into()),
             ("uptime_s", stats::uptime_s().into()),
             ("hostname", stats::hostname().into()),
             ("frozen", self.freezer.frozen.into()),
@@ -339,7 +339,7 @@ impl Server {
             hooks: self.opts.hooks.clone(),
             own_machine: self.opts.own_machine,
         };
-        thaw::apply(&t, &places)?;
+        thaw::apply(&t, &places, &mut self.kept)?;
         self.env = t.env;
         let groups = self.jobs.groups();
         self.freezer.unfreeze(&groups)?;

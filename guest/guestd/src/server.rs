@@ -18,8 +18,10 @@ use crate::helper::{self, Helper};
 use crate::jobs::{self, Pulled, Table};
 use crate::json::obj;
 use crate::ring::Cursor;
+use crate::stats;
 use crate::streams::{End, Stream};
 use crate::sys::{self, Poller, Watched, EDGE, IN, OUT};
+use crate::thaw;
 
 pub const PROTO: i64 = 1;
 /// Streams that the guest may have open towards the host; more connections wait in the listener's backlog.
@@ -50,6 +52,9 @@ pub struct Server {
     pub freezer: Freezer,
     /// The environment that the last thaw gave.
     pub env: Vec<(String, String)>,
+    pub kept: thaw::Kept,
+    /// Read once: it lasts as long as the kernel does.
+    pub boot_id: String,
     pub proxy_port: Option<u16>,
     pub serial: u32,
     poller: Poller,
@@ -103,6 +108,8 @@ impl Server {
             streams: BTreeMap::new(),
             freezer,
             env: Vec::new(),
+            kept: thaw::Kept::default(),
+            boot_id: stats::boot_id(),
             proxy_port: None,
             serial: 0,
             poller: Poller::new().map_err(|e| Fail::io("epoll", &e))?,

@@ -1,9 +1,10 @@
 //! What a machine learns when it wakes: randomness, time, identity, generation. Fail closed: the first error ends the
 //! thaw and the workload stays frozen (docs/internals/clones.md).
 
-use std::fs::{self, OpenOptions};
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,6 +15,8 @@ use crate::sys;
 
 const HOOK_MS: u64 = 5000;
 const ALL_HOOKS_MS: u64 = 8000;
+/// The longest identity file that is looked at; what stands behind it in /etc/hosts is dropped.
+const MAX_FILE: usize = 64 * 1024;
 
 /// A parsed, validated thaw request.
 #[derive(Debug, PartialEq, Eq)]
@@ -103,49 +106,119 @@ pub fn parse(v: &Value) -> Outcome<Thaw> {
     })
 }
 
+/// The files that every thaw touches, opened at the first one and kept: a fork's first milliseconds run on a cold
+/// machine, where each path that the kernel walks costs more than the write behind it.
+#[derive(Default)]
+pub struct Kept {
+    files: BTreeMap<PathBuf, File>,
+    urandom: Option<File>,
+}
+
 /// Do everything but unfreeze, in the order of the contract: nothing of the workload runs before the last step.
-pub fn apply(t: &Thaw, places: &Places) -> Outcome<()> {
+pub fn apply(t: &Thaw, places: &Places, kept: &mut Kept) -> Outcome<()> {
     if places.own_machine {
-        reseed(&t.entropy)?;
+        kept.reseed(&t.entropy)?;
         set_clock(t.wall_ns)?;
-        identity(t)?;
+        kept.identity(t)?;
     }
     if let Some(run) = places.run_dir {
-        rewrite(&run.join("generation"), &format!("{}\n", t.generation))?;
-        rewrite(&run.join("epoch"), &format!("{}\n", t.epoch))?;
+        kept.rewrite(&run.join("generation"), &format!("{}\n", t.generation))?;
+        kept.rewrite(&run.join("epoch"), &format!("{}\n", t.epoch))?;
         let lines: String = t.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
-        rewrite(&run.join("env"), &lines)?;
+        kept.rewrite(&run.join("env"), &lines)?;
     }
     run_hooks(&places.hooks, t)
 }
 
-/// Mix in the host's bytes, credit them, and make every generator derive new state from them now.
-fn reseed(entropy: &[u8; 32]) -> Outcome<()> {
-    #[repr(C)]
-    struct PoolInfo {
-        entropy_count: libc::c_int,
-        buf_size: libc::c_int,
-        buf: [u8; 32],
+impl Kept {
+    /// Mix in the host's bytes, credit them, and make every generator derive new state from them now.
+    fn reseed(&mut self, entropy: &[u8; 32]) -> Outcome<()> {
+        #[repr(C)]
+        struct PoolInfo {
+            entropy_count: libc::c_int,
+            buf_size: libc::c_int,
+            buf: [u8; 32],
+        }
+        const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
+        const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
+        let fail = |e: std::io::Error| Fail::io("reseeding /dev/urandom", &e);
+        if self.urandom.is_none() {
+            let opened = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/urandom");
+            self.urandom = Some(opened.map_err(fail)?);
+        }
+        let fd = self.urandom.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        let info = PoolInfo {
+            entropy_count: 256,
+            buf_size: 32,
+            buf: *entropy,
+        };
+        // SAFETY: the struct has the layout of rand_pool_info with 32 bytes and outlives the call.
+        unsafe {
+            sys::check(libc::ioctl(fd, RNDADDENTROPY as _, &info)).map_err(fail)?;
+            sys::check(libc::ioctl(fd, RNDRESEEDCRNG as _)).map_err(fail)?;
+        }
+        Ok(())
     }
-    const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
-    const RNDRESEEDCRNG: libc::c_ulong = 0x5207;
-    let fail = |e: std::io::Error| Fail::io("reseeding /dev/urandom", &e);
-    let f = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/urandom")
-        .map_err(fail)?;
-    let info = PoolInfo {
-        entropy_count: 256,
-        buf_size: 32,
-        buf: *entropy,
-    };
-    // SAFETY: the struct has the layout of rand_pool_info with 32 bytes and outlives the call.
-    unsafe {
-        sys::check(libc::ioctl(f.as_raw_fd(), RNDADDENTROPY as _, &info)).map_err(fail)?;
-        sys::check(libc::ioctl(f.as_raw_fd(), RNDRESEEDCRNG as _)).map_err(fail)?;
+
+    fn identity(&mut self, t: &Thaw) -> Outcome<()> {
+        // SAFETY: pointer and length of a live string.
+        let ret = unsafe { libc::sethostname(t.hostname.as_ptr().cast(), t.hostname.len()) };
+        sys::check(ret).map_err(|e| Fail::io("setting the hostname", &e))?;
+        self.rewrite(Path::new("/etc/hostname"), &format!("{}\n", t.hostname))?;
+        self.renew(Path::new("/etc/hosts"), |old| hosts(old, &t.hostname))?;
+        self.rewrite(Path::new("/etc/machine-id"), &format!("{}\n", t.machine_id))
     }
-    Ok(())
+
+    fn rewrite(&mut self, path: &Path, text: &str) -> Outcome<()> {
+        self.renew(path, |_| text.to_string())
+    }
+
+    /// Write in place, and only what differs: nobody reads while the workload is frozen, the files of /etc are mounts
+    /// of their own (see init), and a temporary name and a rename on the disk would cost a fork more than all the rest
+    /// of its thaw. A file that was removed meanwhile is made again.
+    fn renew(&mut self, path: &Path, change: impl FnOnce(&str) -> String) -> Outcome<()> {
+        let fail = |e: std::io::Error| Fail::io(&path.display().to_string(), &e);
+        let file = self.file(path).map_err(fail)?;
+        let mut old = Vec::new();
+        let mut piece = [0u8; 1024];
+        while old.len() < MAX_FILE {
+            match file.read_at(&mut piece, old.len() as u64).map_err(fail)? {
+                0 => break,
+                n => old.extend_from_slice(&piece[..n]),
+            }
+        }
+        let new = change(&String::from_utf8_lossy(&old));
+        if new.as_bytes() != old {
+            file.write_all_at(new.as_bytes(), 0).map_err(fail)?;
+            if new.len() < old.len() || old.len() >= MAX_FILE {
+                file.set_len(new.len() as u64).map_err(fail)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, path: &Path) -> std::io::Result<&File> {
+        let gone = |f: &File| f.metadata().is_ok_and(|m| nlink(&m) == 0);
+        if self.files.get(path).is_none_or(gone) {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(path)?;
+            self.files.insert(path.to_path_buf(), file);
+        }
+        self.files
+            .get(path)
+            .ok_or_else(|| std::io::Error::other("not kept"))
+    }
+}
+
+fn nlink(m: &fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::nlink(m)
 }
 
 fn set_clock(wall_ns: i64) -> Outcome<()> {
@@ -158,22 +231,6 @@ fn set_clock(wall_ns: i64) -> Outcome<()> {
     sys::check(ret)
         .map(drop)
         .map_err(|e| Fail::io("setting the clock", &e))
-}
-
-fn identity(t: &Thaw) -> Outcome<()> {
-    // SAFETY: pointer and length of a live string.
-    let ret = unsafe { libc::sethostname(t.hostname.as_ptr().cast(), t.hostname.len()) };
-    sys::check(ret).map_err(|e| Fail::io("setting the hostname", &e))?;
-    rewrite(Path::new("/etc/hostname"), &format!("{}\n", t.hostname))?;
-    let old = fs::read_to_string("/etc/hosts").unwrap_or_default();
-    rewrite(Path::new("/etc/hosts"), &hosts(&old, &t.hostname))?;
-    rewrite(Path::new("/etc/machine-id"), &format!("{}\n", t.machine_id))
-}
-
-/// Write in place: nobody reads while the workload is frozen, the files of /etc are mounts of their own (see init), and
-/// a temporary name and a rename on the disk would cost a fork more than all the rest of its thaw.
-fn rewrite(path: &Path, text: &str) -> Outcome<()> {
-    fs::write(path, text).map_err(|e| Fail::io(&path.display().to_string(), &e))
 }
 
 /// The hosts file with our own line renewed; what the user added stays.
@@ -310,6 +367,29 @@ mod tests {
     }
 
     #[test]
+    fn kept_files_shrink_grow_and_come_back() {
+        let dir = std::env::temp_dir().join(format!("guestd-kept-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).unwrap();
+        let path = dir.join("name");
+        let mut kept = Kept::default();
+        for text in ["long-name\n", "n\n", "n\n", "", "longer-than-before\n"] {
+            kept.rewrite(&path, text).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+        fs::write(&path, "a user wrote something much longer here\n").unwrap();
+        kept.rewrite(&path, "x\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "x\n");
+        fs::remove_file(&path).unwrap();
+        kept.rewrite(&path, "back\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "back\n");
+        fs::write(&path, "q".repeat(2 * MAX_FILE)).unwrap();
+        kept.rewrite(&path, "cut\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "cut\n");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+
+    #[test]
     fn hooks_run_in_order_and_fail_closed() {
         let dir = std::env::temp_dir().join(format!("guestd-hooks-{}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
@@ -332,12 +412,13 @@ mod tests {
             own_machine: false,
         };
         let t = request("", "").unwrap();
-        apply(&t, &places).unwrap();
+        let mut kept = Kept::default();
+        apply(&t, &places, &mut kept).unwrap();
         assert_eq!(fs::read_to_string(&out).unwrap(), "a b c 3\nb\n");
         assert_eq!(fs::read_to_string(run.join("epoch")).unwrap(), "3\n");
         assert_eq!(fs::read_to_string(run.join("env")).unwrap(), "A=b c\n");
         script("15-bad", "exit 3");
-        assert_eq!(apply(&t, &places).unwrap_err().kind, "failed");
+        assert_eq!(apply(&t, &places, &mut kept).unwrap_err().kind, "failed");
         script("20-slow", "sleep 60");
         assert_eq!(
             run_hook(&hooks.join("20-slow"), &t, 50).unwrap_err().kind,
