@@ -69,17 +69,19 @@ def test_a_look_around_is_read_back() -> None:
 
 
 def test_the_scripts_look_gives_what_is_read(tmp_path) -> None:
-    """The real command on this host, with a dev server's stand-in in place of curl."""
+    """The real command on this host, with a dev server's stand-in in place of curl (and an id, if the host has none)."""
+    (tmp_path / "id").write_text("mid\n")
+    look = LOOK.replace("/etc/machine-id", str(tmp_path / "id"))
     (tmp_path / "curl").write_text(
         '#!/bin/sh\ncase "$2" in */_life) printf \'{"nonce": "n", "pid": 1, "served": 2}\';; *) echo page;; esac\n'
     )
     (tmp_path / "curl").chmod(0o755)
     done = subprocess.run(
-        ["sh", "-c", LOOK], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True
+        ["sh", "-c", look], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, check=True
     )
     log = [entry(1, "tool.start", "a", name="sh"), entry(2, "tool.result", "a", output=done.stdout)]
     seen = read.look(log)
-    assert seen["page"] == "page\n"
+    assert (seen["page"], seen["machine_id"]) == ("page\n", "mid")
     assert float(seen["uptime_s"]) > 0
     assert len(seen["random"].split()) == 16
     assert seen["keys"].isdigit()
