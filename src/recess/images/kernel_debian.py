@@ -59,10 +59,19 @@ def _download_with(options: list[str], folder: Path) -> None:
 
 
 def _concrete_package(options: list[str]) -> str:
-    text = run_tool(["apt-cache", *options, "depends", KERNEL_METAPACKAGE])
-    match = re.search(r"Depends: (linux-image-\S+)", text)
+    log = ""
+    try:
+        match = re.search(
+            r"Depends: (linux-image-\S+)", run_tool(["apt-cache", *options, "depends", KERNEL_METAPACKAGE])
+        )
+    except Unavailable as exc:  # apt takes a mirror that cannot be reached for one that has nothing
+        match, log = None, str(exc.details.get("log", ""))
     if match is None:
-        raise Unavailable(f"apt knows no {KERNEL_METAPACKAGE}", hint="use Debian's own package sources")
+        raise Unavailable(
+            f"apt finds no {KERNEL_METAPACKAGE}: the package mirror cannot be reached, or is not Debian's",
+            hint="check the network, proxy and apt's sources",
+            log=log,
+        )
     return match[1]
 
 
