@@ -19,6 +19,11 @@ async def room(tmp_path):
         yield opened
 
 
+def recovered(counts):
+    assert (counts["unfinished"], counts["damaged"]) == (0, 0)
+    return counts["adopted"], counts["lost"], counts["strays"]
+
+
 def kept(room, row):
     return (room.parts.directory(row.id) / KEPT_NAME).exists()
 
@@ -80,7 +85,7 @@ async def test_a_machine_that_was_booted_cold_is_a_machine_like_any_other(room):
     await dies(room, row)
     await room.manager.bring_back("m1")
     await write(room, "m1", "two")
-    assert await room.restart(killed=True) == {"adopted": 1, "lost": 0, "strays": 0}
+    assert recovered(await room.restart(killed=True)) == (1, 0, 0)
     assert await read(room, "m1") == ["two", "two"]
     (child,) = await room.manager.fork("m1")
     assert await read(room, child.id) == ["two", "two"]
@@ -89,7 +94,7 @@ async def test_a_machine_that_was_booted_cold_is_a_machine_like_any_other(room):
     await room.manager.verify_snapshot(snap.id)
     assert (await room.manager.bring_back("m1")).rung == 2
     assert await read(room, "m1") == ["two", "two"]
-    assert await room.restart() == {"adopted": 2, "lost": 0, "strays": 0}
+    assert recovered(await room.restart()) == (2, 0, 0)
     copy, report = await room.manager.restore(snap.id, name="copy")
     assert report.rung == 2
     assert await read(room, copy.id) == ["two", "two"]
@@ -271,7 +276,7 @@ async def test_a_server_that_dies_between_row_and_drop_leaves_a_whole_machine(ro
     await dies(room, row)
     with crashing("machines.running"):
         await room.manager.bring_back("m1")
-    assert await room.restart(killed=True) == {"adopted": 1, "lost": 0, "strays": 0}
+    assert recovered(await room.restart(killed=True)) == (1, 0, 0)
     await write(room, "m1", "two")
     await dies(room, row)
     await room.manager.bring_back("m1")

@@ -19,13 +19,17 @@ async def room(tmp_path):
         yield opened
 
 
+def recovered(counts):
+    return counts["adopted"], counts["lost"], counts["strays"]
+
+
 @pytest.mark.parametrize("killed", [False, True])
 async def test_running_machines_are_adopted_with_their_processes(room, killed):
     row = await room.manager.create(replace(SMALL, ports=(("127.0.0.1", 0, 8000),)), name="dev")
     await room.sh("dev", "echo nonce > /dev/shm/nonce")
     link = await room.manager.link(row.id)
     await link.exec(ExecRequest(argv=["sleep", "1000"], job_id="sleeper"))
-    assert await room.restart(killed=killed) == {"adopted": 1, "lost": 0, "strays": 0}
+    assert recovered(await room.restart(killed=killed)) == (1, 0, 0)
     assert (await room.manager.get("dev")).state == "running"
     assert await room.sh("dev", "cat /dev/shm/nonce") == "nonce\n"
     jobs = await (await room.manager.link(row.id)).jobs()
@@ -95,7 +99,7 @@ async def test_machines_whose_vm_is_gone_fall(room):
     await room.abandon()
     for row in (plain, saved):
         await room.host.vms[row.id].die("the host was rebooted")
-    assert await room.restart(killed=True) == {"adopted": 0, "lost": 2, "strays": 0}
+    assert recovered(await room.restart(killed=True)) == (0, 2, 0)
     assert (await room.manager.get("plain")).state == "dead"
     assert (await room.manager.get("saved")).state == "suspended"
     report = await room.manager.resume("saved")
@@ -130,14 +134,13 @@ async def test_a_cached_template_of_the_wrong_size_is_not_used(room):
 
 
 @pytest.mark.parametrize("point", ["machines.started", "templates.stored"])
-async def test_a_crash_while_a_machine_is_made_leaves_a_dead_row_and_no_vm(room, point):
+async def test_a_crash_while_a_machine_is_made_leaves_nothing(room, point):
     with crashing(point):
         await room.manager.create(SMALL, name="half")
-    await room.restart(killed=True)
-    row = await room.manager.get("half")
-    assert row.state == "dead"
-    assert "never finished" in row.status
+    assert (await room.restart(killed=True))["unfinished"] == 1
+    assert await room.manager.list_machines(everything=True) == []
     assert room.host.vms == {}
+    assert list(room.parts.machines_dir.iterdir()) == []
     await room.manager.create(SMALL, name="half")
 
 

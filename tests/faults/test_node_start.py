@@ -82,8 +82,8 @@ async def test_a_server_killed_at_any_step_of_a_snapshot(config, point, names, n
 async def test_a_server_killed_while_it_makes_a_machine(config):
     assert run_server(config, "machines.started") == -signal.SIGKILL
     node = await LocalNode.open(config)
-    row = await node.machines.get("dev")
-    assert (row.state, row.snapshot) == ("dead", "")
+    assert await node.machines.list_machines(everything=True) == []
+    assert list(config.machines_dir.iterdir()) == []
     await node.machines.create(SMALL, name="dev")
     await node.close(detach=False)
 
@@ -107,14 +107,23 @@ async def test_a_database_of_a_newer_version(config):
     await refused(config, Incompatible)
 
 
-async def test_a_row_that_lies_is_named_and_no_machine_is_touched(config):
+async def test_a_row_that_lies_is_named_and_keeps_nobody_from_working(config):
     node = await LocalNode.open(config)
     row = await node.machines.create(SMALL, name="dev")
+    other = await node.machines.create(SMALL, name="other")
+    await node.machines.suspend("other")
     await node.close()
     with sqlite3.connect(config.database_path) as db:
         db.execute("UPDATE catalog_machine SET spec = '{not json' WHERE id = ?", (row.id,))
     db.close()
-    assert row.id in (await refused(config, Corrupt)).message
+    node = await LocalNode.open(config)
+    assert node.recovered["damaged"] == 1
+    shown = {one.id: one.state for one in await node.machines.list_machines(everything=True)}
+    assert shown == {row.id: "damaged", other.id: "suspended"}
+    with pytest.raises(Corrupt, match=row.id):
+        await node.machines.get("dev")
+    assert (await node.machines.bring_back("other")).rung == 2
+    await node.close(detach=False)
 
 
 async def test_a_home_that_cannot_be_made(config, tmp_path):

@@ -63,9 +63,10 @@ async def get_machine(request: Request) -> Response:
 
 
 async def delete_machine(request: Request) -> Response:
-    """DELETE /v1/machines/REF."""
-    await context_of(request).node.machines.remove(_ref(request), force=request.query_params.get("force") == "1")
-    return Response(status_code=204)
+    """DELETE /v1/machines/REF: 204, or 200 with the folder that stays of a machine whose row was damaged."""
+    machines = context_of(request).node.machines
+    left = await machines.remove(_ref(request), force=request.query_params.get("force") == "1")
+    return JSONResponse({"left": left}) if left else Response(status_code=204)
 
 
 async def act_on_machine(request: Request) -> Response:

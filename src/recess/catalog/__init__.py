@@ -7,6 +7,7 @@ from recess.catalog.migrations import SCHEMA
 from recess.catalog.names import check_name
 from recess.catalog.nodes import NodeRecord, NodeRows, TokenRecord, TokenRows
 from recess.catalog.snapshots import SnapshotRecord, SnapshotRows
+from recess.catalog.table import Damaged
 from recess.catalog.templates import TemplateRecord, TemplateRows
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AgentRows",
     "AgentVersion",
     "Catalog",
+    "Damaged",
     "MachineRecord",
     "MachineRows",
     "NodeRecord",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recess.catalog.table import LIST_MAX, Rows, Table
+from recess.catalog.table import LIST_MAX, Damaged, Rows, Table
 from recess.db import Database, Tx
 
 DEAD = "dead"  # the one state the catalog knows: a dead machine gives its name free
@@ -60,6 +60,11 @@ class MachineRows(Rows[MachineRecord]):
         """Return the machines in any of these states, newest first."""
         where = f"state IN ({', '.join('?' * len(states))})"
         return await self.db.read(lambda tx: TABLE.list_in(tx, where, states, limit=limit))
+
+    async def survey_vms(self, gone: Sequence[str]) -> tuple[list[MachineRecord], list[Damaged]]:
+        """Return the machines in any state but these (readable rows, damaged rows), however many there are."""
+        where = f"state NOT IN ({', '.join('?' * len(gone))})"
+        return await self.db.read(lambda tx: TABLE.survey_in(tx, where, gone))
 
     async def list_of_session(self, session: str) -> list[MachineRecord]:
         """Return the session's machines, newest first."""

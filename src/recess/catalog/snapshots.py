@@ -10,14 +10,12 @@ head, and is changed only here, in the same transaction.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recess.catalog.names import check_name
 from recess.catalog.table import Rows, Table
 from recess.db import Database, Tx
-from recess.errors import Corrupt
 
 LATEST = "latest"
 
@@ -179,21 +177,9 @@ class SnapshotRows(Rows[SnapshotRecord]):
 
         return await self.db.read(run)
 
-    async def all_ids(self) -> list[str]:
-        """Return the ids of all rows, damaged ones too: what a collector must keep is told by the id alone."""
-        return await self.db.read(lambda tx: [str(row["id"]) for row in tx.execute("SELECT id FROM catalog_snapshot")])
-
     async def readable(self) -> list[SnapshotRecord]:
         """Return every row that can be read, newest first, however many there are."""
-
-        def run(tx: Tx) -> list[SnapshotRecord]:
-            out = []
-            for row in tx.execute("SELECT * FROM catalog_snapshot ORDER BY created DESC, id DESC"):
-                with suppress(Corrupt):
-                    out.append(TABLE.decode(row))
-            return out
-
-        return await self.db.read(run)
+        return await self.db.read(lambda tx: TABLE.survey_in(tx)[0])
 
     async def list_of_machine(self, machine: str) -> list[SnapshotRecord]:
         """Return the machine's snapshots, newest first."""

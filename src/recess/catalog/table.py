@@ -6,6 +6,7 @@ change together. This module must know no particular table.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="DataclassInstance")
 
 LIST_MAX = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Damaged:
+    """A row that cannot be read, as far as it can be told. `columns` holds every column as text, for whoever mends it;
+    `error` is what reading it raises."""
+
+    id: str
+    error: Corrupt
+    columns: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +90,41 @@ class Table(Generic[R]):
         sql = f"SELECT * FROM {self.name} WHERE {where} ORDER BY created DESC, id DESC LIMIT ?"
         return [self.decode(row) for row in tx.execute(sql, (*params, limit))]
 
+    def survey_in(
+        self, tx: Tx, where: str = "1", params: Sequence[object] = (), *, limit: int | None = None
+    ) -> tuple[list[R], list[Damaged]]:
+        """Return the rows that can be read, newest first, and apart those that cannot: one never costs the others.
+
+        Raises only what a database raises that is damaged or gone as a whole.
+        """
+        tail = f"FROM {self.name} WHERE {where} ORDER BY created DESC, id DESC" + (" LIMIT ?" if limit else "")
+        values = (*params, limit) if limit else tuple(params)
+        try:
+            rows: Sequence[Row | Mapping[str, Any]] = tx.execute(f"SELECT * {tail}", values)
+        except Exception:
+            # Text that is no UTF-8 fails the whole statement: once more as bytes, which tells which row it is.
+            cells = ", ".join(f"typeof({c}) AS type_{c}, CASE typeof({c}) WHEN 'text' THEN CAST({c} AS BLOB) ELSE {c} END AS {c}"
+                              for c in self.columns)  # fmt: skip
+            rows = [_decoded_cells(row, self.columns) for row in tx.execute(f"SELECT {cells} {tail}", values)]
+        good: list[R] = []
+        damaged: list[Damaged] = []
+        for row in rows:
+            try:
+                good.append(self.decode(row))
+            except Corrupt as exc:
+                texts = {name: _as_text(row[name]) for name in self.columns}
+                damaged.append(Damaged(texts["id"], exc, texts))
+        return good, damaged
+
+    def locate_in(self, tx: Tx, ref: str) -> str:
+        """Return the id of the row that `ref` means, as `get_in` finds it, without reading the row. Raises NotFound,
+        BadInput."""
+        for where in ("id = ?", f"name = ? AND name <> '' ORDER BY ({self.holds_name}) DESC, created DESC"):
+            row = tx.one(f"SELECT id FROM {self.name} WHERE {where}", (ref,))
+            if row is not None:
+                return str(row["id"])
+        return str(find_by_prefix(tx, self.name, self.what, self.prefix, ref, columns="id")["id"])
+
     def update_in(self, tx: Tx, row_id: str, **changes: object) -> R:
         """Change columns and return the row. Raises NotFound, NameInUse, BadInput for an unknown column."""
         unknown = sorted(set(changes) - set(self.columns) | ({"id"} & set(changes)))
@@ -105,7 +151,7 @@ class Table(Generic[R]):
         """Remove a row; False if there was none."""
         return bool(tx.execute(f"DELETE FROM {self.name} WHERE id = ? RETURNING id", (row_id,)))
 
-    def decode(self, row: Row) -> R:
+    def decode(self, row: Row | Mapping[str, Any]) -> R:
         """Return the record of a row. Raises Corrupt naming table, row and column."""
         values: dict[str, Any] = {name: row[name] for name in self.columns}
         try:
@@ -114,10 +160,10 @@ class Table(Generic[R]):
             return msgspec.convert(values, self.record)
         except (msgspec.MsgspecError, TypeError) as exc:
             raise Corrupt(
-                f"catalog: {self.what} {values['id']!r} has an unreadable row: {exc}",
+                f"catalog: {self.what} {_as_text(values['id'])!r} has an unreadable row: {exc}",
                 hint="the database was changed by something else; remove the row or restore a backup",
                 kind=self.what,
-                ref=str(values["id"]),
+                ref=_as_text(values["id"]),
             ) from exc
 
     def _values(self, row: R) -> dict[str, object]:
@@ -167,6 +213,19 @@ class Rows(Generic[R]):
         """Return all rows, newest first."""
         return await self.db.read(lambda tx: self.table.list_in(tx, limit=limit))
 
+    async def survey(self, *, limit: int = LIST_MAX) -> tuple[list[R], list[Damaged]]:
+        """Return all rows that can be read, newest first, and those that cannot (see `Table.survey_in`)."""
+        return await self.db.read(lambda tx: self.table.survey_in(tx, limit=limit))
+
+    async def locate(self, ref: str) -> str:
+        """Return the id of a row, also of a damaged one (see `Table.locate_in`)."""
+        return await self.db.read(lambda tx: self.table.locate_in(tx, ref))
+
+    async def all_ids(self) -> list[str]:
+        """Return the ids of all rows, damaged ones too: what a collector must keep is told by the id alone."""
+        sql = f"SELECT CAST(id AS BLOB) AS id FROM {self.table.name}"
+        return await self.db.read(lambda tx: [_as_text(row["id"]) for row in tx.execute(sql)])
+
     async def update(self, row_id: str, **changes: object) -> R:
         """Change columns and return the row (see `Table.update_in`)."""
         return await self.db.write(lambda tx: self.table.update_in(tx, row_id, **changes))
@@ -187,15 +246,31 @@ class Rows(Generic[R]):
         return await self.db.write(lambda tx: self.table.delete_in(tx, row_id))
 
 
-def find_by_prefix(tx: Tx, table: str, what: str, prefix: str, ref: str) -> Row:
+def find_by_prefix(tx: Tx, table: str, what: str, prefix: str, ref: str, *, columns: str = "*") -> Row:
     """Return the one row whose id begins with `ref` or `prefix_ref`. Raises NotFound, BadInput if there are several."""
     for head in (ref, f"{prefix}_{ref}") if ref.isascii() and ref else ():
-        rows = tx.execute(f"SELECT * FROM {table} WHERE id >= ? AND id < ? LIMIT 2", (head, head + "~"))
+        rows = tx.execute(f"SELECT {columns} FROM {table} WHERE id >= ? AND id < ? LIMIT 2", (head, head + "~"))
         if len(rows) == 1:
             return rows[0]
         if rows:
             raise BadInput(f"{ref!r} is ambiguous: several {what}s begin with it", hint="give more of the id")
     raise _not_found(what, ref)
+
+
+def _decoded_cells(row: Row, columns: Sequence[str]) -> dict[str, Any]:
+    """Return a row whose texts came as bytes; one that is no UTF-8 stays bytes, which no record takes."""
+    out: dict[str, Any] = {}
+    for name in columns:
+        value = row[name]
+        if row[f"type_{name}"] == "text":
+            with contextlib.suppress(UnicodeDecodeError):
+                value = value.decode()
+        out[name] = value
+    return out
+
+
+def _as_text(value: object) -> str:
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _not_found(what: str, ref: str) -> NotFound:

@@ -13,16 +13,28 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from recess.catalog.machines import MachineRecord
+from recess.crashpoints import crash_point
 from recess.errors import IllegalState, RecessError
 from recess.guestlink.link import GuestLink
 from recess.machines import keptdisk
 from recess.machines.contract import Vm
 from recess.machines.incoming import Incoming
+from recess.machines.leavings import Leavings
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import spec_from_json
+from recess.machines.records import is_sound, spec_from_json
 from recess.machines.starting import Starter, finish
-from recess.machines.states import EXITED, PAUSED, RUNNING, WITH_VM, after_loss, next_state
+from recess.machines.states import (
+    CREATING,
+    EXITED,
+    PAUSED,
+    RUNNING,
+    SUSPENDED,
+    WITH_VM,
+    WITHOUT_VM,
+    after_loss,
+    next_state,
+)
 from recess.machines.templates import Templates
 
 LINGER_S = 5.0
@@ -45,6 +57,7 @@ class Fleet:
         self._locks: dict[str, asyncio.Lock] = {}
         self._aside: set[asyncio.Task[None]] = set()
         self.incoming = Incoming()
+        self.leavings = Leavings(parts)
         self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
         self.linger_s = LINGER_S
 
@@ -187,39 +200,88 @@ class Fleet:
         self.incoming.forget(machine_id)
         self._locks.pop(machine_id, None)  # who waits for it finds no row; ids are never used again
 
+    async def give_up(self, machine_id: str, *, force: bool) -> str:
+        """Remove a row that cannot be read; return the folder, which stays a while with everything that is in it.
+
+        Raises IllegalState without `force` when there is a VM: whether it is to run, nobody can tell.
+        """
+        async with self.lock(machine_id):
+            if machine_id in self._parts.driver.list_leftovers():
+                if not force:
+                    raise IllegalState(
+                        f"machine {machine_id} has a damaged row, and a VM", hint="give both up with --force"
+                    )
+                await self.end(machine_id, "removed", keep_disk=True)
+                await self._end_stray(machine_id)
+            self._keep_disk(machine_id)
+            keptdisk.clear(self._parts.directory(machine_id))
+            folder = await self.leavings.put_aside(machine_id)
+            crash_point("machines.put_aside")
+            await self._parts.catalog.machines.delete(machine_id)
+            self.incoming.forget(machine_id)
+            return str(folder)
+
     # --- servers come and go -----------------------------------------------------------------------------------
 
     async def recover(self) -> dict[str, int]:
         """Take over what an earlier server left: adopt VMs that live, let the rows of the others fall, kill strays.
 
-        Safe to run after a crash at any point: it looks only at rows and at what really runs.
+        Safe to run after a crash at any point: it looks only at rows and at what really runs. A machine that was being
+        made is undone, as its maker was told nothing. What a damaged row stands for is left exactly as it is, VM and
+        files: whether they are needed, nobody can tell. It never keeps the others from coming up.
         """
-        records = await self._parts.catalog.machines.list_in_states(WITH_VM)
+        rows = self._parts.catalog.machines
+        records, damaged = await rows.survey_vms(WITHOUT_VM)
+        sound = [record for record in records if is_sound(record)]
+        unclear = {row.id for row in damaged} | {r.id for r in records if not is_sound(r)}
         room = asyncio.Semaphore(ADOPT_AT_ONCE)
 
         async def one(record: MachineRecord) -> bool:
             async with room:
                 return await self._recover_one(record)
 
-        adopted = sum(await asyncio.gather(*(one(record) for record in records)))
-        strays = [vm_id for vm_id in self._parts.driver.list_leftovers() if vm_id not in self._live]
+        begun = [record for record in sound if record.state == CREATING]
+        for record in begun:
+            await self._undo_begun(record)
+        there = [record for record in sound if record.state != CREATING]
+        adopted = sum(await asyncio.gather(*(one(record) for record in there)))
+        strays = [v for v in self._parts.driver.list_leftovers() if v not in self._live and v not in unclear]
         for vm_id in strays:
-            await self._kill_stray(vm_id)
-        for record in await self._parts.catalog.machines.list_in_states([EXITED]):
-            if spec_from_json(record.spec, f"machine {record.id}").remove_on_exit:
-                await self.forget(record.id)
-        return {"adopted": adopted, "lost": len(records) - adopted, "strays": len(strays)}
+            await self._end_stray(vm_id)
+            if await self._is_put_away(vm_id):
+                keptdisk.drop(self._parts.directory(vm_id))
+        await self._forget_exited()
+        await self.leavings.sweep(at_start=True)
+        return {
+            "adopted": adopted, "lost": len(there) - adopted, "unfinished": len(begun), "strays": len(strays),
+            "damaged": len(unclear),
+        }  # fmt: skip
 
-    async def _kill_stray(self, vm_id: str) -> None:
+    async def _end_stray(self, vm_id: str) -> None:
+        """End a VM that an earlier server started; its disk is kept."""
         vm = await self._parts.driver.adopt(vm_id, self._parts.directory(vm_id))
         if vm is not None:
+            self._keep_disk(vm_id)
             await vm.kill()
 
+    async def _is_put_away(self, machine_id: str) -> bool:
+        """Tell whether a snapshot holds all that the machine's VM had: its server died on the way from row to end."""
+        table, db = self._parts.catalog.machines.table, self._parts.catalog.db
+        good, _ = await db.read(lambda tx: table.survey_in(tx, "id = ?", (machine_id,)))
+        return bool(good) and good[0].state == SUSPENDED
+
+    async def _undo_begun(self, record: MachineRecord) -> None:
+        await self._end_stray(record.id)
+        await self.forget(record.id)
+
+    async def _forget_exited(self) -> None:
+        table, db = self._parts.catalog.machines.table, self._parts.catalog.db
+        exited, _ = await db.read(lambda tx: table.survey_in(tx, "state = ?", (EXITED,)))
+        for record in exited:
+            if is_sound(record) and spec_from_json(record.spec, record.id).remove_on_exit:
+                await self.forget(record.id)
+
     async def _recover_one(self, record: MachineRecord) -> bool:
-        if record.state not in (RUNNING, PAUSED):
-            await self._kill_stray(record.id)
-            await self._fall(record.id, "the server stopped while it was being made")
-            return False
         reason = "it was gone when the server came back"
         try:
             vm = await self._parts.driver.adopt(record.id, self._parts.directory(record.id))

@@ -267,8 +267,9 @@ class SnapshotKeeping:
 
         def roots(tx: Tx) -> tuple[list[str], list[str]]:
             templates = [str(row["manifest"]) for row in tx.execute("SELECT manifest FROM catalog_template")]
-            machines = tx.execute("SELECT snapshot FROM catalog_machine WHERE snapshot <> ''")
-            return templates, [str(row["snapshot"]) for row in machines]
+            # A machine's template too: its own row may have been made anew since, under another manifest.
+            machines = tx.execute("SELECT snapshot, template FROM catalog_machine")
+            return templates, [str(row[c]) for row in machines for c in ("snapshot", "template") if row[c]]
 
         templates, newest = await catalog.db.read(roots)
         live = [*await catalog.snapshots.all_ids(), *templates]

@@ -15,7 +15,7 @@ from typing import Any
 
 from recess.broker import build_policy
 from recess.catalog.machines import MachineRecord
-from recess.errors import GuestFailed, RecessError, Timeout
+from recess.errors import Corrupt, GuestFailed, RecessError, Timeout
 from recess.guestlink.link import GuestLink, IncomingHandler
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
@@ -25,15 +25,16 @@ from recess.machines.keeping import SnapshotKeeping
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.live import Live
+from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
 from recess.machines.outputlog import read_output
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import check_spec, machine_row, vm_spec
+from recess.machines.records import check_spec, damaged_machine, machine_row, shown_machine, vm_spec
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import finish, template_origin
-from recess.machines.states import CREATING, DEAD, PAUSED, RUNNING, WITH_VM, next_state
+from recess.machines.states import CREATING, DAMAGED, DEAD, PAUSED, RUNNING, WITH_VM, next_state
 from recess.machines.templates import Templates
 
 EXIT_KILLED = 137
@@ -51,6 +52,7 @@ class Manager:
         self.keeping = SnapshotKeeping(parts, self.fleet)
         self._taker = SnapshotTaker(parts, self.fleet, self.keeping.make_room)
         self._stored = StoredSnapshots(parts, self.templates)
+        self.looks = SnapshotLooks(parts, self._stored)
         self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
         self._cold = ColdBoot(parts, self.fleet, self._launcher, self.templates)
         self._climber = Climber(parts, self.fleet, self._unpark, self._back, self._cold, self._stored)
@@ -62,10 +64,10 @@ class Manager:
         return machine_row(await self._record(ref))
 
     async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
-        """Return those that have a VM (or all), newest first."""
-        rows = self._parts.catalog.machines
-        found = await (rows.list_all() if everything else rows.list_in_states(WITH_VM))
-        return [machine_row(record) for record in found]
+        """Return those that have a VM (or all), newest first, and before them any whose row is damaged."""
+        records, damaged = await self._parts.catalog.machines.survey()
+        rows = [*map(damaged_machine, damaged), *map(shown_machine, records)]
+        return rows if everything else [row for row in rows if row.state in (*WITH_VM, DAMAGED)]
 
     async def link(self, machine_id: str) -> GuestLink:
         """Return the guest link of a running machine (also of one whose main process has ended a moment ago)."""
@@ -200,9 +202,15 @@ class Manager:
                 await self._parts.catalog.machines.update(record.id, state=after, status=why)
             await self.fleet.end(record.id, why, keep_disk=True)
 
-    async def remove(self, ref: str, *, force: bool = False) -> None:
-        """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay."""
-        record = await self._record(ref)
+    async def remove(self, ref: str, *, force: bool = False) -> str:
+        """Forget a machine that does not run (with `force` end it first): its folder and row. Snapshots stay.
+
+        Of one whose row is damaged the folder stays a while, and its path is returned ("" otherwise).
+        """
+        try:
+            record = await self._record(ref)
+        except Corrupt:
+            return await self.fleet.give_up(await self._parts.catalog.machines.locate(ref), force=force)
         if force and record.state != CREATING:
             await self.fleet.end(record.id, "removed")  # without the lock: what holds it fails quickly now
         async with self.fleet.lock(record.id):
@@ -211,6 +219,7 @@ class Manager:
                 next_state(record.state, "remove", f"machine {record.name}")
             await self.fleet.end(record.id, "removed")
             await self.fleet.forget(record.id)
+        return ""
 
     # --- snapshots ---------------------------------------------------------------------------------------------
 
@@ -357,8 +366,14 @@ class Manager:
 
     # --- the server comes and goes -----------------------------------------------------------------------------
 
+    async def tidy(self) -> Mapping[str, int]:
+        """What a node does by itself now and then: snapshots by policy, blobs, folders of machines that are gone."""
+        done = await self.keeping.tidy()
+        await self.looks.check_due()
+        return {**done, "folders": await self.fleet.leavings.sweep(at_start=False)}
+
     async def recover(self) -> dict[str, int]:
-        """Take over what an earlier server left; returns counts: adopted, lost, strays."""
+        """Take over what an earlier server left; returns counts: adopted, lost, unfinished, strays, damaged."""
         self.templates.sweep()
         counts = await self.fleet.recover()
         await self.templates.evict({live.template.id for live in self.fleet.all()})

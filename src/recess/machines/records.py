@@ -8,13 +8,16 @@ from typing import Any
 
 import msgspec
 
+from recess.catalog import Damaged
 from recess.catalog.machines import MachineRecord
 from recess.catalog.snapshots import SnapshotRecord
 from recess.errors import Corrupt, InvalidSpec, Unsupported
 from recess.machines.contract import BootFiles, Capabilities, VmSpec
 from recess.machines.service import MachineRow, MachineSpec, SnapshotRow
+from recess.machines.states import DAMAGED, STATES
 from recess.units import MIB, PAGE_BYTES
 
+DAMAGED_HINT = "recess rm --force {} gives it up and keeps its files aside; or restore a backup of the database"
 MEMORY_BYTES_MIN = 64 * MIB
 MEMORY_BYTES_MAX = 64 << 30
 DISK_BYTES_MIN = 64 * MIB
@@ -52,6 +55,48 @@ def machine_row(record: MachineRecord) -> MachineRow:
         driver=record.driver, template=record.template, snapshot=record.snapshot, session=record.session,
         created=record.created, exit_code=record.exit_code, status=record.status, meta=dict(record.meta),
     )  # fmt: skip
+
+
+def damaged_machine(row: Damaged) -> MachineRow:
+    """Return what a list shows of a machine whose row cannot be read."""
+    return MachineRow(
+        id=row.id, name=row.columns.get("name", ""), state=DAMAGED, spec=MachineSpec(image="?"), driver="", template="",
+        snapshot="", session=row.columns.get("session", ""), created=0.0, exit_code=None, status=row.error.message,
+        meta={"hint": DAMAGED_HINT.format(row.id)},
+    )  # fmt: skip
+
+
+def check_row(record: MachineRecord) -> MachineRow:
+    """Return a machine as this room shows it. Raises Corrupt for a row that can be read but makes no sense."""
+    if record.state not in STATES:
+        raise Corrupt(f"machine {record.id}: unknown state {record.state!r}", hint=DAMAGED_HINT.format(record.id))
+    if not isinstance(record.meta.get("epoch", 0), int):
+        raise Corrupt(f"machine {record.id}: its epoch is no number", hint=DAMAGED_HINT.format(record.id))
+    return machine_row(record)
+
+
+def is_sound(record: MachineRecord) -> bool:
+    """Tell whether a row that can be read makes sense."""
+    try:
+        check_row(record)
+    except Corrupt:
+        return False
+    return True
+
+
+def shown_machine(record: MachineRecord) -> MachineRow:
+    """Return a machine as lists show it: one whose row makes no sense is damaged, too."""
+    try:
+        return check_row(record)
+    except Corrupt as exc:
+        return damaged_machine(Damaged(record.id, exc, {"name": record.name, "session": record.session}))
+
+
+def damaged_snapshot(row: Damaged) -> SnapshotRow:
+    """Return what a list shows of a snapshot whose row cannot be read: `why` is "damaged"."""
+    shown = {name: row.columns.get(name, "") for name in ("name", "machine", "session", "template", "parent")}
+    figures = {"damaged": row.error.message, "hint": f"recess snapshots rm --force {row.id} gives it up"}
+    return SnapshotRow(id=row.id, log_position=0, epoch=0, why=DAMAGED, created=0.0, figures=figures, **shown)
 
 
 def snapshot_row(record: SnapshotRecord) -> SnapshotRow:

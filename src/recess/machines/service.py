@@ -37,7 +37,8 @@ class MachineSpec:
 
 @dataclass(frozen=True)
 class MachineRow:
-    """A machine. `state`: creating | running | paused | suspended | exited | dead (see machines.states)."""
+    """A machine. `state`: creating | running | paused | suspended | exited | dead (see machines.states), or damaged: its
+    row cannot be read, `status` says why, `meta["hint"]` what to do, everything else may be empty."""
 
     id: str
     name: str
@@ -200,8 +201,9 @@ class Machines(Protocol):
         """End the VM at once; state dead, with `why`. Its disk is kept as after a power cut. May be called again."""
         ...
 
-    async def remove(self, ref: str, *, force: bool = False) -> None:
-        """Forget a machine that does not run (or kill it first): its disk and row; snapshots stay."""
+    async def remove(self, ref: str, *, force: bool = False) -> str:
+        """Forget a machine that does not run (or kill it first): its disk and row; snapshots stay. Returns where files
+        of it were left, "" for nowhere (only those of a damaged row are)."""
         ...
 
     async def set_deadline(self, machine_id: str, seconds: float | None) -> None:

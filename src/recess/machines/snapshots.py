@@ -14,7 +14,7 @@ from recess.errors import Incompatible
 from recess.machines.contract import RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
 from recess.machines.parts import Parts
-from recess.machines.records import manifest_machine, snapshot_row
+from recess.machines.records import damaged_snapshot, manifest_machine, snapshot_row
 from recess.machines.service import MachineSpec, SnapshotRow
 from recess.machines.starting import Origin
 from recess.machines.templates import Templates, fingerprint_json
@@ -29,8 +29,9 @@ class StoredSnapshots:
         self._templates = templates
 
     async def list_all(self) -> list[SnapshotRow]:
-        """Return all, newest first."""
-        return [snapshot_row(r) for r in await self._parts.catalog.snapshots.list_all()]
+        """Return all, newest first, and before them any whose row is damaged (`why` is "damaged")."""
+        records, damaged = await self._parts.catalog.snapshots.survey()
+        return [*map(damaged_snapshot, damaged), *map(snapshot_row, records)]
 
     async def get(self, ref: str) -> SnapshotRow:
         """Return by id, name or unambiguous id prefix. Raises NotFound."""

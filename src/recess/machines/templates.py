@@ -112,11 +112,15 @@ class Templates:
     async def evict(self, in_use: Collection[str]) -> int:
         """Drop the files of templates that no machine in `in_use` (template ids) stems from, but for the KEEP_CACHES
         used last; they are rebuilt when they are asked for. Returns how many went."""
-        rows = sorted(await self._parts.catalog.templates.list_all(), key=lambda row: row.last_used, reverse=True)
+        (
+            found,
+            _,
+        ) = await self._parts.catalog.templates.survey()  # these files are a cache: a damaged row costs a rebuild
+        rows = sorted(found, key=lambda row: row.last_used, reverse=True)
         spare = [row.manifest for row in rows if row.manifest not in in_use]
         kept = {self._folder(i).name for i in (*in_use, *spare[:KEEP_CACHES])}
-        found = [p for p in self._dir.iterdir() if not p.name.startswith("new-")] if self._dir.is_dir() else []
-        gone = [p for p in found if p.name not in kept]
+        folders = [p for p in self._dir.iterdir() if not p.name.startswith("new-")] if self._dir.is_dir() else []
+        gone = [p for p in folders if p.name not in kept]
         for folder in gone:
             self._loaded = {i: t for i, t in self._loaded.items() if self._folder(i).name != folder.name}
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -126,7 +130,11 @@ class Templates:
         """Return the template for this VM shape, made and announced if there is none yet."""
         key = template_key(spec, await self._parts.driver.fingerprint(spec))
         async with self._lock(key):
-            row = await self._parts.catalog.templates.by_key(key)
+            try:
+                row = await self._parts.catalog.templates.by_key(key)
+            except Corrupt as exc:
+                self._parts.progress(f"the template of {image} has a damaged row ({exc.message}): making it again")
+                row = None
             if row is not None:
                 try:
                     template = await self._load(row.manifest, spec)

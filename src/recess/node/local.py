@@ -147,7 +147,7 @@ class LocalNode:
         return node
 
     def _start_reaper(self, clock: Clock, stack: contextlib.AsyncExitStack) -> None:
-        task = asyncio.create_task(reap(clock, self.machines.keeping.tidy), name="reaper")
+        task = asyncio.create_task(reap(clock, self.machines.tidy), name="reaper")
 
         async def stop() -> None:
             task.cancel()

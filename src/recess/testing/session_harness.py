@@ -220,11 +220,12 @@ class ProcessMachines:
         await machine.link.reap()
         machine.dead.set()
 
-    async def remove(self, ref: str, *, force: bool = False) -> None:
+    async def remove(self, ref: str, *, force: bool = False) -> str:
         machine = self._find(ref)
         await self.kill(ref, why="removed")
         del self.machines[machine.row.id]
         await asyncio.to_thread(shutil.rmtree, machine.folder, ignore_errors=True)
+        return ""
 
     async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
         self.deadlines[machine_id] = seconds

@@ -56,8 +56,14 @@ def kill(inv: Invocation, machines: tuple[str, ...]) -> int:
 @verb
 def rm(inv: Invocation, machines: tuple[str, ...], force: bool) -> int:
     """Remove MACHINES; their snapshots stay."""
-    query = {"force": 1 if force else None}
-    return _each(inv, machines, lambda m: inv.server.call("DELETE", f"/v1/machines/{m}", query=query))
+
+    def act(ref: str) -> Any:
+        answer = inv.server.call("DELETE", f"/v1/machines/{ref}", query={"force": 1 if force else None})
+        if "left" in answer:
+            inv.out.progress(f"{ref}: its row was damaged; row and files stay for a week in {answer['left']}")
+        return answer
+
+    return _each(inv, machines, act)
 
 
 @click.command("pause")

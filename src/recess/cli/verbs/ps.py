@@ -24,7 +24,7 @@ def ps(inv: Invocation, everything: bool) -> None:
             **row,
             "image": row["spec"]["image"],
             "command": " ".join(row["spec"]["argv"])[:30],
-            "age": ago(row["created"]),
+            "age": ago(row["created"]) if row["created"] else "",
             "ports": _ports(row) if row["state"] in ("running", "paused") else "",
         }
         for row in answer["machines"]
@@ -37,3 +37,6 @@ def ps(inv: Invocation, everything: bool) -> None:
         ("PORTS", "ports"), ("NAME", "name"),
     ]  # fmt: skip
     inv.out.table(rows, columns)
+    for row in rows:
+        if row["state"] == "damaged":
+            inv.out.progress(f"{row['status']}\n  hint: {row['meta']['hint']}")
