@@ -25,7 +25,6 @@ from recess.machines.keeping import SnapshotKeeping
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.live import Live
-from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
 from recess.machines.outputlog import read_output
 from recess.machines.parts import UNDO, Parts
@@ -52,7 +51,6 @@ class Manager:
         self.keeping = SnapshotKeeping(parts, self.fleet)
         self._taker = SnapshotTaker(parts, self.fleet, self.keeping.make_room)
         self._stored = StoredSnapshots(parts, self.templates)
-        self.looks = SnapshotLooks(parts, self._stored)
         self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
         self._cold = ColdBoot(parts, self.fleet, self._launcher, self.templates)
         self._climber = Climber(parts, self.fleet, self._unpark, self._back, self._cold, self._stored)
