@@ -5,10 +5,12 @@ machine, no credentials. Everything durable goes through the session socket, and
 """
 
 from recess_agent.app import Agent, agent
+from recess_agent.cancelling import TurnCancelled
 from recess_agent.openai import ModelError, openai_chat
 from recess_agent.session import Session, Turn
 from recess_agent.stream import Reply, ToolCall
 from recess_agent.tools import Call, Tool, tool
+from recess_agent.waiting import Report
 from recess_agent.wire import SessionClosed, SessionError
 
 __all__ = [
@@ -16,12 +18,14 @@ __all__ = [
     "Call",
     "ModelError",
     "Reply",
+    "Report",
     "Session",
     "SessionClosed",
     "SessionError",
     "Tool",
     "ToolCall",
     "Turn",
+    "TurnCancelled",
     "agent",
     "openai_chat",
     "tool",

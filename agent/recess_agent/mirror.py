@@ -12,12 +12,13 @@ Entry = dict[str, Any]
 
 
 class Mirror:
-    """Entries in order of position. An entry: {session, position, kind, body, turn, ref, ts}."""
+    """Entries in order of position, since the newest compaction. An entry: {session, position, kind, body, turn, ref, ts}."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.position = 0
         self._calls: set[str] = set()
+        self._parts: tuple[int, int] = (0, 0)  # the newest turn that replied, and the number of its next reply
 
     def add(self, entry: Entry) -> None:
         """Take one entry; what is already here is skipped (a repeated append, a repeated push)."""
@@ -28,6 +29,19 @@ class Mirror:
         self.position = position
         if entry["kind"] == "assistant":
             self._calls.update(str(call.get("id")) for call in entry["body"].get("tool_calls") or [])
+            following = int(entry["body"].get("part", 0)) + 1
+            turn, known = self._parts
+            self._parts = (entry["turn"], max(known, following) if turn == entry["turn"] else following)
+        elif entry["kind"] == "compact":
+            self._forget(entry)
+
+    def _forget(self, compact: Entry) -> None:
+        """Drop what a compaction stands for, so that this memory, which every snapshot holds, does not grow for ever. The
+        newest system entry stays, as in the host's tail."""
+        to = compact["body"].get("to")
+        if isinstance(to, int) and to < compact["position"]:
+            systems = [e for e in self.entries if e["kind"] == "system" and e["position"] <= to]
+            self.entries = systems[-1:] + [e for e in self.entries if e["position"] > to]
 
     def call_ids(self) -> set[str]:
         """Return the ids of all tool calls of this session."""
@@ -35,5 +49,4 @@ class Mirror:
 
     def next_part(self, turn: int) -> int:
         """Return the number of the turn's next reply, counting on over attempts."""
-        parts = [int(e["body"].get("part", 0)) for e in self.entries if e["turn"] == turn and e["kind"] == "assistant"]
-        return max(parts, default=-1) + 1
+        return self._parts[1] if self._parts[0] == turn else 0

@@ -13,22 +13,28 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 LINE_BYTES_MAX = 1024 * 1024
 ERROR_BYTES_MAX = 4096
 RETRY_S = 0.5
+PATIENCE_S = 10.0
+RETRY_AFTER_MOST_S = 366 * 24 * 3600.0
 _DONE = object()
 
 
 class ModelError(Exception):
-    """The endpoint refused or broke off; `status` is 0 when there was no answer. `retryable` says if later may help."""
+    """The endpoint refused or broke off; `status` is 0 when there was no answer. `retryable` says if later may help,
+    `retry_after` (seconds) when, if the endpoint said so: `await session.retry_after(error)` waits for it."""
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
         self.retryable = status in (0, 408, 409, 429) or status >= 500
 
 
@@ -47,7 +53,8 @@ async def openai_chat(
 
     `model` and `base_url` default to OPENAI_MODEL and OPENAI_BASE_URL. `options` go into the request's body. A failure
     that may pass (no connection, a cut stream, 429, 5xx) is tried again up to `retries` times, 0.5 s later, then 1, 2, 4;
-    when pieces were yielded already, `{"restart": True}` says that the answer begins afresh (`Session.stream` knows).
+    when pieces were yielded already, `{"restart": True}` says that the answer begins afresh (`Session.stream` knows). An
+    endpoint that asks for more patience than that is not tried again here: the error says how long (`retry_after`).
     """
     base = base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     body: dict[str, Any] = {"model": model or os.environ.get("OPENAI_MODEL") or "gpt-4o-mini", "messages": messages}
@@ -62,11 +69,13 @@ async def openai_chat(
                 yielded = True
             return
         except ModelError as exc:
-            if not exc.retryable or attempt == retries:
+            delay = RETRY_S * 2**attempt
+            if not exc.retryable or attempt == retries or (exc.retry_after or 0.0) > PATIENCE_S:
                 raise
+            delay = max(delay, exc.retry_after or 0.0)
         if yielded:
             yield {"restart": True}
-        await asyncio.sleep(RETRY_S * 2**attempt)
+        await asyncio.sleep(delay)
 
 
 async def _attempt(base: str, body: dict[str, Any], headers: dict[str, str], timeout_s: float) -> AsyncIterator[Any]:
@@ -145,7 +154,8 @@ class _Exchange:
 def _read(response: http.client.HTTPResponse, put: Any) -> None:
     if response.status != 200:
         text = response.read(ERROR_BYTES_MAX).decode("utf-8", "replace")
-        raise ModelError(f"model endpoint answered {response.status}: {text.strip()}", response.status)
+        later = retry_seconds(response.getheader("Retry-After") or "", time.time())
+        raise ModelError(f"model endpoint answered {response.status}: {text.strip()}", response.status, later)
     if "text/event-stream" not in (response.getheader("Content-Type") or ""):
         put(json.loads(response.read()))
         return
@@ -162,3 +172,15 @@ def _read(response: http.client.HTTPResponse, put: Any) -> None:
         if "error" in event:
             raise ModelError(f"model endpoint: {event['error']}")
         put(event)
+
+
+def retry_seconds(header: str, now: float) -> float | None:
+    """Return what a Retry-After header asks for (RFC 9110: seconds, or an HTTP date), None if it says nothing usable."""
+    text = header.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), RETRY_AFTER_MOST_S)
+    try:
+        then = parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    return min(max(0.0, then - now), RETRY_AFTER_MOST_S)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recess_agent.app import Agent
+from recess_agent.cancelling import TurnCancelled
 from recess_agent.session import Session
 from recess_agent.wire import SessionClosed, SessionError
 
@@ -64,13 +65,18 @@ async def run(path: str) -> int:
 
 
 async def _loop(app: Agent, session: Session) -> str:
-    try:
-        await app.loop(session)
-    except SessionClosed:
+    while True:
+        try:
+            await app.loop(session)
+        except TurnCancelled:
+            # The loop let it out: it begins anew in this very process, which waits for its next turn.
+            session.leave_turn()
+            continue
+        except SessionClosed:
+            return ""
+        except Exception:  # the user's code: its traceback goes into the log with the turn's end
+            return traceback.format_exc()
         return ""
-    except Exception:  # the user's code: its traceback goes into the log with the turn's end
-        return traceback.format_exc()
-    return ""
 
 
 async def _nothing(session: Session) -> None:

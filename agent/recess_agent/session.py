@@ -9,21 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable
-from typing import Any, Union
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, TypeVar, Union
 
 from recess_agent.app import Agent
+from recess_agent.cancelling import Stop, TurnCancelled
 from recess_agent.mirror import Mirror
-from recess_agent.stream import Collector, Reply, ToolCall, unique_ids
-from recess_agent.tools import Call, Tool, render
+from recess_agent.pump import DeltaPump
+from recess_agent.running import Runs
+from recess_agent.stream import Collector, Reply, unique_ids
 from recess_agent.transcript import messages, to_openai
+from recess_agent.waiting import RETRY_MOST_S, RETRY_S, Report, Waits, retry_delay
 from recess_agent.wire import SessionClosed, Wire
 
-DELTA_S = 0.05
-DELTA_CHARS = 1024
-OUTPUT_CHARS_MAX = 1024 * 1024
 SUSPEND_HOOK_S = 2.0
 
+T = TypeVar("T")
 Json = dict[str, Any]
 Source = Union[Awaitable[Any], AsyncIterator[Any]]  # noqa: UP007 - evaluated on Python 3.9
 
@@ -38,6 +39,12 @@ class Turn:
         self.body: Json = dict(data.get("body") or {})
         self.text = str(self.body.get("text", ""))
         self.continued = self.attempt > 1
+        self.stop = Stop()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether somebody asked to stop this turn: leave the loop's body soon, nothing more will be said in it."""
+        return self.stop.asked
 
 
 class Session:
@@ -54,6 +61,9 @@ class Session:
         self._serial = 0
         self._done = 0
         self._turn: Turn | None = None
+        self._shown = 0  # how far the turn's model has read the log
+        self._waits: Waits | None = None
+        self._runs: Runs | None = None
         self._mirror = Mirror()
         self._hooks: set[asyncio.Future[None]] = set()
         self._wire = Wire(self._hello, self._pushed, socket_path=socket_path)
@@ -64,14 +74,22 @@ class Session:
         """Yield turns; between two of them the whole machine may be frozen, for seconds or for months."""
         while True:
             try:
-                data = await self._wire.request("next", done=self._done)
+                data = await self._wire.request("next", done=self._done, shown=self._shown)
             except SessionClosed:
                 return
-            self._turn = Turn(data)
-            await self._settle_pending(data.get("pending") or [])
-            yield self._turn
+            turn = self._turn = Turn(data)
+            self._shown = 0
+            waits = self._waits = Waits(turn.number, self._wire.request, self._append, turn.stop)
+            self._runs = Runs(turn.number, self._app.tools, self._append, waits, turn.stop)
+            await self._runs.settle(data.get("pending") or [])
+            yield turn
+            self.leave_turn()
+
+    def leave_turn(self) -> None:
+        """The runner's part: the turn at work is over, the next `next` says so."""
+        if self._turn is not None:
             self._done = self._turn.number
-            self._turn = None
+        self._turn = self._waits = self._runs = None
 
     @property
     def turn(self) -> Turn:
@@ -87,6 +105,7 @@ class Session:
 
         `format` is "openai" (chat completions) or "neutral" ({role, text, tool_calls?, tool_call_id?}).
         """
+        self._shown = self._mirror.position
         neutral = messages(self._mirror.entries)
         if format == "neutral":
             return neutral
@@ -110,32 +129,25 @@ class Session:
         """Stream a model's answer to whoever watches, and append it to the log as one durable entry.
 
         `source` is an awaitable (a whole answer) or an async iterator (chunks). If it raises, the text that came is
-        kept as a partial reply and the exception goes on to you.
+        kept as a partial reply and the exception goes on to you. In a turn that is cancelled you get what came so far,
+        without tool calls, and `reply.cancelled`: a loop that runs until there are none then ends by itself.
         """
-        turn, part = self.turn.number, self._mirror.next_part(self.turn.number)
+        turn, part = self.turn, self._mirror.next_part(self.turn.number)
         collector = Collector()
-        pump = _DeltaPump(self._wire, turn, part)
-        restarts = 0
+        pump = DeltaPump(self._wire.post, turn.number, part)
         try:
-            if hasattr(source, "__aiter__"):
-                async for event in source:
-                    text, before = collector.feed(event), restarts
-                    restarts = collector.restarts
-                    if restarts != before:
-                        pump.restart()
-                    pump.feed(text)
-            else:
-                pump.feed(collector.feed(await source))
+            await turn.stop.race(_consume(source, collector, pump))
         except BaseException as exc:
             if collector.text and isinstance(exc, Exception):
                 await self._append(
                     "assistant", {"text": collector.text, "tool_calls": [], "part": part, "partial": True}
                 )
+            if isinstance(exc, TurnCancelled):
+                return Reply(collector.text, cancelled=True)
             raise
         finally:
             pump.close()
-            if hasattr(source, "aclose"):
-                await source.aclose()  # a model's connection is not left to the garbage collector
+            await _close(source)
         reply = collector.reply()
         reply.tool_calls = unique_ids(reply.tool_calls, self._mirror.call_ids())
         body: Json = {"text": reply.text, "tool_calls": [call.to_dict() for call in reply.tool_calls], "part": part}
@@ -156,14 +168,58 @@ class Session:
         self._serial += 1
         await self._append("note", data, serial=f"{self._nonce}.{self._serial}")
 
+    async def compact(self, summary: str, *, to: int = 0) -> None:
+        """Let `summary` stand, for the model, for everything before this turn (or up to position `to`, if that is
+        earlier). Nothing is deleted: the log keeps it, forks and rewinds find it."""
+        if not summary:
+            raise ValueError("a compaction needs a summary")
+        self._serial += 1
+        await self._append("compact", {"summary": summary, "to": to}, serial=f"{self._nonce}.{self._serial}")
+
     async def run_tools(self, reply: Reply, *, parallel: bool = False) -> list[str]:
         """Run the calls of a reply and return their outputs in order. A tool's exception is its output, not yours.
 
-        Each call is announced in the log before it runs and reported after; `parallel` runs them at once.
+        Each call is announced in the log before it runs and reported after; `parallel` runs them at once. Calls whose
+        tool wants approval wait for a human first. In a turn that is cancelled the rest is not run.
         """
+        runs = self._of_turn(self._runs)
         if parallel:
-            return list(await asyncio.gather(*(self._run_tool(call) for call in reply.tool_calls)))
-        return [await self._run_tool(call) for call in reply.tool_calls]
+            return list(await asyncio.gather(*(runs.run(call) for call in reply.tool_calls)))
+        return [await runs.run(call) for call in reply.tool_calls]
+
+    # -- waiting: the machine is put away meanwhile ------------------------------------------------------------------
+
+    async def ask(
+        self,
+        text: str,
+        choices: Sequence[str] = (),
+        *,
+        timeout: float | None = None,
+        show: bool = False,
+        ref: str = "",
+    ) -> str | None:
+        """Ask a human and return the answer, one of `choices` if there are any; None if none came within `timeout`
+        seconds. `show`: the model sees the answer as a user message. A question is asked once: begun anew after a
+        crash, a turn gets the answer that was given. Raises TurnCancelled."""
+        return await self._of_turn(self._waits).ask(text, choices, timeout, show, ref)
+
+    async def sleep(self, seconds: float, *, ref: str = "") -> None:
+        """Wait, however long: for more than a minute the machine is put away. The time counts from the first attempt.
+        Raises TurnCancelled."""
+        await self._of_turn(self._waits).sleep(seconds, ref)
+
+    async def retry_after(self, error: BaseException, *, default: float = RETRY_S, most: float = RETRY_MOST_S) -> None:
+        """Sleep until the call that raised `error` may be made again; raises `error` itself if that is of no use.
+
+        `error.retry_after` (seconds) says how long; without it, `default`. More than `most`, or `error.retryable` False,
+        is of no use. So: `except ModelError as error: await session.retry_after(error)` in a loop around the one call.
+        """
+        await self.sleep(retry_delay(error, default, most))
+
+    async def spawn(self, agent: str, text: str, *, ref: str = "") -> Report:
+        """Start a session of another agent (or of this one) with a first message and wait for its report. The child is
+        a session like any other and stays. Several at once: `asyncio.gather`. Raises TurnCancelled."""
+        return await self._of_turn(self._waits).spawn(agent, text, ref)
 
     @contextlib.asynccontextmanager
     async def hold(self, why: str = "") -> AsyncIterator[None]:
@@ -207,6 +263,9 @@ class Session:
         elif kind == "welcome":
             self.id, self.name = str(message.get("session", "")), str(message.get("name", ""))
             self.epoch = int(message.get("epoch", 0))
+        elif kind == "cancel":
+            if self._turn is not None and self._turn.number == message.get("turn"):
+                self._turn.stop.ask(str(message.get("why", "")))
         elif kind == "event":
             task = asyncio.ensure_future(self._hooked(str(message.get("event")), message))
             self._hooks.add(task)
@@ -227,114 +286,35 @@ class Session:
             "session": self.id,
             "position": result["position"],
             "kind": kind,
-            "body": body,
+            "body": result.get("body", body),  # the host sets what only it can know
             "turn": turn,
             "ref": ref,
         }
         self._mirror.add({**entry, "ts": result.get("ts", 0.0)})
         return result
 
-    async def _run_tool(self, wanted: ToolCall) -> str:
-        tool = self._app.tools.get(wanted.name)
-        if tool is None:
-            return await self._result(wanted.id, f"there is no tool named {wanted.name!r}", error=True)
-        if not isinstance(wanted.arguments, dict):
-            return await self._result(wanted.id, f"the arguments are not a JSON object: {wanted.arguments}", error=True)
-        body = {
-            "name": tool.name, "arguments": wanted.arguments, "effect": tool.effect, "verify": tool.verify is not None,
-        }  # fmt: skip
-        started = await self._append("tool.start", body, ref=wanted.id)
-        return await self._call(
-            tool, Call(wanted.id, tool.name, wanted.arguments, str(started.get("key", "")), self.turn.number)
-        )
-
-    async def _call(self, tool: Tool, call: Call) -> str:
-        try:
-            output, error = render(await tool.run(call)), False
-        except Exception as exc:  # the tool's failure is the model's to handle
-            output, error = f"{type(exc).__name__}: {exc}", True
-        return await self._result(call.id, output, error=error)
-
-    async def _result(self, call_id: str, output: str, *, error: bool = False) -> str:
-        if len(output) > OUTPUT_CHARS_MAX:
-            dropped = len(output) - OUTPUT_CHARS_MAX
-            output = output[:OUTPUT_CHARS_MAX] + f"\n[recess] {dropped} more characters were dropped"
-        body: Json = {"output": output}
-        if error:
-            body["error"] = True
-        await self._append("tool.result", body, ref=call_id)
-        return output
-
-    async def _settle_pending(self, pending: list[Json]) -> None:
-        """End the calls that a crash left open, before the turn goes on: ask `verify`, or run again where that is safe."""
-        for one in pending:
-            tool = self._app.tools.get(str(one.get("name")))
-            call = Call(
-                str(one["call_id"]),
-                str(one.get("name")),
-                dict(one.get("arguments") or {}),
-                str(one.get("key", "")),
-                self.turn.number,
-            )
-            if tool is None:
-                await self._append(
-                    "tool.doubt", {"name": call.name, "reason": "this version has no such tool"}, ref=call.id
-                )
-            elif tool.effect in ("pure", "keyed"):
-                await self._call(tool, call)
-            elif tool.verify is not None:
-                await self._verify(tool, call)
-            else:
-                await self._append(
-                    "tool.doubt", {"name": call.name, "reason": "nothing can tell whether it happened"}, ref=call.id
-                )
-
-    async def _verify(self, tool: Tool, call: Call) -> None:
-        try:
-            found = await tool.check(call)
-        except Exception as exc:  # not knowing is an answer: the model sees the doubt
-            await self._append("tool.doubt", {"name": call.name, "reason": f"verify failed: {exc}"}, ref=call.id)
-            return
-        if found is None or found is False:
-            # It did not happen, and the host has let nobody else act since: this is the first time it really runs.
-            await self._call(tool, call)
-            return
-        await self._append("tool.settled", {"output": render(found), "by": "verify"}, ref=call.id)
+    def _of_turn(self, part: T | None) -> T:
+        if part is None:
+            raise RuntimeError("no turn is at work: this belongs into `async for turn in session`")
+        return part
 
 
-class _DeltaPump:
-    """Coalesces the text of a streaming reply into at most 20 posts a second."""
+async def _consume(source: Source, collector: Collector, pump: DeltaPump) -> None:
+    """Feed all of a model's answer to the collector, and its text to those who watch."""
+    if not hasattr(source, "__aiter__"):
+        pump.feed(collector.feed(await source))
+        return
+    async for event in source:
+        before = collector.restarts
+        text = collector.feed(event)
+        if collector.restarts != before:
+            pump.restart()
+        pump.feed(text)
 
-    def __init__(self, wire: Wire, turn: int, part: int) -> None:
-        self._wire, self._turn, self._part = wire, turn, part
-        self._n = 0
-        self._held: list[str] = []
-        self._timer: asyncio.TimerHandle | None = None
 
-    def feed(self, text: str) -> None:
-        if not text:
-            return
-        self._held.append(text)
-        if sum(map(len, self._held)) >= DELTA_CHARS:
-            self._flush()
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(DELTA_S, self._flush)
-
-    def _flush(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        text, self._held = "".join(self._held), []
-        if text:
-            self._wire.post({"t": "delta", "turn": self._turn, "part": self._part, "n": self._n, "text": text})
-            self._n += 1
-
-    def restart(self) -> None:
-        """Begin afresh: the next piece is number 0 again and replaces what was sent."""
-        self.close()
-        self._held, self._n = [], 0
-
-    def close(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+async def _close(source: Source) -> None:
+    """Close what was not used up: a model's connection is not left to the garbage collector."""
+    if hasattr(source, "aclose"):
+        await source.aclose()
+    elif asyncio.iscoroutine(source):
+        source.close()

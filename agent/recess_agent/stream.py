@@ -35,11 +35,13 @@ class Reply:
         tool_calls: list[ToolCall] | None = None,
         usage: dict[str, Any] | None = None,
         model: str = "",
+        cancelled: bool = False,
     ) -> None:
         self.text = text
         self.tool_calls = tool_calls or []
         self.usage = usage or {}
         self.model = model
+        self.cancelled = cancelled  # the turn was stopped: this is what came until then
 
 
 class Collector:

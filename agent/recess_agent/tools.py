@@ -43,7 +43,14 @@ class Tool:
     """A function with its schema. Calling it calls the function, so that it stays usable and testable on its own."""
 
     def __init__(
-        self, function: Callable[..., Any], *, effect: str, verify: Callable[..., Any] | None, name: str
+        self,
+        function: Callable[..., Any],
+        *,
+        effect: str,
+        verify: Callable[..., Any] | None,
+        name: str,
+        approve: bool | Callable[[dict[str, Any]], Any] = False,
+        approve_timeout: float | None = None,
     ) -> None:
         if effect not in EFFECTS:
             raise TypeError(f"effect must be one of {', '.join(EFFECTS)}, not {effect!r}")
@@ -52,6 +59,8 @@ class Tool:
         self.function = function
         self.effect = effect
         self.verify = verify
+        self.approve = approve
+        self.approve_timeout = approve_timeout
         self.name = name or function.__name__
         self.description = inspect.cleandoc(function.__doc__ or "")
         self.parameters, self._wants_call = _parameters(function)
@@ -66,6 +75,10 @@ class Tool:
         """Return the tool in the OpenAI function format."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": function}
+
+    def needs_approval(self, arguments: dict[str, Any]) -> bool:
+        """Tell whether a human must approve this call. What the rule raises is the caller's."""
+        return bool(self.approve(arguments) if callable(self.approve) else self.approve)
 
     async def run(self, call: Call) -> Any:
         """Run the function (a sync one in a thread, so that the session goes on answering)."""
@@ -95,15 +108,22 @@ def tool(
     effect: str = "local",
     verify: Callable[..., Any] | None = None,
     name: str = "",
+    approve: bool | Callable[[dict[str, Any]], Any] = False,
+    approve_timeout: float | None = None,
 ) -> Any:
     """Make a function a tool: `@tool` or `@tool(effect="once", verify=already_paid)`.
+
+    `approve` is True, or a function of the arguments that says whether a human must approve this call first (the machine is
+    put away meanwhile); a call that nobody approved within `approve_timeout` seconds (None: for ever) is not run.
 
     The schema comes from the annotations, the description from the docstring. A keyword parameter named `call`
     receives the `Call` and is not shown to the model.
     """
 
     def wrap(inner: Callable[..., Any]) -> Tool:
-        return Tool(inner, effect=effect, verify=verify, name=name)
+        return Tool(
+            inner, effect=effect, verify=verify, name=name, approve=approve, approve_timeout=approve_timeout
+        )  # fmt: skip
 
     return wrap if function is None else wrap(function)
 

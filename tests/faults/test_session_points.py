@@ -6,7 +6,7 @@ import pytest
 
 from recess import crashpoints
 from recess.testing.crash import known_crash_points
-from recess.testing.session_world import coder_world, deploy_coder, kinds, machine_of, notes
+from recess.testing.session_world import appears, coder_world, deploy_coder, kinds, machine_of, notes, world
 
 LIFE = [
     "session.after_assistant",
@@ -28,10 +28,36 @@ UPGRADE = ["session.after_code", "session.before_upgrade", "session.after_upgrad
 RECOVERY = ["session.after_settle"]
 FORK = ["session.after_live_snapshot", "session.after_fork"]
 REWIND = ["session.after_rewind"]
+WAITING = ["session.after_ask", "session.after_timer"]
+CHILDREN = ["session.after_spawn", "session.before_report", "session.after_report"]
+CANCEL = ["session.before_cancel"]
+WAITER = """
+import asyncio, os, pathlib
+from recess_agent import agent
+
+SHARED = pathlib.Path(os.environ["SHARED"])
+
+@agent(image="base", idle="30s")
+async def me(s):
+    async for turn in s:
+        if turn.text == "ask":
+            await s.say("heard " + str(await s.ask("well?", timeout=3600)))
+        elif turn.text == "spawn":
+            report = await s.spawn("me", "be small")
+            await s.say(report.text + " " + report.status)
+        elif turn.text == "stuck":
+            (SHARED / "stuck").touch()
+            while turn.text:
+                await asyncio.sleep(0.01)
+        else:
+            await s.say("I am " + turn.text)
+"""
 
 
 def test_every_point_is_tried():
-    assert sorted(LIFE + UPGRADE + RECOVERY + FORK + REWIND) == known_crash_points("session.")
+    assert sorted(LIFE + UPGRADE + RECOVERY + FORK + REWIND + WAITING + CHILDREN + CANCEL) == known_crash_points(
+        "session."
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +166,59 @@ async def test_a_crash_in_a_rewind_can_be_repeated(tmp_path):
         await w.sessions.recover()
         await w.sessions.rewind(s, to=mark)
         await w.say(s, "three", turn=3)
+
+
+async def waiter(w, shared):
+    await w.sessions.deploy("me", {"agent.py": WAITER}, {"env": {"SHARED": str(shared)}})
+    return (await w.sessions.start("me")).id
+
+
+@pytest.mark.parametrize("vm", ["lives", "dies"])
+@pytest.mark.parametrize("name", [*WAITING, "session.after_freeze", "session.after_snapshot", "session.before_freeze"])
+async def test_a_crash_around_a_question(tmp_path, name, vm):
+    async with world() as w:
+        s = await waiter(w, tmp_path)
+        await w.say(s, "here", turn=1)
+        crashpoints.arm(name)
+        await w.sessions.send(s, "ask", key="m2")
+        await crash_at(w, name, kill_machine=await machine_of(w, s) if vm == "dies" else "")
+        await w.sessions.recover()
+        await w.until(s, "ask")
+        await w.until_state(s, "frozen")
+        (question,) = await w.sessions.questions(s)
+        await w.sessions.answer(s, question.ref, "yes")
+        await w.until(s, "turn.end", count=2)
+        log = await w.entries(s)
+        assert [e.body["text"] for e in log if e.kind == "assistant"] == ["I am here", "heard yes"]
+        assert kinds(log).count("ask") == kinds(log).count("timer") == kinds(log).count("answer") == 1
+
+
+@pytest.mark.parametrize("name", CHILDREN)
+async def test_a_crash_around_a_child(tmp_path, name):
+    async with world() as w:
+        s = await waiter(w, tmp_path)
+        crashpoints.arm(name)
+        await w.sessions.send(s, "spawn", key="m1")
+        await crash_at(w, name)
+        await w.sessions.recover()
+        await w.until(s, "turn.end", timeout_s=40)
+        log = await w.entries(s)
+        assert [e.body["text"] for e in log if e.kind == "assistant"] == ["I am be small done"]
+        assert kinds(log).count("x.spawn") == kinds(log).count("answer") == 1
+        (child,) = [e.body["child"] for e in log if e.kind == "x.spawn"]
+        assert kinds(await w.entries(child)).count("turn.end") == 1
+
+
+async def test_a_crash_in_a_cancel_cancels_once_more(tmp_path):
+    async with world(cancel_s=0.2, term_s=0.2) as w:
+        s = await waiter(w, tmp_path)
+        await w.sessions.send(s, "stuck", key="m1")
+        await appears(tmp_path / "stuck")
+        crashpoints.arm("session.before_cancel")
+        await w.sessions.cancel(s)
+        await crash_at(w, "session.before_cancel")
+        await w.sessions.recover()
+        assert (await w.until(s, "turn.end")).body["status"] == "cancelled"
+        await w.sessions.send(s, "here", key="m2")
+        await w.until(s, "turn.end", count=2)
+        assert [e.body["status"] for e in await w.entries(s) if e.kind == "turn.end"] == ["cancelled", "done"]

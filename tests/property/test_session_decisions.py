@@ -27,7 +27,9 @@ VIEWS = st.builds(
     turn_open=st.booleans(), turn_cut=st.booleans(), cuts=st.integers(0, 4), calls_open=st.integers(0, 2),
     inbox=st.booleans(), holds=st.integers(0, 2), idle_s=SECONDS, idle_timeout_s=SECONDS, park_s=SECONDS,
     suspend_wanted=st.booleans(), freeze_blocked_s=SECONDS, upgrade_to=st.sampled_from(["", "v2"]),
-    policy=st.sampled_from(["pin", "turn", "now"]),
+    policy=st.sampled_from(["pin", "turn", "now"]), cancel=st.booleans(), cancel_told=st.booleans(), cancel_s=SECONDS,
+    resting=st.booleans(), ready=st.booleans(), due_s=st.one_of(st.none(), st.sampled_from([0.001, 30.0, 900.0])),
+    rest_s=SECONDS, due_near_s=SECONDS,
 )  # fmt: skip
 
 
@@ -40,15 +42,30 @@ def test_decide_keeps_its_promises(view):
         assert move.act is Act.RECOVER
         return
     if move.act in (Act.FREEZE, Act.PARK):
-        assert not view.inbox, "a message must never be frozen over"
-        assert not view.turn_open
+        assert not view.inbox or view.turn_open, "a message must never be frozen over"
+        assert not view.cancel
         assert not (view.holds and not view.suspend_wanted)
+        if view.turn_open and view.state == "running":
+            assert move.act is Act.FREEZE
+            assert view.resting, "an agent at work must not be put away"
+            assert not view.ready, "nor one whose wait is over"
+            assert not view.calls_open
+            assert not view.waiting
     if move.act is Act.PARK:
+        assert not view.turn_open
         assert view.idle_s >= view.idle_timeout_s
     if move.act is Act.START_TURN:
-        assert view.inbox
+        assert view.inbox or view.cancel
         assert not view.turn_open
-        assert view.waiting or view.agent_failed
+        assert view.waiting or view.agent_failed or view.cancel
+    if move.act in (Act.TELL_CANCEL, Act.CANCEL_TURN):
+        assert view.cancel
+        assert view.turn_open
+    if move.act is Act.TELL_CANCEL:
+        assert not view.cancel_told, "telling it again would spin"
+    if move.act is Act.ANSWER:
+        assert view.ready
+        assert view.resting
     if move.act is Act.REDELIVER:
         assert view.turn_open
         assert view.cuts < ATTEMPTS_MAX
@@ -59,7 +76,7 @@ def test_decide_keeps_its_promises(view):
         assert not view.turn_open
     if move.act is Act.WAIT and move.seconds is not None:
         assert move.seconds > 0, "a wait of nothing would spin"
-    if (view.inbox or view.turn_open) and view.state == "parked":
+    if (view.inbox or view.turn_open or view.cancel) and view.state == "parked":
         assert move.act is Act.UNPARK
 
 
@@ -122,3 +139,9 @@ def test_an_agent_goes_on_only_when_its_memory_is_the_logs():
     assert keeps_agent(Rung.REATTACH, last_work=99, **same)
     assert not keeps_agent(Rung.RESTORE, snapshot_position=10, last_work=9, turn_open=True, turn_started=5)
     assert keeps_agent(Rung.RESTORE, snapshot_position=10, last_work=9, turn_open=True, turn_started=12)
+    resting = {"snapshot_position": 10, "last_work": 9, "turn_open": True, "turn_started": 5}
+    assert keeps_agent(Rung.RESUME, at="wait", **resting)
+    assert not keeps_agent(Rung.RESUME, at="work", **resting)
+    assert not keeps_agent(Rung.RESUME, at="wait", **{**resting, "last_work": 11})
+    assert not keeps_agent(Rung.RESUME, at="wait", **{**resting, "turn_started": 12})
+    assert not keeps_agent(Rung.RESUME, at="work", last_work=10, **same)  # a fork in the middle of the parent's turn

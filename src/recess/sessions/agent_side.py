@@ -8,30 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from recess.contextlog.contract import Entry
-from recess.errors import Fenced, IllegalState, RecessError
+from recess.errors import Fenced, IllegalState, NotFound, RecessError
 from recess.guestlink.link import ByteStream
 from recess.sessions.channel import Channel, serve
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.lease import wait_event
 from recess.sessions.protocol import DeltaLine, Hello, Request
+from recess.sessions.waits import known
 
 HOLDS_MAX = 64
+WAITS_MAX = 64
 ACCEPT_S = 30.0
+
+
+Spawn = Callable[[Desk, Request], Awaitable[dict[str, Any]]]
 
 
 class AgentSide:
     """`handler` goes to the machine; `ring` is called whenever the supervisor should look again."""
 
-    def __init__(self, deps: Deps, session: str, ring: Callable[[], None], on_fenced: Callable[[Fenced], None]) -> None:
+    def __init__(
+        self, deps: Deps, session: str, ring: Callable[[], None], on_fenced: Callable[[Fenced], None], spawn: Spawn
+    ) -> None:
         self._deps = deps
         self._session = session
         self._ring = ring
         self._on_fenced = on_fenced
+        self._spawn = spawn
+        self.active_s = deps.clock.monotonic_s()  # when the agent last said something
         self._open = asyncio.Event()
         self.desk: Desk | None = None
         self.job_id = ""
@@ -44,6 +52,43 @@ class AgentSide:
     def waiting(self) -> bool:
         """Whether the agent asks for a turn."""
         return bool(self.channel and self.channel.waiting)
+
+    @property
+    def resting(self) -> bool:
+        """Whether the agent waits, in the middle of its turn, for something that the host will tell it."""
+        return bool(self.channel and self.channel.waits and not self.channel.waiting)
+
+    @property
+    def at(self) -> str:
+        """What the process is doing: next (waits for a turn) | wait (for an answer or a time, in its turn) | work."""
+        return "next" if self.waiting else "wait" if self.resting else "work"
+
+    def waits(self) -> dict[int, tuple[str, ...]]:
+        """Return the unanswered waits: request id -> refs."""
+        return dict(self.channel.waits) if self.channel is not None else {}
+
+    async def end_wait(self, number: int, result: Mapping[str, Any]) -> None:
+        """Answer a wait. If the stream is cut the agent asks again on its next one, and gets the same answer."""
+        channel = self.channel
+        if channel is not None and channel.waits.pop(number, None) is not None:
+            with contextlib.suppress(RecessError, OSError):
+                await channel.catch_up()
+                await channel.reply(number, result)
+
+    async def catch_up(self) -> None:
+        """Push what came into the log from elsewhere; a cut stream is no error."""
+        if self.channel is not None and not self.channel.closed:
+            with contextlib.suppress(RecessError, OSError):
+                await self.channel.catch_up()
+
+    async def tell_cancel(self, turn: int, why: str) -> None:
+        """Ask the agent to stop its turn. It comes back with `next` when it has."""
+        channel = self.channel
+        if channel is not None and channel.cancelled != turn:
+            channel.cancelled = turn
+            with contextlib.suppress(RecessError, OSError):
+                await channel.catch_up()
+                await channel.send({"t": "cancel", "turn": turn, "why": why})
 
     def expect(self, job_id: str) -> None:
         """Let this process in from now on."""
@@ -111,6 +156,7 @@ class AgentSide:
     async def _on_request(self, channel: Channel, request: Request) -> None:
         if channel is not self.channel:
             return  # a newer stream of the same process has taken over, and asks again there
+        self.active_s = self._deps.clock.monotonic_s()
         try:
             result = await self._answer(channel, request)
         except Fenced as exc:
@@ -123,18 +169,28 @@ class AgentSide:
             await channel.reply(request.id, result)
 
     async def _answer(self, channel: Channel, request: Request) -> dict[str, Any] | None:
+        desk = self.desk
+        if desk is None:
+            raise IllegalState(f"session {self._session} is not claimed here")
         match request.op:
             case "next":
-                channel.waiting, channel.done = request.id, request.done
+                channel.waiting, channel.done, desk.shown = request.id, request.done, request.shown
                 self._ring()
                 return None
+            case "wait":
+                self._check_wait(channel, desk, request)
+                channel.waits[request.id] = request.refs
+                self._ring()
+                return None
+            case "spawn":
+                desk.check_turn(request.turn)
+                return await self._spawn(desk, request)
             case "append":
-                if self.desk is None:
-                    raise IllegalState(f"session {self._session} is not claimed here")
-                written = await self.desk.agent_append(request)
+                written = await desk.agent_append(request)
                 await channel.catch_up(to=written.position - 1)
                 channel.seen = max(channel.seen, written.position)
-                return {"position": written.position, "ts": written.ts, "key": written.key}
+                result = {"position": written.position, "ts": written.ts, "key": written.key}
+                return result if written.body is None else {**result, "body": dict(written.body)}
             case "hold":
                 self.hold(request.token, request.why)
             case "release":
@@ -143,12 +199,16 @@ class AgentSide:
                 self.crash_detail = request.why
         return {}
 
+    def _check_wait(self, channel: Channel, desk: Desk, request: Request) -> None:
+        desk.check_turn(request.turn)
+        if len(channel.waits) >= WAITS_MAX:
+            raise IllegalState(f"more than {WAITS_MAX} waits at once")
+        for ref in request.refs:
+            if not known(desk.facts, ref):
+                raise NotFound(f"wait: turn {request.turn} has asked, set or spawned nothing as {ref!r}")
+
     async def _on_delta(self, line: DeltaLine) -> None:
+        self.active_s = self._deps.clock.monotonic_s()
         if self.desk is not None:
             with contextlib.suppress(RecessError):
                 await self.desk.delta(line)
-
-
-def turn_message(entry: Entry | None) -> dict[str, Any]:
-    """Return the body that a turn is about; a turn without a message has an empty one."""
-    return dict(entry.body) if entry is not None else {}

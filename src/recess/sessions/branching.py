@@ -22,6 +22,9 @@ from recess.sessions.waking import Stored, stored_snapshots
 if TYPE_CHECKING:
     from recess.sessions.supervisor import Supervisor
 
+# What a row's meta says of its machine and of what waits for it; a fork and a rewound session begin without.
+MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due")
+
 
 async def fork_live(sup: Supervisor, name: str) -> SessionRow:
     """Fork a live session at its head (runs inside its actor): snapshot the running machine, then fork the log at the
@@ -31,10 +34,10 @@ async def fork_live(sup: Supervisor, name: str) -> SessionRow:
         await deps.machines.unpause(sup.hand.machine_id)
         await sup.set_state("unpark")
     taken = await snapshot_running(
-        deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why="fork"
+        deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at, why="fork"
     )  # fmt: skip
     row = await deps.log.get(sup.session)
-    stored = Stored(taken.id, taken.log_position, sup.job.job_id)
+    stored = Stored(taken.id, taken.log_position, sup.job.job_id, sup.agent.at)
     child = await deps.log.fork(sup.session, at=row.snapshot_position, name=name)
     crash_point("session.after_fork")
     await desk.append([Draft("fork", {"child": child.id, "at": row.snapshot_position})])
@@ -73,7 +76,7 @@ async def _seed(deps: Deps, child: SessionRow, stored: Stored | None, code_versi
         if entry.turn:
             turn = entry.turn
             break
-    meta = {key: value for key, value in row.meta.items() if key not in ("machine", "job", "failure", "machine_epoch")}
+    meta = {key: value for key, value in row.meta.items() if key not in MACHINE_META}
     if stored is not None:
         meta["job"] = stored.job
     await deps.log.update(
@@ -99,9 +102,7 @@ async def rewind(deps: Deps, session: str, to: int) -> SessionRow:
     await drop_machine(deps, row)
     await deps.log.append(row.id, claimed.epoch, [Draft("rewind", {"to": to})])
     crash_point("session.after_rewind")
-    meta = {
-        key: value for key, value in claimed.meta.items() if key not in ("machine", "job", "failure", "machine_epoch")
-    }
+    meta = {key: value for key, value in claimed.meta.items() if key not in MACHINE_META}
     consumed = max((e.position for e in await deps.log.inbox_after(row.id, 0)), default=0)
     await deps.log.update(
         row.id, claimed.epoch, meta=meta, consumed=consumed,

@@ -22,7 +22,8 @@ HELLO_S = 10.0
 
 
 class Channel:
-    """A greeted connection. `waiting` is the id of the agent's unanswered `next`, 0 if there is none."""
+    """A greeted connection. `waiting` is the id of the agent's unanswered `next`, 0 if there is none; `waits` are its
+    unanswered `wait`s (id -> refs); `cancelled` is the turn that it was told to stop."""
 
     def __init__(self, stream: ByteStream, hello: Hello, log: ContextLog, session: str) -> None:
         self._stream = stream
@@ -34,6 +35,8 @@ class Channel:
         self.hello = hello
         self.seen = hello.position
         self.waiting = 0
+        self.waits: dict[int, tuple[str, ...]] = {}
+        self.cancelled = 0
         self.done = hello.done
         self.closed = False
 
@@ -107,6 +110,7 @@ class Channel:
         """Cut the stream."""
         self.closed = True
         self.waiting = 0
+        self.waits.clear()
         for event in self._acks.values():
             event.set()
         with contextlib.suppress(RecessError, OSError):

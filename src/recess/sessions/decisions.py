@@ -29,6 +29,9 @@ class Act(StrEnum):
     RESTART_AGENT = "restart_agent"
     FAIL_TURN = "fail_turn"
     RECOVER = "recover"  # the machine is gone
+    TELL_CANCEL = "tell_cancel"  # ask the agent to stop its turn
+    CANCEL_TURN = "cancel_turn"  # end the open turn without waiting for the agent any longer
+    ANSWER = "answer"  # what the resting agent waits for is there
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class View:
     freeze_blocked_s: float  # the last freeze failed: not again before this
     upgrade_to: str  # a deployed version that is not ours, or ""
     policy: str
+    cancel: bool = False  # the open turn (or, if none is, the next) is to be stopped
+    cancel_told: bool = False  # the agent knows
+    cancel_s: float = 0.0  # how long it may take yet to stop by itself
+    resting: bool = False  # the agent waits in its turn for what the host will tell it
+    ready: bool = False  # and that is there now
+    due_s: float | None = None  # or will be, by its clock, in this time
+    rest_s: float = 0.0  # how long a resting agent's machine stays up
+    due_near_s: float = 0.0  # a time nearer than this is waited for with the machine up
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ def decide(view: View) -> Move:
         return Move(Act.RECOVER, "the machine is gone")
     if view.state == "parked":
         return _parked(view)
+    if view.cancel:
+        return _cancel(view)
     if view.upgrade_to and view.policy == "now" and view.turn_open and not view.turn_cut:
         return Move(Act.CUT_FOR_UPGRADE, "policy now")
     if view.upgrade_to and view.policy == "now" and not view.turn_open:
@@ -80,7 +93,7 @@ def decide(view: View) -> Move:
     if not view.agent_alive:
         return _without_agent(view)
     if not view.waiting:
-        return Move(Act.WAIT, "the agent is at work")
+        return _resting(view) if view.turn_open and view.resting else Move(Act.WAIT, "the agent is at work")
     if view.turn_open:
         if view.done >= view.turn:
             return Move(Act.END_TURN, "the agent asks for the next turn")
@@ -92,6 +105,38 @@ def decide(view: View) -> Move:
             return Move(Act.UPGRADE, "a turn's boundary")
         return Move(Act.START_TURN, "a message waits")
     return _idle(view)
+
+
+def _cancel(view: View) -> Move:
+    """A stop comes before everything but a dead machine."""
+    if not view.turn_open:
+        return Move(Act.START_TURN, "it is begun to be cancelled")
+    if not view.agent_alive or view.turn_cut:
+        return Move(Act.CANCEL_TURN, "no process is at it")
+    if view.waiting and view.done >= view.turn:
+        return Move(Act.END_TURN, "the agent has stopped")
+    if view.waiting:
+        return Move(Act.CANCEL_TURN, "the agent does not have the turn")
+    if view.cancel_s <= 0:
+        return Move(Act.CANCEL_TURN, "the agent did not stop by itself")
+    if not view.cancel_told:
+        return Move(Act.TELL_CANCEL, "a stop was asked for")
+    return Move(Act.WAIT, "the agent is stopping", view.cancel_s)
+
+
+def _resting(view: View) -> Move:
+    """The agent waits in the middle of its turn: its machine need not be up."""
+    if view.ready:
+        return Move(Act.ANSWER, "what the agent waits for is there")
+    if view.calls_open or (view.holds and not view.suspend_wanted):
+        return Move(Act.WAIT, "a tool is at work" if view.calls_open else "held", view.due_s)
+    if view.due_s is not None and view.due_s <= view.due_near_s and not view.suspend_wanted:
+        return Move(Act.WAIT, "its time is near", view.due_s)
+    quiet = max(view.rest_s - view.idle_s, 0.0)
+    left = view.freeze_blocked_s if view.suspend_wanted else max(quiet, view.freeze_blocked_s)
+    if left > 0:
+        return Move(Act.WAIT, "resting", left if view.due_s is None else min(left, view.due_s))
+    return Move(Act.FREEZE, "the agent waits for an answer or a time")
 
 
 def _without_agent(view: View) -> Move:
@@ -110,7 +155,7 @@ def _without_agent(view: View) -> Move:
 
 
 def _parked(view: View) -> Move:
-    if view.inbox or view.turn_open or view.holds:
+    if view.inbox or view.turn_open or view.holds or view.cancel:
         return Move(Act.UNPARK, "there is work")
     left = max(view.idle_timeout_s + view.park_s - view.idle_s, view.freeze_blocked_s)
     if view.suspend_wanted or left <= 0:
@@ -186,17 +231,20 @@ def plan_wake(
     return WakePlan(ladder, False, why)
 
 
-def keeps_agent(rung: Rung, *, snapshot_position: int, last_work: int, turn_open: bool, turn_started: int) -> bool:
+def keeps_agent(
+    rung: Rung, *, snapshot_position: int, last_work: int, turn_open: bool, turn_started: int, at: str = "next"
+) -> bool:
     """Tell whether the agent process in this machine's memory may go on: its memory equals the log.
 
-    A re-attached or unpaused machine has missed nothing. A snapshot is as good when no work came after it and it was
-    not taken in the middle of the turn that is open now (its connections of that moment are gone).
+    A re-attached or unpaused machine has missed nothing. A snapshot is as good when no work came after it and the process
+    was at rest (`at`): waiting for its next turn, or, in the turn that is open now, for an answer or a time. One that was
+    caught at work has connections that are gone.
     """
     if rung in (Rung.REATTACH, Rung.UNPAUSE):
         return True
     if rung is Rung.CREATE or last_work > snapshot_position:
         return False
-    return not turn_open or turn_started > snapshot_position
+    return at == ("wait" if turn_open and turn_started <= snapshot_position else "next")
 
 
 def upgrade_target(current: str, deployed: str, policy: str) -> str:

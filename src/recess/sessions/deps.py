@@ -50,6 +50,9 @@ class Settings:
     freeze_retry_s: float = 30.0
     term_s: float = 10.0  # from SIGTERM to SIGKILL of an agent process
     hook_s: float = 2.0
+    rest_s: float = 2.0  # a machine whose agent waits for an answer or a time is put away after this
+    due_near_s: float = 60.0  # but not for a time that is nearer than this
+    cancel_s: float = 10.0  # how long an agent may take to stop a turn by itself
     max_text_bytes: int = 1 << 20
 
 

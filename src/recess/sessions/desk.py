@@ -1,15 +1,17 @@
 """The one place where a session's owner entries are written: under the lease's epoch, with host-derived keys, in order.
 
-It keeps the facts of the turn at work by folding every entry it writes. It must know nothing of machines or sockets.
+It keeps the facts of the turn at work by folding every entry it writes, and the inbox by looking at what came in. It must
+know nothing of machines or sockets.
 
-Crash safety: each method is one append (one transaction of the log); `consumed` is advanced after the turn.start that
-names the message, and `load` takes the larger of the two, so a crash in between neither loses nor doubles a message.
+Crash safety: each method is one append (one transaction of the log). The row's `consumed` and `meta.queued` are moved
+together and after the turn.start that names the message; `load` takes what the log says first, so a crash in between
+neither loses nor doubles a message. A `cancel` is passed by `consumed` only once its turn has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from recess.clock import Clock
 from recess.contextlog.contract import ContextLog, Delta, Draft, Entry, SessionRow
 from recess.crashpoints import crash_point
 from recess.errors import IllegalState
-from recess.sessions.facts import OpenCall, TurnFacts, fold, is_work, observe
+from recess.sessions.facts import SPAWN, OpenCall, TurnFacts, fold, is_work, observe
+from recess.sessions.inbox import Inbox, arrive, begun, ended, restored
 from recess.sessions.keys import call_key, end_key, entry_key, start_key
 from recess.sessions.protocol import DeltaLine, Request
 from recess.sessions.recovery import settle
@@ -27,11 +30,13 @@ READ_BACK = 256
 
 @dataclass(frozen=True)
 class Written:
-    """Where an append landed: `key` is the tool call's key for its provider ("" for other kinds)."""
+    """Where an append landed: `key` is the tool call's key for its provider ("" for other kinds), `body` what was written
+    if that is not what was asked for."""
 
     position: int
     ts: float
     key: str
+    body: Mapping[str, Any] | None = None
 
 
 class Desk:
@@ -43,17 +48,27 @@ class Desk:
         self.session = row.id
         self.epoch = row.epoch
         self.code_version = row.code_version
-        self.consumed = row.consumed
         self.facts = TurnFacts()
+        self.inbox = Inbox(seen=row.consumed)
+        self.shown = 0  # how far the open turn's model has read, as its agent said last
         self.lock = asyncio.Lock()
-        self.on_append: list[asyncio.Event] = []
 
     async def load(self, row: SessionRow) -> None:
         """Fold what the log says since the newest turn began and since the newest snapshot."""
         since = row.snapshot_position
         entries = await read_back(self._log, row, since)
         self.facts = fold(entries)
-        self.consumed = max(self.consumed, *(int(e.body.get("inbox", 0)) for e in entries if e.kind == "turn.start"), 0)
+        begun_to = max((int(e.body.get("inbox", 0)) for e in entries if e.kind == "turn.start"), default=0)
+        queued = row.meta.get("queued")
+        self.inbox = restored(max(row.consumed, begun_to), queued if isinstance(queued, list) else (), self.facts)
+        await self.look()
+
+    async def look(self) -> None:
+        """Take note of what came into the inbox."""
+        for entry in await self._log.inbox_after(self.session, self.inbox.seen):
+            self.inbox = arrive(self.inbox, entry, self.facts)
+            if entry.kind == "answer":
+                self.facts = observe(self.facts, entry)
 
     async def append(self, drafts: Sequence[Draft]) -> list[int]:
         """Append as owner; returns positions. Raises Fenced, KeyReused."""
@@ -82,20 +97,41 @@ class Desk:
 
     async def agent_append(self, request: Request) -> Written:
         """Append what the agent said. An agent that speaks of a turn that is not at work is out of date: IllegalState."""
-        facts = self.facts
-        if request.turn and (request.turn != facts.turn or not facts.open):
-            raise IllegalState(f"turn {request.turn} is not at work", turn=facts.turn)
+        self.check_turn(request.turn)
         if not request.turn and request.kind != "note" and not request.kind.startswith("x."):
             raise IllegalState(f"{request.kind} belongs into a turn")
         key = entry_key(request)
         secret = call_key(self.session, request.turn, request.ref) if request.kind == "tool.start" else ""
         known = self.facts.keys.get(key) if key else None
-        if known is not None and request.kind == "tool.start":
-            # A call begun by an earlier attempt; whether it may run again was decided before this turn went on.
+        if known is not None and request.kind in ("tool.start", "ask", "timer"):
+            # Begun by an earlier attempt. Whether a call may run again was decided before this turn went on; a question
+            # is not asked twice, and a time that was set stays as it was set.
             return Written(known, self._clock.wall_s(), secret)
-        draft = Draft(kind=request.kind, body=request.body, turn=request.turn, ref=request.ref, key=key)
+        if request.kind == "tool.start" and self.inbox.cancel:
+            raise IllegalState("the turn is being cancelled: no new call is begun")
+        draft = self._draft(request, key)
         (position,) = await self.append([draft])
-        return Written(position, self._clock.wall_s(), secret)
+        return Written(position, self._clock.wall_s(), secret, None if draft.body is request.body else draft.body)
+
+    def check_turn(self, turn: int) -> None:
+        """Raise IllegalState unless this turn (0: none) is at work."""
+        if turn and (turn != self.facts.turn or not self.facts.open):
+            raise IllegalState(f"turn {turn} is not at work", turn=self.facts.turn)
+
+    def _draft(self, request: Request, key: str) -> Draft:
+        body = request.body
+        if request.kind == "timer":
+            # The host's clock decides: the guest's stands still while it is frozen.
+            body = {"due": round(self._clock.wall_s() + float(body["seconds"]), 3), "state": "set"}
+        elif request.kind == "compact":
+            # The message of the turn at work is never compacted away. Without `to`: everything before it.
+            most = min(self.facts.inbox or self.facts.started, self.facts.started) - 1
+            body = {**body, "to": min(int(body.get("to") or most), most)}
+        return Draft(kind=request.kind, body=body, turn=request.turn, ref=request.ref, key=key)
+
+    async def spawned(self, turn: int, ref: str, body: Mapping[str, Any]) -> None:
+        """Record a child session. Idempotent by `ref`."""
+        await self.append([Draft(SPAWN, body, turn=turn, ref=ref, key=f"t{turn}/spawn/{ref}")])
 
     async def delta(self, line: DeltaLine) -> None:
         """Keep a piece of a reply; one for a turn that is not at work is dropped."""
@@ -104,27 +140,34 @@ class Desk:
 
     # -- turns -----------------------------------------------------------------------------------------------------
 
-    async def pending_input(self) -> Entry | None:
-        """Return the next user message, consuming answers and cancels of no turn on the way."""
-        passed = self.consumed
-        found: Entry | None = None
-        for entry in await self._log.inbox_after(self.session, self.consumed):
-            if entry.kind == "user":
-                found = entry
-                break
-            passed = entry.position
-        if passed > self.consumed and not self.facts.open:
-            await self._log.update(self.session, self.epoch, consumed=passed)
-            self.consumed = passed
-        return found
+    async def start_turn(self) -> None:
+        """Begin the turn of the first message that waits. If it is to be cancelled, the same append ends it: a stop that
+        came before the machine did is not lost to a crash between the two."""
+        turn, position = self.facts.turn + 1, self.inbox.queue[0]
+        drafts = [Draft("turn.start", {"inbox": position, "attempt": 1}, turn=turn, key=start_key(turn, 1))]
+        if self.inbox.cancel:
+            drafts.append(self._end(turn, "cancelled", self.inbox.why))
+        await self.append(drafts)
+        self.inbox, self.shown = begun(self.inbox), 0
+        if not self.facts.open:
+            self.inbox = ended(self.inbox, shown=0)
+        await self._keep_inbox(turn=turn, attempts=1)
 
-    async def start_turn(self, message: Entry) -> None:
-        """Begin the turn that answers this message."""
-        turn = self.facts.turn + 1
-        body = {"inbox": message.position, "attempt": 1}
-        await self.append([Draft("turn.start", body, turn=turn, key=start_key(turn, 1))])
-        self.consumed = message.position
-        await self._log.update(self.session, self.epoch, consumed=self.consumed, turn=turn, attempts=1)
+    async def keep_waits(self, due: float | None) -> None:
+        """Write down what a session that is put away still has to do: the messages that wait, and when to wake."""
+        await self.save_meta(queued=list(self.inbox.queue) or "", due="" if due is None else due)
+
+    async def _keep_inbox(self, **changes: Any) -> None:
+        row = await self._log.get(self.session)
+        meta = merged(row.meta, {"queued": list(self.inbox.queue) or ""})
+        await self._log.update(self.session, self.epoch, consumed=self.inbox.seen, meta=meta, **changes)
+
+    async def save_meta(self, **changes: Any) -> None:
+        """Change the sessions room's own data in the row; a value of "" removes its key."""
+        row = await self._log.get(self.session)
+        meta = merged(row.meta, changes)
+        if meta != dict(row.meta):
+            await self._log.update(self.session, self.epoch, meta=meta)
 
     async def next_attempt(self) -> None:
         """Begin the open turn anew after a cut."""
@@ -135,11 +178,18 @@ class Desk:
         await self._log.update(self.session, self.epoch, attempts=attempt)
 
     async def end_turn(self, status: str, error: str = "") -> None:
-        """End the open turn: done | failed | cancelled."""
+        """End the open turn: done | failed | cancelled. What was sent into it too late waits for a turn of its own."""
+        # A model that has not finished has read the log for the last time: only a turn that was done can have missed some.
+        shown = self.shown if status == "done" else self.inbox.seen
+        await self.append([self._end(self.facts.turn, status, error)])
+        self.inbox = ended(self.inbox, shown=shown)
+        await self._keep_inbox()
+
+    def _end(self, turn: int, status: str, error: str) -> Draft:
         body: dict[str, Any] = {"status": status}
         if error:
             body["error"] = error
-        await self.append([Draft("turn.end", body, turn=self.facts.turn, key=end_key(self.facts.turn))])
+        return Draft("turn.end", body, turn=turn, key=end_key(turn))
 
     async def settle(self, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0) -> None:
         """Settle what the open turn left open, in one transaction (see `recovery.settle`)."""
@@ -163,6 +213,11 @@ class Desk:
         }  # fmt: skip
 
 
+def merged(meta: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's meta after changes; a value of "" removes its key."""
+    return {key: value for key, value in {**meta, **changes}.items() if value != ""}
+
+
 def _crash_after(kind: str) -> None:
     """Named points, one for each class of entry whose being the last one matters to recovery."""
     match kind:
@@ -178,6 +233,12 @@ def _crash_after(kind: str) -> None:
             crash_point("session.after_tool_result")
         case "code":
             crash_point("session.after_code")
+        case "ask":
+            crash_point("session.after_ask")
+        case "timer":
+            crash_point("session.after_timer")
+        case kind if kind == SPAWN:
+            crash_point("session.after_spawn")
         case "turn.cut":
             crash_point("session.after_settle")
         case "machine.restore":

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recess.contextlog.contract import Entry
+from recess.contextlog.contract import INBOX_KINDS, Entry
+
+SPAWN = "x.spawn"  # a child session was started; its report comes as the answer of the same ref
 
 # Entries after which a machine that was captured before them is behind the log: something happened that it has not seen.
 # What is not here (user messages, turn.start, turn.cut, machine.*) leaves an agent that waits for its turn as good as new.
@@ -40,6 +42,14 @@ class OpenCall:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What came in for an `ask`, or a child's report."""
+
+    position: int
+    body: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class TurnFacts:
     """The newest turn. `attempt` counts its turn.start entries; `cut` tells that the attempt was cut off."""
 
@@ -53,44 +63,63 @@ class TurnFacts:
     calls: Mapping[str, OpenCall] = field(default_factory=dict)
     last_work: int = 0
     keys: Mapping[str, int] = field(default_factory=dict)  # of entries seen, also a forked parent's: key -> position
+    asks: Mapping[str, Entry] = field(default_factory=dict)  # questions of this turn: ref -> entry
+    spawned: frozenset[str] = frozenset()  # refs of children started in this turn
+    timers: Mapping[str, float] = field(default_factory=dict)  # of this turn: ref -> due (wall seconds)
+    answers: Mapping[str, Answer] = field(default_factory=dict)  # of this turn: ref -> what came in
+
+
+_NOTHING_OPEN: dict[str, Any] = {
+    "open": False, "cut": False, "calls": {}, "asks": {}, "spawned": frozenset(), "timers": {}, "answers": {},
+}  # fmt: skip
 
 
 def observe(facts: TurnFacts, entry: Entry) -> TurnFacts:
     """Return the facts after one more entry."""
-    if entry.key:
+    if entry.key and entry.kind not in INBOX_KINDS:
         facts = replace(facts, keys={**facts.keys, entry.key: entry.position})
     if is_work(entry.kind):
         facts = replace(facts, last_work=entry.position)
     match entry.kind:
         case "turn.start":
-            same = facts.turn == entry.turn
-            return replace(
-                facts,
-                turn=entry.turn,
-                attempt=int(entry.body.get("attempt", 1)),
-                inbox=int(entry.body.get("inbox", 0)),
-                started=entry.position,
-                open=True,
-                cut=False,
-                cuts=facts.cuts if same else 0,
-                calls=facts.calls if same else {},
-                keys=facts.keys if same else ({entry.key: entry.position} if entry.key else {}),
-            )
-        case "turn.end":
-            return replace(facts, open=False, cut=False, calls={})
+            return _started(facts, entry)
         case "turn.cut":
             return replace(facts, cut=True, cuts=facts.cuts + 1)
+        case "turn.end" | "rewind":
+            return replace(facts, **_NOTHING_OPEN)
         case "fork" if "parent" in entry.body:
             # The child of a fork in mid-turn does not go on with its parent's turn: it waits for its own message.
-            return replace(facts, open=False, cut=False, calls={})
-        case "rewind":
-            return replace(facts, open=False, cut=False, calls={})
+            return replace(facts, **_NOTHING_OPEN)
+        case "ask":
+            return replace(facts, asks={**facts.asks, entry.ref: entry})
+        case "timer":
+            return replace(facts, timers={**facts.timers, entry.ref: _due(entry)})
+        case "answer":
+            return replace(facts, answers={**facts.answers, entry.ref: Answer(entry.position, entry.body)})
+        case kind if kind == SPAWN:
+            return replace(facts, spawned=facts.spawned | {entry.ref})
         case "tool.start":
             return replace(facts, calls={**facts.calls, entry.ref: _open_call(entry)})
         case "tool.result" | "tool.settled" | "tool.doubt":
             return replace(facts, calls={ref: call for ref, call in facts.calls.items() if ref != entry.ref})
         case _:
             return facts
+
+
+def _started(facts: TurnFacts, entry: Entry) -> TurnFacts:
+    began: dict[str, Any] = {
+        "turn": entry.turn, "attempt": int(entry.body.get("attempt", 1)), "inbox": int(entry.body.get("inbox", 0)),
+        "started": entry.position,
+    }  # fmt: skip
+    if facts.turn == entry.turn:
+        return replace(facts, **{**began, "open": True, "cut": False})
+    keys = {entry.key: entry.position} if entry.key else {}
+    return replace(facts, **{**_NOTHING_OPEN, **began, "open": True, "cuts": 0, "keys": keys})
+
+
+def _due(entry: Entry) -> float:
+    due = entry.body.get("due")
+    return float(due) if isinstance(due, int | float) else 0.0
 
 
 def fold(entries: Iterable[Entry], facts: TurnFacts | None = None) -> TurnFacts:

@@ -1,7 +1,7 @@
 """Putting a session away: snapshot, check-and-set, evict. The three steps in the one order that is safe.
 
     snapshot   the machine stands still and stays paused; the snapshot carries the position its own entry will have
-    freeze     one transaction of the log: {nothing in the inbox after `consumed`?} entry, state, snapshot, lease released
+    freeze     one transaction of the log: {nothing in the inbox after what was seen?} entry, state, snapshot, lease released
     evict      the VM goes and the memory is given back
 
 A crash before `freeze` leaves the older snapshot valid: the new one is garbage with a position that no row names, and
@@ -23,25 +23,26 @@ from recess.machines.service import Machines, SnapshotRow
 from recess.sessions.desk import Desk
 
 
-def snapshot_draft(row: SnapshotRow, position: int, why: str, job: str, code_version: str) -> Draft:
-    """Return the machine.snapshot entry; `job` and `code_version` tell a fork or a rewind which process it will find."""
+def snapshot_draft(row: SnapshotRow, position: int, why: str, job: str, at: str, code_version: str) -> Draft:
+    """Return the machine.snapshot entry; `job` and `code_version` tell a fork or a rewind which process it will find, and
+    `at` what that process was doing (see `AgentSide.at`)."""
     figures = {k: v for k, v in row.figures.items() if isinstance(v, int | float | str)}
     body: dict[str, Any] = {
         "snapshot": row.id, "position": position, "why": why, "figures": figures, "machine": row.machine, "job": job,
-        "code_version": code_version,
+        "at": at, "code_version": code_version,
     }  # fmt: skip
     return Draft("machine.snapshot", body)
 
 
 async def freeze(
-    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str, paused: bool
+    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, at: str, why: str, paused: bool
 ) -> bool:
     """Freeze; True: done, the lease is released and the VM is paused (then `evict`). False: a message came, the machine
     runs on. Raises Fenced, OutOfSpace, Unavailable ...; then the machine runs on and the older snapshot is valid."""
     async with desk.lock:
         crash_point("session.before_freeze")
         row = await log.get(desk.session)
-        if await log.inbox_after(desk.session, desk.consumed):
+        if await log.inbox_after(desk.session, desk.inbox.seen):
             if paused:
                 await machines.unpause(machine_id)
             return False
@@ -52,9 +53,9 @@ async def freeze(
                 machine_id, why=why, log_position=position, epoch=desk.epoch, resume=False
             )  # fmt: skip
             crash_point("session.after_snapshot")
-            drafts = [snapshot_draft(taken, position, why, job, desk.code_version)]
+            drafts = [snapshot_draft(taken, position, why, job, at, desk.code_version)]
             frozen = await log.freeze(
-                desk.session, desk.epoch, consumed=desk.consumed, snapshot=taken.id, position=position, drafts=drafts
+                desk.session, desk.epoch, consumed=desk.inbox.seen, snapshot=taken.id, position=position, drafts=drafts
             )
         except RecessError:
             with contextlib.suppress(RecessError):
@@ -71,7 +72,7 @@ async def freeze(
 
 
 async def snapshot_running(
-    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, why: str
+    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, at: str, why: str
 ) -> SnapshotRow:
     """Snapshot a session that goes on, and record it in the log and in the session's row. Returns the snapshot, whose
     log position is that of its own entry: everything before it is in the machine's memory or behind its link."""
@@ -80,7 +81,7 @@ async def snapshot_running(
         position = row.head + 1
         taken = await machines.snapshot(machine_id, why=why, log_position=position, epoch=desk.epoch, resume=True)
         crash_point("session.after_live_snapshot")
-        (landed,) = await desk.append_locked([snapshot_draft(taken, position, why, job, desk.code_version)])
+        (landed,) = await desk.append_locked([snapshot_draft(taken, position, why, job, at, desk.code_version)])
         # A message may have taken the predicted position; the memory knows nothing after `position - 1` either way.
         await log.update(desk.session, desk.epoch, snapshot=taken.id, snapshot_position=landed)
         return taken

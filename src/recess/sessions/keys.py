@@ -19,6 +19,8 @@ def entry_key(request: Request) -> str:
             return f"t{turn}/p{int(request.body.get('part', 0))}/assistant"
         case "tool.start" | "tool.result" | "tool.doubt" | "tool.settled":
             return f"t{turn}/{request.ref}/{request.kind.removeprefix('tool.')}"
+        case "ask" | "timer":
+            return f"t{turn}/{request.kind}/{request.ref}"
     return f"t{turn}/{request.kind}/{request.serial}" if request.serial else ""
 
 
@@ -30,6 +32,11 @@ def start_key(turn: int, attempt: int) -> str:
 def end_key(turn: int) -> str:
     """Return the key of a turn.end."""
     return f"t{turn}/end"
+
+
+def child_id(session: str, turn: int, ref: str) -> str:
+    """Return the id of the child session that this turn starts under this ref: the same at every try."""
+    return "ses_" + blake3(f"{session}\0{turn}\0{ref}".encode()).hexdigest()[:26]
 
 
 def call_key(session: str, turn: int, call_id: str) -> str:

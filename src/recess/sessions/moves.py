@@ -8,9 +8,11 @@ from recess.contextlog.contract import Draft
 from recess.crashpoints import crash_point
 from recess.errors import Fenced, RecessError, Unavailable
 from recess.sessions.agent_config import check_config
+from recess.sessions.children import report
 from recess.sessions.decisions import Act
 from recess.sessions.freezing import freeze
 from recess.sessions.states import next_state
+from recess.sessions.waits import next_due, outcome
 
 if TYPE_CHECKING:
     from recess.sessions.supervisor import Supervisor
@@ -22,10 +24,10 @@ async def deliver(sup: Supervisor, act: Act) -> None:
     """Hand the agent its turn: the next message's, or the open one which it does not have."""
     desk = sup.held_desk
     if act is Act.START_TURN:
-        message = await desk.pending_input()
-        if message is None:
+        await desk.start_turn()
+        if not desk.facts.open:
+            await report(sup)  # it was cancelled before it began
             return
-        await desk.start_turn(message)
     elif desk.facts.cut:
         await desk.next_attempt()
     if not sup.agent.waiting:
@@ -43,6 +45,50 @@ async def fail_turn(sup: Supervisor, why: str) -> None:
     """End the open turn as failed, with what the agent said last; the session waits for a human."""
     await sup.held_desk.end_turn("failed", f"{why}: {end_detail(sup)}")
     sup.agent.crash_detail, sup.agent_failed = "", False
+    await report(sup)
+
+
+async def end_turn(sup: Supervisor) -> None:
+    """The agent asks for the next turn: this one is done, or was stopped because we asked."""
+    desk = sup.held_desk
+    if desk.inbox.cancel and sup.cancel_told == desk.facts.turn:
+        await desk.end_turn("cancelled", desk.inbox.why)
+    else:
+        await desk.end_turn("done")
+    await report(sup)
+
+
+async def tell_cancel(sup: Supervisor) -> None:
+    """Ask the agent to stop by itself, which keeps its memory."""
+    desk = sup.held_desk
+    sup.cancel_told = desk.facts.turn
+    await sup.agent.tell_cancel(desk.facts.turn, desk.inbox.why)
+
+
+async def cancel_turn(sup: Supervisor) -> None:
+    """End the open turn without the agent. A process that is at it is ended, the machine runs on.
+
+    Crash safety: the cancel is passed in the inbox only by the turn's end, so a crash before it cancels once more.
+    """
+    desk, why = sup.held_desk, sup.held_desk.inbox.why
+    if sup.job.alive and not sup.agent.waiting:
+        await sup.agent.shut("its turn was cancelled")
+        await sup.job.stop(term_s=sup.deps.settings.term_s)
+        sup.ended_job = None
+    crash_point("session.before_cancel")
+    if not desk.facts.cut:
+        await desk.settle(cause="cancel", detail=why, machine_lives=True)
+    await desk.end_turn("cancelled", why)
+    await report(sup)
+
+
+async def answer(sup: Supervisor) -> None:
+    """Tell the resting agent what has come."""
+    facts, now = sup.held_desk.facts, sup.deps.clock.wall_s()
+    for number, refs in sup.agent.waits().items():
+        found = outcome(facts, refs, now)
+        if found is not None:
+            await sup.agent.end_wait(number, found)
 
 
 async def restart_agent(sup: Supervisor) -> None:
@@ -126,11 +172,13 @@ async def put_away(sup: Supervisor) -> None:
     paused, desk, deps = sup.state == "parked", sup.held_desk, sup.deps
     if not paused:
         await sup.agent.event("suspend", {}, ack_s=deps.settings.hook_s)
-    why = "suspend" if sup.suspend_wanted else "idle"
+    why = "suspend" if sup.suspend_wanted else "wait" if desk.facts.open else "idle"
     try:
+        await desk.keep_waits(next_due(desk.facts, sup.agent.waits().values()) if desk.facts.open else None)
         frozen = await freeze(
-            deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why=why, paused=paused
-        )
+            deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at, why=why,
+            paused=paused,
+        )  # fmt: skip
     except Fenced:
         raise
     except RecessError as exc:
@@ -160,7 +208,8 @@ async def recover(sup: Supervisor) -> None:
     await desk.append([Draft("machine.lost", {"why": sup.death or "the machine is gone"}, turn=turn)])
     row = await log.get(sup.session)
     sup.state = next_state(sup.state, "fall" if row.snapshot else "drop")
-    if desk.facts.open or await desk.pending_input() is not None:
+    await desk.look()
+    if desk.facts.open or desk.inbox.queue:
         sup.recoveries += 1
         if sup.recoveries > RECOVERIES_MAX:
             raise Unavailable(f"session {sup.session}: its machine died {sup.recoveries} times in a row: {sup.death}")
@@ -168,4 +217,5 @@ async def recover(sup: Supervisor) -> None:
         await sup.wake()
         return
     sup.stopping = True
+    await sup.save_meta(due="")
     await log.release(sup.session, desk.epoch, state=sup.state)

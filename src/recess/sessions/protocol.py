@@ -20,8 +20,22 @@ LINE_BYTES_MAX = 8 * 1024 * 1024
 TEXT_MAX = 4096
 REF_MAX = 160  # a key is made of it, and a key holds 256
 DELTA_CHARS_MAX = 256 * 1024
+WAIT_REFS_MAX = 16
+CHOICES_MAX = 32
+TIMER_S_MAX = 366 * 24 * 3600.0
 AGENT_KINDS = frozenset(
-    {"assistant", "tool.start", "tool.result", "tool.doubt", "tool.settled", "note", "system", "compact"}
+    {
+        "assistant",
+        "tool.start",
+        "tool.result",
+        "tool.doubt",
+        "tool.settled",
+        "note",
+        "system",
+        "compact",
+        "ask",
+        "timer",
+    }
 )
 _CUSTOM_KIND = re.compile(r"x\.[a-z0-9_.\-]{1,60}")
 
@@ -42,11 +56,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Request:
-    """A request with an id: op is next | append | hold | release | crashed."""
+    """A request with an id: op is next | append | wait | spawn | hold | release | crashed."""
 
     id: int
     op: str
     done: int = 0
+    shown: int = 0  # with next: how far the finished turn's model had read
+    refs: tuple[str, ...] = ()
     kind: str = ""
     body: Mapping[str, Any] = field(default_factory=dict)
     ref: str = ""
@@ -158,9 +174,13 @@ def _request(data: dict[str, Any]) -> Request:
         raise GuestFailed("agent: a request needs an id from 1")
     match op:
         case "next":
-            return Request(number, "next", done=_number(data, "done"))
+            return Request(number, "next", done=_number(data, "done"), shown=_number(data, "shown"))
         case "append":
             return _append(number, data)
+        case "wait":
+            return Request(number, "wait", refs=_refs(data), turn=_number(data, "turn"))
+        case "spawn":
+            return _spawn(number, data)
         case "hold":
             return Request(number, "hold", token=_string(data, "token"), why=_string(data, "why"))
         case "release":
@@ -181,11 +201,52 @@ def _append(number: int, data: dict[str, Any]) -> Request:
         raise BadInput(f"{kind}: ref must name the call")
     if kind == "tool.start" and body.get("effect") not in ("local", "pure", "keyed", "once"):
         raise BadInput("tool.start: effect must be local, pure, keyed or once")
-    if kind == "assistant":
-        _check_assistant(body)
+    _CHECKS.get(kind, _any_body)(body)
+    if kind in ("ask", "timer") and not ref:
+        raise BadInput(f"{kind}: ref must name it")
     return Request(
         number, "append", kind=kind, body=body, ref=ref, turn=_number(data, "turn"), serial=_string(data, "serial")
     )
+
+
+def _spawn(number: int, data: dict[str, Any]) -> Request:
+    ref, agent, text = _string(data, "ref", REF_MAX), _string(data, "agent"), _string(data, "text", LINE_BYTES_MAX)
+    if not ref or not agent or not text or not _number(data, "turn"):
+        raise BadInput("spawn: ref, agent, text and turn are needed")
+    return Request(number, "spawn", ref=ref, body={"agent": agent, "text": text}, turn=_number(data, "turn"))
+
+
+def _refs(data: Mapping[str, Any]) -> tuple[str, ...]:
+    refs = data.get("refs")
+    if not isinstance(refs, list) or not 1 <= len(refs) <= WAIT_REFS_MAX:
+        raise BadInput(f"wait: refs must be a list of 1 to {WAIT_REFS_MAX}")
+    if not all(isinstance(one, str) and 0 < len(one) <= REF_MAX for one in refs):
+        raise BadInput("wait: a ref is a short string")
+    return tuple(refs)
+
+
+def _any_body(body: Mapping[str, Any]) -> None:
+    """Nothing of this kind's body is acted on by the host."""
+
+
+def _check_ask(body: Mapping[str, Any]) -> None:
+    choices = body.get("choices", [])
+    if not isinstance(body.get("text"), str) or not isinstance(choices, list) or len(choices) > CHOICES_MAX:
+        raise BadInput(f"ask: text must be a string and choices a list of at most {CHOICES_MAX}")
+    if not all(isinstance(one, str) and one for one in choices):
+        raise BadInput("ask: a choice is a string")
+
+
+def _check_timer(body: Mapping[str, Any]) -> None:
+    seconds = body.get("seconds")
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not 0 <= seconds <= TIMER_S_MAX:
+        raise BadInput(f"timer: seconds must be a number from 0 to {TIMER_S_MAX:.0f}")
+
+
+def _check_compact(body: Mapping[str, Any]) -> None:
+    if not isinstance(body.get("summary"), str):
+        raise BadInput("compact: summary must be a string")
+    _number(body, "to")
 
 
 def _check_assistant(body: dict[str, Any]) -> None:
@@ -196,6 +257,9 @@ def _check_assistant(body: dict[str, Any]) -> None:
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("id"), str) or not isinstance(call.get("name"), str):
             raise BadInput("assistant: a tool call needs an id and a name")
+
+
+_CHECKS = {"assistant": _check_assistant, "ask": _check_ask, "timer": _check_timer, "compact": _check_compact}
 
 
 def _string(data: Mapping[str, Any], name: str, limit: int = TEXT_MAX) -> str:

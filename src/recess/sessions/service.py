@@ -13,12 +13,13 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from recess.catalog import AgentVersion
-from recess.contextlog.contract import Appended, Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import Appended, Delta, Entry, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.machines.retention import Holds
-from recess.sessions import branching
+from recess.sessions import branching, talking
 from recess.sessions.agent_config import check_config, config_from_source
+from recess.sessions.alarms import Alarms
 from recess.sessions.deps import Deps
 from recess.sessions.holding import snapshot_holds
 from recess.sessions.lease import LeaseGate
@@ -30,6 +31,7 @@ FOLLOW_S = 15.0
 RETRIES_S = (0.5, 2.0, 5.0, 15.0)
 SUSPEND_S = 120.0
 STOP_S = 10.0
+RETRY_LATER_S = 60.0  # a session with work that does not come up is tried again as long as this server lives
 RESUME_TRIES = 5
 
 
@@ -41,6 +43,7 @@ class Sessions:
         self.gate = LeaseGate(deps.clock)
         self._live: dict[str, Supervisor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._alarms = Alarms(deps.clock, self._wake)
         self._again: set[str] = set()  # woken while their supervisor was ending: the next one starts when it has
         self._closing = False
 
@@ -78,14 +81,35 @@ class Sessions:
             return await self.resume(row.id)
         return row
 
-    async def send(self, ref: str, text: str, *, key: str = "", body: Mapping[str, Any] | None = None) -> Appended:
+    async def send(
+        self, ref: str, text: str, *, key: str = "", mode: str = "queue", body: Mapping[str, Any] | None = None
+    ) -> Appended:
         """Append a user message and wake the session. Durable when it returns; no machine need exist yet. The same
-        `key` gives the old position. Raises NotFound, IllegalState (closed), KeyReused, BadInput."""
-        if len(text.encode()) > self._deps.settings.max_text_bytes:
-            raise BadInput(f"a message of more than {self._deps.settings.max_text_bytes} bytes")
+        `key` gives the old position. `mode`: queue | steer | interrupt (see `talking.message`). Raises NotFound,
+        IllegalState (closed), KeyReused, BadInput."""
+        draft = talking.message(text, key=key, mode=mode, body=body or {}, max_bytes=self._deps.settings.max_text_bytes)
         row = await self._deps.log.get(ref)
-        draft = Draft("user", {**(body or {}), "text": text}, key=key or new_id("msg"))
         done = await self._deps.log.append_inbox(row.id, draft)
+        self._wake(row.id)
+        return done
+
+    async def cancel(self, ref: str, *, reason: str = "", turn: int | None = None, key: str = "") -> Appended:
+        """Stop the open turn: the agent is asked to, and made to if it does not. Memory and machine stay; the next message
+        begins the next turn. Raises IllegalState if there is no turn to stop."""
+        row = await self._deps.log.get(ref)
+        done = await talking.cancel(self._deps.log, row, reason=reason, turn=turn, key=key)
+        self._wake(row.id)
+        return done
+
+    async def questions(self, ref: str) -> list[talking.Question]:
+        """Return the questions that wait for a human."""
+        return await talking.questions(self._deps.log, await self._deps.log.get(ref))
+
+    async def answer(self, ref: str, question: str, text: str) -> Appended:
+        """Answer a question (an `ask` entry's ref) and wake the session. Raises NotFound, BadInput, KeyReused (another
+        answer was given before)."""
+        row = await self._deps.log.get(ref)
+        done = await talking.answer(self._deps.log, row, question, text)
         self._wake(row.id)
         return done
 
@@ -245,7 +269,8 @@ class Sessions:
 
     async def recover(self) -> list[str]:
         """At server start: take back every session that some server left live, and wake those with unread messages or
-        an open turn. Returns their ids. Machines of sessions that were put away half-way are ended."""
+        an open turn; set the alarms of those that wait for a time. Returns the ids of the woken. Machines of sessions
+        that were put away half-way are ended."""
         woken: list[str] = []
         for row in await self._deps.log.list_sessions(states=("running", "parked", "frozen", "cold"), limit=100_000):
             if not self._deps.settings.embedded and row.owner not in ("", self._deps.settings.owner):
@@ -253,6 +278,7 @@ class Sessions:
             live = row.state in ("running", "parked")
             if not live:
                 await branching.end_leftover(self._deps, row)
+                self._alarms.set(row.id, due_of(row))
             if live or await self._deps.log.inbox_after(row.id, row.consumed):
                 self._wake(row.id)
                 woken.append(row.id)
@@ -262,6 +288,7 @@ class Sessions:
         """Stop serving. `detach`: machines run on for the next server; else sessions are put away where that is
         possible within a short time, and what remains is left as it is."""
         self._closing = True
+        await self._alarms.close()
         if not detach:
             waiting = [self._quiet_suspend(session) for session in list(self._live)]
             await asyncio.gather(*waiting)
@@ -271,6 +298,7 @@ class Sessions:
     async def abandon(self) -> None:
         """Drop everything without writing a word, as a crash does. For tests of what comes after."""
         self._closing = True
+        await self._alarms.close()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -307,7 +335,7 @@ class Sessions:
         return self._launch(session)
 
     def _launch(self, session: str) -> Supervisor:
-        supervisor = Supervisor(self._deps, self.gate, session)
+        supervisor = Supervisor(self._deps, self.gate, session, self._wake)
         self._live[session] = supervisor
         self._tasks[session] = asyncio.create_task(self._drive(session, supervisor), name=f"session-{session}")
         return supervisor
@@ -327,13 +355,16 @@ class Sessions:
                 self._again.discard(session)
                 if failure is not None:
                     log.warning("session %s: %s", session, failure.message)
-                    if isinstance(failure, Fenced) or tries >= len(RETRIES_S):
+                    if isinstance(failure, Fenced):
+                        return
+                    if tries >= len(RETRIES_S):
+                        self._alarms.set(session, self._deps.clock.wall_s() + RETRY_LATER_S)
                         return
                     await self._deps.clock.sleep(RETRIES_S[tries])
                     tries += 1
                 if self._live.get(session) is not supervisor:
                     return
-                ended, supervisor = supervisor, Supervisor(self._deps, self.gate, session)
+                ended, supervisor = supervisor, Supervisor(self._deps, self.gate, session, self._wake)
                 self._live[session] = supervisor
                 ended.gone.set()
         except asyncio.CancelledError:
@@ -354,7 +385,11 @@ class Sessions:
             return False
         if row.state == "closed":
             return False
-        half_done = failed and row.state in ("running", "parked")
+        due = due_of(row) if row.state == "frozen" else None
+        if not failed and not self._closing:
+            self._alarms.set(session, due)
+        late = due is not None and due <= self._deps.clock.wall_s()
+        half_done = failed and (late or row.state in ("running", "parked"))
         return half_done or bool(await self._deps.log.inbox_after(session, row.consumed))
 
     async def _stop(self, session: str) -> None:
@@ -370,3 +405,9 @@ class Sessions:
         await asyncio.gather(task, return_exceptions=True)
         self._live.pop(session, None)
         self._tasks.pop(session, None)
+
+
+def due_of(row: SessionRow) -> float | None:
+    """Return when a session that was put away must be woken (wall seconds), None if only by what comes in."""
+    due = row.meta.get("due")
+    return float(due) if isinstance(due, int | float) else None

@@ -17,12 +17,16 @@ from recess.sessions import moves
 from recess.sessions.agent_config import AgentConfig, check_config
 from recess.sessions.agent_job import AgentJob, Ended
 from recess.sessions.agent_side import AgentSide
+from recess.sessions.children import report, spawn
 from recess.sessions.decisions import Act, View, decide, upgrade_target
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
+from recess.sessions.facts import TurnFacts
 from recess.sessions.lease import Lease, LeaseGate, wait_event
 from recess.sessions.machine_hand import MachineHand
+from recess.sessions.protocol import Request
 from recess.sessions.states import next_state
+from recess.sessions.waits import next_due, outcome
 from recess.sessions.waking import Woken, wake
 
 T = TypeVar("T")
@@ -31,13 +35,14 @@ T = TypeVar("T")
 class Supervisor:
     """The actor of one session. `run` returns when the session is no longer live; `failure` tells what went wrong."""
 
-    def __init__(self, deps: Deps, gate: LeaseGate, session: str) -> None:
+    def __init__(self, deps: Deps, gate: LeaseGate, session: str, wake_other: Callable[[str], object]) -> None:
         self.deps = deps
+        self.wake_other = wake_other
         self.session = session
         self._bell = asyncio.Event()
         self.hand = MachineHand(deps, gate, session, self._handler, self._machine_died)
         self.job = AgentJob(deps, self._agent_ended)
-        self.agent = AgentSide(deps, session, self._bell.set, self._fenced)
+        self.agent = AgentSide(deps, session, self._bell.set, self._fenced, self._spawn)
         self.desk: Desk | None = None
         self.lease: Lease | None = None
         self.row: SessionRow | None = None
@@ -55,7 +60,8 @@ class Supervisor:
         self.recoveries = 0  # since a turn was last delivered
         self.gone = asyncio.Event()  # set by the service once this one serves no more and its place is free or taken
         self._active_s = deps.clock.monotonic_s()
-        self._was_waiting = False
+        self.cancel_told = 0  # the turn that the agent was asked to stop
+        self._cancel_seen = (0, 0.0)  # position of the cancel at hand, and when we saw it
         self._refused: asyncio.Future[None] | None = None
         self._commands: list[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = []
         self._over = False
@@ -154,6 +160,7 @@ class Supervisor:
         self.config = check_config((await self.deps.agents.get(row.agent, desk.code_version)).config)
         self.woken = await wake(self)
         self.death, self.ended_job = "", None
+        await report(self)  # of a turn that ended just before a crash
         self.touch()
 
     async def _step(self) -> None:
@@ -165,8 +172,15 @@ class Supervisor:
             case Act.WAIT:
                 await wait_event(self._bell, move.seconds, self.deps.clock)
             case Act.END_TURN:
-                await self.held_desk.end_turn("done")
+                await moves.end_turn(self)
                 self.touch()
+            case Act.TELL_CANCEL:
+                await moves.tell_cancel(self)
+            case Act.CANCEL_TURN:
+                await moves.cancel_turn(self)
+                self.touch()
+            case Act.ANSWER:
+                await moves.answer(self)
             case Act.FAIL_TURN:
                 await moves.fail_turn(self, move.why)
                 self.touch()
@@ -186,36 +200,61 @@ class Supervisor:
                 await moves.recover(self)
 
     async def _view(self) -> View:
-        desk, settings, facts = self.held_desk, self.deps.settings, self.held_desk.facts
-        waiting = self.agent.waiting
-        if waiting and not self._was_waiting:
-            self._active_s = self.deps.clock.monotonic_s()
-        self._was_waiting = waiting
+        desk, settings = self.held_desk, self.deps.settings
+        await desk.look()
+        facts, channel = desk.facts, self.agent.channel
+        if desk.inbox.steers and channel is not None and channel.seen < desk.inbox.steers[-1]:
+            await self.agent.catch_up()
         now = self.deps.clock.monotonic_s()
+        if desk.inbox.cancel != self._cancel_seen[0]:
+            self._cancel_seen = (desk.inbox.cancel, now)
         deployed = await self.deps.agents.current(self.held_row.agent)
+        policy = check_config(deployed.config).policy
         return View(
             state=self.state,
             machine_alive=self.hand.alive,
             agent_alive=self.job.alive,
             agent_failed=self.agent_failed,
             agent_ended=self.ended_job is not None,
-            waiting=waiting,
-            done=self.agent.channel.done if self.agent.channel else 0,
+            waiting=self.agent.waiting,
+            done=channel.done if channel else 0,
             turn=facts.turn,
             turn_open=facts.open,
             turn_cut=facts.cut,
             cuts=facts.cuts,
             calls_open=len(facts.calls) if facts.open else 0,
-            inbox=not facts.open and await desk.pending_input() is not None,
+            inbox=not facts.open and bool(desk.inbox.queue),
             holds=len(self.agent.holds),
-            idle_s=now - self._active_s,
+            idle_s=now - max(self._active_s, self.agent.active_s),
             idle_timeout_s=settings.idle_timeout_s if self.config.idle_s is None else self.config.idle_s,
             park_s=settings.park_s,
             suspend_wanted=self.suspend_wanted,
             freeze_blocked_s=max(0.0, self.no_freeze_before_s - now),
-            upgrade_to=upgrade_target(desk.code_version, deployed.version, check_config(deployed.config).policy),
-            policy=check_config(deployed.config).policy,
+            upgrade_to=upgrade_target(desk.code_version, deployed.version, policy),
+            policy=policy,
+            cancel=bool(desk.inbox.cancel),
+            cancel_told=channel is None or channel.cancelled == facts.turn,
+            cancel_s=max(0.0, settings.cancel_s - (now - self._cancel_seen[1])),
+            rest_s=settings.rest_s,
+            due_near_s=settings.due_near_s,
+            **self._rest(facts),
         )
+
+    def _rest(self, facts: TurnFacts) -> dict[str, Any]:
+        """The part of the view that is about an agent that waits in its turn."""
+        waits = list(self.agent.waits().values())
+        wall = self.deps.clock.wall_s()
+        due = next_due(facts, waits)
+        return {
+            "resting": self.agent.resting,
+            "ready": any(outcome(facts, refs, wall) is not None for refs in waits),
+            "due_s": None if due is None else max(0.001, due - wall),
+        }
+
+    async def _spawn(self, desk: Desk, request: Request) -> dict[str, Any]:
+        child = await spawn(self.deps, desk, request)
+        self.wake_other(child)
+        return {"session": child}
 
     async def _give_up(self, exc: RecessError) -> None:
         """A move failed for a reason that may pass: release the session as it is, its machine warm if it lives."""
@@ -280,10 +319,7 @@ class Supervisor:
 
     async def save_meta(self, **changes: Any) -> None:
         """Change the sessions room's own data in the row; a value of "" removes its key."""
-        row = await self.deps.log.get(self.session)
-        merged = {key: value for key, value in {**row.meta, **changes}.items() if value != ""}
-        if merged != dict(row.meta):
-            await self.deps.log.update(self.session, self.held_desk.epoch, meta=merged)
+        await self.held_desk.save_meta(**changes)
 
     async def leave(self) -> None:
         """Stop acting on everything; nothing in the machine is touched. May be called twice."""

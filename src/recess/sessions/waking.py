@@ -32,6 +32,7 @@ class Stored:
     snapshot: str
     position: int
     job: str
+    at: str = "next"  # what the process `job` was doing (AgentSide.at)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ async def stored_snapshots(
 
 def _stored(entry: Entry) -> Stored:
     body = entry.body
-    return Stored(str(body.get("snapshot", "")), int(body.get("position", 0)), str(body.get("job", "")))
+    return Stored(
+        str(body.get("snapshot", "")),
+        int(body.get("position", 0)),
+        str(body.get("job", "")),
+        str(body.get("at", "next")),
+    )
 
 
 async def wake(sup: Supervisor) -> Woken:
@@ -87,7 +93,9 @@ async def wake(sup: Supervisor) -> Woken:
     if not woken.agent_kept:
         await _end_agents(sup, reached.rung)
     in_place = reached.rung in (Rung.REATTACH, Rung.UNPAUSE)
-    if desk.facts.open and not desk.facts.cut and not (woken.agent_kept and in_place):
+    # A kept process goes on with the open turn if it has it: it never went away, or it was put away resting in it.
+    goes_on = woken.agent_kept and (in_place or desk.facts.started <= woken.position)
+    if desk.facts.open and not desk.facts.cut and not goes_on:
         detail = "the machine runs on, the agent process was gone" if in_place else "the machine was gone"
         await desk.settle(cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position)
     await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
@@ -103,17 +111,18 @@ async def wake(sup: Supervisor) -> Woken:
 async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> tuple[Woken, str]:
     """Decide whether the agent process in this machine may go on, and find it."""
     row, desk, report, rung = sup.held_row, sup.held_desk, reached.report, reached.rung
-    job_id, position = str(row.meta.get("job", "")), row.head
+    job_id, position, at = str(row.meta.get("job", "")), row.head, "next"
     if rung in (Rung.RESUME, Rung.RESTORE):
         stored = next((one for one in known if one.snapshot == report.snapshot), None)
         position = stored.position if stored else report.log_position
-        job_id = stored.job if stored else job_id
+        job_id, at = (stored.job, stored.at) if stored else (job_id, at)
     elif rung is Rung.CREATE:
         position = 0
     facts = desk.facts
     keep = keeps_agent(
-        rung, snapshot_position=position, last_work=facts.last_work, turn_open=facts.open, turn_started=facts.started
-    )
+        rung, snapshot_position=position, last_work=facts.last_work, turn_open=facts.open,
+        turn_started=facts.started, at=at,
+    )  # fmt: skip
     keep = keep and job_id.startswith(f"agent-{desk.code_version}-")
     kept = keep and await sup.job.reattach(sup.hand.machine_id, job_id)
     stale = rung in (Rung.RESUME, Rung.RESTORE, Rung.CREATE) and facts.last_work > position

@@ -15,42 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recess.errors import GuestFailed, NotFound, Unsupported
+from recess.errors import NotFound, Unsupported
 from recess.guestlink.link import ExecRequest, FileStat, IncomingHandler, JobInfo, Thaw
 from recess.ids import new_id
-
-
-class SocketStream:
-    """A ByteStream over an accepted unix socket."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    async def read(self, limit: int = 65536) -> bytes:
-        """Return some bytes, b"" at the end."""
-        try:
-            return await self._reader.read(limit)
-        except OSError as exc:
-            raise GuestFailed(f"stream: {exc}") from exc
-
-    async def write(self, data: bytes) -> None:
-        """Send all."""
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except OSError as exc:
-            raise GuestFailed(f"stream: {exc}") from exc
-
-    async def close_write(self) -> None:
-        """Half-close."""
-        self._writer.write_eof()
-
-    async def close(self) -> None:
-        """Close both ways."""
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+from recess.testing.proxy_port import SocketStream
 
 
 @dataclass

@@ -58,6 +58,37 @@ class MemoryAgents:
         raise NotFound(f"no such version: {agent}@{version}")
 
 
+class JumpClock(SystemClock):
+    """The system's clocks, with a hand on them: `jump` lets time pass at once, for sleepers too."""
+
+    def __init__(self) -> None:
+        self._ahead = 0.0
+        self._jumped: set[asyncio.Event] = set()
+
+    def wall_s(self) -> float:
+        return super().wall_s() + self._ahead
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self._ahead
+
+    async def sleep(self, seconds: float) -> None:
+        until, jumped = self.monotonic_s() + seconds, asyncio.Event()
+        self._jumped.add(jumped)
+        try:
+            while (left := until - self.monotonic_s()) > 0:
+                jumped.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(jumped.wait(), left)
+        finally:
+            self._jumped.discard(jumped)
+
+    def jump(self, seconds: float) -> None:
+        """Let this much time have passed."""
+        self._ahead += seconds
+        for event in self._jumped:
+            event.set()
+
+
 @dataclass
 class World:
     """The parts of a runtime, and shortcuts that wait for what happens instead of sleeping."""
@@ -66,7 +97,7 @@ class World:
     log: MemoryLog
     agents: MemoryAgents
     settings: Settings
-    clock: SystemClock = field(default_factory=SystemClock)
+    clock: JumpClock = field(default_factory=JumpClock)
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +155,8 @@ class World:
 async def world(**settings: Any) -> AsyncIterator[World]:
     """Make a world in a temporary folder with a short path; everything it started is ended."""
     with tempfile.TemporaryDirectory(prefix="rcs", ignore_cleanup_errors=True) as folder:
-        base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0)
+        base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0,
+                        rest_s=0.2, cancel_s=2.0)  # fmt: skip
         made = World(ProcessMachines(Path(folder)), MemoryLog(), MemoryAgents(), replace(base, **settings))
         try:
             yield made

@@ -1,0 +1,138 @@
+"""Running the tool calls of a reply: approval, the entry before, the call, the entry after. Also settling what a crash left.
+
+The rule of the house: `tool.start` is durable before the tool runs, its outcome before the caller sees it. It knows the
+log's entries through `append` and nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from recess_agent.cancelling import CANCELLED, CUT_SHORT, Stop, TurnCancelled
+from recess_agent.stream import ToolCall
+from recess_agent.tools import Call, Tool, render
+from recess_agent.waiting import Waits
+from recess_agent.wire import SessionError
+
+Json = dict[str, Any]
+OUTPUT_CHARS_MAX = 1024 * 1024
+APPROVE, DENY = "approve", "deny"
+REPEATABLE = ("pure", "keyed")
+
+
+class Runs:
+    """The tool calls of one turn."""
+
+    def __init__(
+        self, turn: int, tools: Mapping[str, Tool], append: Callable[..., Awaitable[Json]], waits: Waits, stop: Stop
+    ) -> None:
+        self._turn = turn
+        self._tools = tools
+        self._append = append
+        self._waits = waits
+        self._stop = stop
+
+    async def run(self, wanted: ToolCall) -> str:
+        """Run one call and return its output. The tool's failure is an output, for the model to handle."""
+        tool = self._tools.get(wanted.name)
+        if tool is None:
+            return await self._result(wanted.id, f"there is no tool named {wanted.name!r}", error=True)
+        if not isinstance(wanted.arguments, dict):
+            return await self._result(wanted.id, f"the arguments are not a JSON object: {wanted.arguments}", error=True)
+        try:
+            self._stop.check()
+            refused = await self._refused(tool, wanted)
+            if refused:
+                return await self._result(wanted.id, refused, error=True)
+            self._stop.check()
+            started = await self._start(tool, wanted)
+        except TurnCancelled:
+            return await self._result(wanted.id, CANCELLED, error=True)
+        call = Call(wanted.id, tool.name, wanted.arguments, str(started.get("key", "")), self._turn)
+        return await self._call(tool, call)
+
+    async def _start(self, tool: Tool, wanted: ToolCall) -> Json:
+        body = {
+            "name": tool.name, "arguments": wanted.arguments, "effect": tool.effect, "verify": tool.verify is not None,
+        }  # fmt: skip
+        try:
+            return await self._append("tool.start", body, ref=wanted.id)
+        except SessionError:
+            self._stop.check()  # the host begins no new call in a turn that is being cancelled
+            raise
+
+    async def _refused(self, tool: Tool, wanted: ToolCall) -> str:
+        """Ask a human if the tool's rule wants it; returns why the call must not run, or ""."""
+        try:
+            needed = tool.needs_approval(wanted.arguments)
+        except Exception as exc:  # a rule that cannot decide does not approve
+            return f"not run: its approval rule failed: {type(exc).__name__}: {exc}"
+        if not needed:
+            return ""
+        text = f"Run {tool.name}({json.dumps(wanted.arguments, ensure_ascii=False)})?"
+        about = {"call": wanted.id, "name": tool.name, "arguments": wanted.arguments}
+        answer = await self._waits.ask(
+            text, (APPROVE, DENY), tool.approve_timeout, False, f"approve-{wanted.id}", approval=about
+        )
+        if answer == APPROVE:
+            return ""
+        return "not run: a human denied it" if answer == DENY else "not run: nobody approved it in time"
+
+    async def _call(self, tool: Tool, call: Call) -> str:
+        running = asyncio.ensure_future(tool.run(call))
+        try:
+            # A `once` call is let finish: how it ended is worth more than the moment. The host waits only so long.
+            output, error = render(await (running if tool.effect == "once" else self._stop.race(running))), False
+        except TurnCancelled:
+            output, error = CUT_SHORT, True
+        except Exception as exc:  # the tool's failure is the model's to handle
+            output, error = f"{type(exc).__name__}: {exc}", True
+        return await self._result(call.id, output, error=error)
+
+    async def _result(self, call_id: str, output: str, *, error: bool = False) -> str:
+        if len(output) > OUTPUT_CHARS_MAX:
+            dropped = len(output) - OUTPUT_CHARS_MAX
+            output = output[:OUTPUT_CHARS_MAX] + f"\n[recess] {dropped} more characters were dropped"
+        body: Json = {"output": output}
+        if error:
+            body["error"] = True
+        await self._append("tool.result", body, ref=call_id)
+        return output
+
+    # -- after a crash ---------------------------------------------------------------------------------------------
+
+    async def settle(self, pending: list[Json]) -> None:
+        """End the calls that a crash left open, before the turn goes on: ask `verify`, or run again where that is safe.
+
+        Safe is what both say: the entry of the call that began, and the tool as this version of the code has it.
+        """
+        for one in pending:
+            name, arguments = str(one.get("name")), dict(one.get("arguments") or {})
+            tool = self._tools.get(name)
+            call = Call(str(one["call_id"]), name, arguments, str(one.get("key", "")), self._turn)
+            if tool is None:
+                await self._doubt(call, "this version has no such tool")
+            elif one.get("effect") in REPEATABLE and tool.effect in REPEATABLE:
+                await self._call(tool, call)
+            elif tool.verify is not None:
+                await self._verify(tool, call)
+            else:
+                await self._doubt(call, "nothing can tell whether it happened")
+
+    async def _verify(self, tool: Tool, call: Call) -> None:
+        try:
+            found = await tool.check(call)
+        except Exception as exc:  # not knowing is an answer: the model sees the doubt
+            await self._doubt(call, f"verify failed: {exc}")
+            return
+        if found is None or found is False:
+            # It did not happen, and the host has let nobody else act since: this is the first time it really runs.
+            await self._call(tool, call)
+            return
+        await self._append("tool.settled", {"output": render(found), "by": "verify"}, ref=call.id)
+
+    async def _doubt(self, call: Call, reason: str) -> None:
+        await self._append("tool.doubt", {"name": call.name, "reason": reason}, ref=call.id)
