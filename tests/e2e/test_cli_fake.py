@@ -113,6 +113,17 @@ def test_guest_options_are_the_guests(recess):
     assert recess("run", "--rm", "base", "echo", "-n", "--json", "-q").stdout == b"--json -q"
 
 
+def test_one_of_several_fails(recess):
+    recess("run", "-d", "--name", "dev", "base")
+    body = envelope(recess("--json", "kill", "nobody", "dev", expect=1))
+    assert (body["ok"], body["exit_code"], body["error"]["code"]) == (False, 1, "not_found")
+    assert [("error" in one, one["ref"]) for one in body["error"]["details"]["results"]] == [
+        (True, "nobody"),
+        (False, "dev"),
+    ]
+    assert recess("rm", "nobody", "dev", expect=1).stdout == b"dev\n"
+
+
 def test_a_name_in_use(recess):
     recess("run", "-d", "--name", "dev", "base")
     done = recess("--json", "run", "-d", "--name", "dev", "base", expect=125)

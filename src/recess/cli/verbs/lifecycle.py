@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,24 +14,31 @@ from recess.units import format_bytes, format_duration
 
 
 def _each(inv: Invocation, refs: tuple[str, ...], act: Callable[[str], Any]) -> int:
-    """Do it to each; go on after an error, as Docker does, and fail at the end."""
+    """Do it to each; go on after an error, as Docker does, and fail at the end.
+
+    With --json a failure's envelope is the first error's, and its `details.results` tell what became of each.
+    """
     done: list[Any] = []
-    code = 0
+    failed: RecessError | None = None
     for ref in refs:
         try:
             result = act(ref)
         except RecessError as error:
-            code = error.exit_code
-            if inv.out.as_json:
-                done.append({"ref": ref, "error": error.to_dict()})
-            else:
-                inv.out.error(error, code)
+            failed = failed or error
+            done.append({"ref": ref, "error": error.to_dict()})
+            if not inv.out.as_json:
+                inv.out.error(error, error.exit_code)
             continue
         done.append({"ref": ref, "result": result})
         inv.out.line(ref)
-    if inv.out.as_json:
+    if failed is None:
         inv.out.data(done)
-    return code
+        return 0
+    if inv.out.as_json:
+        whole = copy.copy(failed)
+        whole.details = {**failed.details, "results": done}
+        inv.out.error(whole, whole.exit_code)
+    return failed.exit_code
 
 
 @click.command("stop")
