@@ -68,7 +68,7 @@ class BareVm:
             words = (
                 "console=ttyS0 quiet panic=-1 reboot=t recess.root=/dev/vda recess.rootfs=erofs recess.disk=/dev/vdb "
                 "init_on_free=1 init_on_alloc=0 mitigations=off random.trust_cpu=on tsc=reliable no_timer_check "
-                f"tsc_early_khz={f.tsc_khz} nokaslr cryptomgr.notests audit=0"
+                f"tsc_early_khz={f.tsc_khz} nokaslr cryptomgr.notests audit=0 psi=0 lsm=landlock nowatchdog"
             )
             argv += ["-kernel", str(f.kernel), "-initrd", str(f.initrd), "-append", words]
         else:

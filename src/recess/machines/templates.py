@@ -278,7 +278,7 @@ class Templates:
         vm = await parts.driver.boot(vm_id, spec, directory, for_template=True)
         try:
             env = {"RECESS_NETWORK": "none"}
-            await vm.link.thaw(make_thaw(vm_id, "template", 0, env, parts.clock.wall_s()))
+            await vm.link.thaw(make_thaw(vm_id, "t", 0, env, parts.clock.wall_s()))
             await warmup.warm_up(vm.link, parts.progress)
             await vm.link.freeze(sync=True, timeout_s=10.0)
             return await vm.export_template(temp)

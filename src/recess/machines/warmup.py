@@ -13,7 +13,7 @@ from recess.errors import GuestFailed, NotFound, Timeout
 from recess.guestlink.link import ExecRequest, GuestLink
 from recess.machines.parts import Progress
 
-VERSION = 2  # part of a template's key: raise it when the steps change
+VERSION = 3  # part of a template's key: raise it when the steps change
 STEP_S = 120.0
 
 _IMPORTS = [
