@@ -367,7 +367,6 @@ class Manager:
     async def tidy(self) -> Mapping[str, int]:
         """What a node does by itself now and then: snapshots by policy, blobs, folders of machines that are gone."""
         done = await self.keeping.tidy()
-        await self.looks.check_due()
         return {**done, "folders": await self.fleet.leavings.sweep(at_start=False)}
 
     async def recover(self) -> dict[str, int]:
