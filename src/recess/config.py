@@ -4,6 +4,7 @@ Precedence: explicit argument, environment, `$RECESS_HOME/config.toml`, default.
 
 Files below the home (all private to the user, mode 0700):
     recess.db            SQLite: log, catalog            blobs/     layers, page maps, manifests, log blobs
+    home-id              this home's name in shared stores   copies/  a remote store's blobs, bounded
     images/              roots, kernels, initrds         machines/  one folder a machine: writable disk, console
     server.log  server.lock  server.sock -> run_dir      logs/
 Files below the run directory (shared memory, gone after a host reboot, rebuildable): template RAM caches, sockets,
@@ -16,7 +17,7 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ class Config:
     snapshot_quota_bytes: int = 0  # 0: none
     snapshot_check_every_s: float = 86400.0  # one stored snapshot is restored for real that often; 0: never
     disk_reserve_bytes: int = 256 << 20  # below that nothing is stored any more
+    store: str = ""  # empty: the folder `blobs` of the home; else s3://BUCKET/PREFIX, gs://, az://
+    store_cache_bytes: int = 10 << 30  # copies of remote blobs on this disk, at most
+    remote: str = ""  # where `recess snapshots push` and `pull` go by default: as `store`, or an absolute folder
+    s3_endpoint: str = ""  # empty: the provider's own
+    s3_region: str = ""
+    s3_access_key_id: str = field(default="", repr=False)
+    s3_secret_access_key: str = field(default="", repr=False)
+    s3_session_token: str = field(default="", repr=False)
     json_logs: bool = False
     no_color: bool = False
     crash_point: str = ""  # tests only: the named point at which this process kills itself
@@ -62,6 +71,11 @@ class Config:
     def blobs_dir(self) -> Path:
         """The local blob store's folder."""
         return self.home / "blobs"
+
+    @property
+    def copies_dir(self) -> Path:
+        """Copies of a remote store's blobs."""
+        return self.home / "copies"
 
     @property
     def images_dir(self) -> Path:
@@ -94,7 +108,18 @@ _ENV = {
     "zstd_level": "RECESS_ZSTD_LEVEL",
     "crash_point": "RECESS_CRASH_POINT",
     "run_dir": "RECESS_RUN_DIR",
+    "store": "RECESS_STORE",
+    "store_cache_bytes": "RECESS_STORE_CACHE_BYTES",
+    "remote": "RECESS_REMOTE",
+    "s3_endpoint": "AWS_ENDPOINT_URL_S3",
+    "s3_region": "AWS_REGION",
+    "s3_access_key_id": "AWS_ACCESS_KEY_ID",
+    "s3_secret_access_key": "AWS_SECRET_ACCESS_KEY",
+    "s3_session_token": "AWS_SESSION_TOKEN",
 }
+
+# The usual second names: read where the first is not set.
+_ENV_TOO = {"s3_endpoint": "AWS_ENDPOINT_URL", "s3_region": "AWS_DEFAULT_REGION"}
 
 
 def _default_home(env: Mapping[str, str]) -> Path:
@@ -140,7 +165,8 @@ def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Co
             values.update(tomllib.loads(file.read_text()))
         except tomllib.TOMLDecodeError as exc:
             raise BadInput(f"configuration: {file}: {exc}") from exc
-    values.update({name: environ[var] for name, var in _ENV.items() if environ.get(var)})
+    for names in (_ENV_TOO, _ENV):
+        values.update({name: environ[var] for name, var in names.items() if environ.get(var)})
     values.update(overrides)
     unknown = sorted(set(values) - set(kinds) - {"home"})
     if unknown:

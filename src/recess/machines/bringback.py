@@ -31,6 +31,7 @@ from recess.machines.states import SUSPENDED, next_state
 FORK_MAX = 64
 FORK_AT_ONCE = 4
 LOCAL_RUNG = 2
+REMOTE_RUNG = 3
 
 
 class BringBack:
@@ -69,7 +70,7 @@ class BringBack:
         origin, _, _ = await self._stored.open(row.id)
         skip = {int(k): int(v) for k, v in dict(row.figures.get("output", {})).items()}
         own = row.machine == record.id
-        why = "; ".join(word for word in (before, _why(record, row)) if word)
+        why = "; ".join(word for word in (before, _why(record, row, origin)) if word)
         record, _, timings = await self._launcher.launch(
             record, origin, epoch=epoch, skip=skip if own else None, status=why
         )
@@ -95,8 +96,9 @@ class BringBack:
     def _report(
         self, row: SnapshotRow, origin: Origin, timings: Mapping[str, float], began: float, why: str
     ) -> ResumeReport:
+        rung = REMOTE_RUNG if origin.fetched_bytes else LOCAL_RUNG
         return ResumeReport(
-            LOCAL_RUNG, why, time.monotonic() - began, snapshot=row.id, log_position=row.log_position,
+            rung, why, time.monotonic() - began, snapshot=row.id, log_position=row.log_position,
             bytes_read=origin.bytes_read, timings_s=timings,
         )  # fmt: skip
 
@@ -197,9 +199,10 @@ def _check_forkable(row: SnapshotRow) -> None:
         )
 
 
-def _why(record: MachineRecord, row: SnapshotRow) -> str:
+def _why(record: MachineRecord, row: SnapshotRow, origin: Origin) -> str:
     if record.state == SUSPENDED and not record.status:
-        return "it was suspended; its snapshot is on this node"
+        where = "came from the remote store" if origin.fetched_bytes else "is on this node"
+        return f"it was suspended; its snapshot {where}"
     if record.status:
         return f"{record.status}; restored from snapshot {row.id[:16]}"
     return f"restored from snapshot {row.id[:16]}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from recess.broker import Policy
 from recess.catalog import Catalog
+from recess.catalog.snapshots import SnapshotRecord
 from recess.clock import Clock
 from recess.guestlink.link import IncomingHandler
 from recess.machines.contract import BootFiles, Driver, PageSet
@@ -17,6 +18,7 @@ from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
 
 Progress = Callable[[str], None]
+FindElsewhere = Callable[[str], Awaitable[SnapshotRecord]]  # ref -> its row, made on the way; raises NotFound
 
 UNDO = (Exception, asyncio.CancelledError)
 """What clean-up is done for: every failure and Ctrl-C, but not `crashpoints.Crashed`, which plays the death of this very
@@ -76,6 +78,7 @@ class Parts:
     progress: Progress = lambda _line: None
     keeping: Keeping = field(default_factory=Keeping)
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
+    find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
 
     def directory(self, machine_id: str) -> Path:
         """Return the machine's own folder: disk, console, log of its main process."""

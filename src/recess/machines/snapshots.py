@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from recess.errors import Incompatible
+from recess.errors import Incompatible, NotFound
 from recess.machines.contract import RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
 from recess.machines.parts import Parts
@@ -34,8 +34,13 @@ class StoredSnapshots:
         return [*map(damaged_snapshot, damaged), *map(snapshot_row, records)]
 
     async def get(self, ref: str) -> SnapshotRow:
-        """Return by id, name or unambiguous id prefix. Raises NotFound."""
-        return snapshot_row(await self._parts.catalog.snapshots.get(ref))
+        """Return by id, name or unambiguous id prefix; in a shared store also one of another home. Raises NotFound."""
+        try:
+            return snapshot_row(await self._parts.catalog.snapshots.get(ref))
+        except NotFound:
+            if self._parts.find_elsewhere is None:
+                raise
+            return snapshot_row(await self._parts.find_elsewhere(ref))
 
     async def open(self, snapshot_id: str) -> tuple[Origin, MachineSpec, Mapping[str, Any]]:
         """Return what a restore needs: origin, machine spec, manifest. Raises Corrupt, NotFound, Incompatible."""
@@ -52,6 +57,7 @@ class StoredSnapshots:
             )  # fmt: skip
         opened = time.monotonic()
         store = self._parts.store
+        afar = await asyncio.to_thread(store.fetch_bytes, snapshot_id)
         memory, disk, vmstate = await asyncio.gather(
             asyncio.to_thread(store.overlay, snapshot_id, MEMORY, template=template.pages, sources=template.sources),
             asyncio.to_thread(store.overlay, snapshot_id, DISK, template=template.pages, sources=template.sources),
@@ -59,7 +65,7 @@ class StoredSnapshots:
         )
         parts = RestoreParts(template.ref, to_pages(memory), to_pages(disk), vmstate)
         timings = {"manifest": opened - began, "read": time.monotonic() - opened}
-        origin = Origin(template, parts, snapshot_id, parts.memory.data.nbytes + parts.disk.data.nbytes, timings)
+        origin = Origin(template, parts, snapshot_id, parts.memory.data.nbytes + parts.disk.data.nbytes, timings, afar)
         return origin, machine, manifest
 
     async def verify(self, ref: str) -> Mapping[str, Any]:

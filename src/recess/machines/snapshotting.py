@@ -80,7 +80,7 @@ class SnapshotTaker:
             taken,
             spec={"vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id},
             log_position=log_position, epoch=epoch, session=record.session, machine=record.id, why=why,
-            origin={"parent": live.parent}, created=clock.wall_s(),
+            origin={"parent": live.parent, "name": name}, created=clock.wall_s(),
         )  # fmt: skip
         report = await store_capture(self._parts.store, live, taken, meta, parent=live.parent)
         costs = figures(taken, report, clock.monotonic_s() - taken.began)

@@ -40,6 +40,7 @@ class Origin:
     parent: str = ""
     bytes_read: int = 0
     timings_s: Mapping[str, float] = field(default_factory=dict)
+    fetched_bytes: int = 0  # what had to come from a remote store first
     cold: bool = False  # booted from the disk that lies in its folder: `parts` holds nothing
 
 

@@ -21,7 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recess.blobs import LocalBlobs
 from recess.broker import Broker, SecretStore
 from recess.catalog import SCHEMA as CATALOG_SCHEMA
 from recess.catalog import Catalog
@@ -41,9 +40,10 @@ from recess.node.gate import NodeGate
 from recess.node.imageadmin import ImageAdmin
 from recess.node.lock import HomeLock
 from recess.node.reaper import reap
+from recess.node.stores import Opened, open_store
+from recess.node.transfers import Transfers
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
-from recess.snapshots.store import Store
 
 
 def _silent(_line: str) -> None:
@@ -84,7 +84,7 @@ class LocalNode:
 
     def __init__(
         self, config: Config, stack: contextlib.AsyncExitStack, catalog: Catalog, log: SqliteLog, broker: Broker,
-        chosen: Chosen, machines: Manager, sessions: Sessions, images: ImageAdmin,
+        chosen: Chosen, machines: Manager, sessions: Sessions, images: ImageAdmin, transfers: Transfers, opened: Opened,
     ) -> None:  # fmt: skip
         self.config = config
         self.catalog = catalog
@@ -93,6 +93,8 @@ class LocalNode:
         self.machines = machines
         self.sessions = sessions
         self.images = images
+        self.transfers = transfers
+        self._opened = opened
         self.recovered: dict[str, Any] = {}
         self.detach_on_close = True
         self._stack = stack
@@ -119,15 +121,21 @@ class LocalNode:
         db = await asyncio.to_thread(Database.open, config.database_path, [LOG_SCHEMA, CATALOG_SCHEMA])
         stack.push_async_callback(db.close)
         catalog = Catalog(db)
-        store = Store(LocalBlobs(config.blobs_dir), frame_bytes=config.frame_bytes, level=config.zstd_level)
+        opened = await asyncio.to_thread(open_store, config)
+        store = opened.store
         stack.callback(store.close)
         chosen = choose_driver(config)
         gate = NodeGate()
         broker = Broker(gate, SecretStore(config.home / "secrets"), clock)
+
+        def free_bytes() -> int:
+            return shutil.disk_usage(config.blobs_dir).free
+
+        transfers = Transfers(config, catalog, store, clock, progress, free_bytes)
         parts = Parts(
             driver=chosen.driver, store=store, images=make_images(config, chosen.driver, progress), catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
-            keeping=keeping_of(config), free_bytes=lambda: shutil.disk_usage(config.blobs_dir).free,
+            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find,
         )  # fmt: skip
         machines = Manager(parts)
         log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)
@@ -139,7 +147,7 @@ class LocalNode:
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, catalog, progress)
-        node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images)
+        node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened)
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())
@@ -173,6 +181,7 @@ class LocalNode:
             "driver_reason": self._chosen.reason,
             "capabilities": asdict(self._chosen.driver.capabilities),
             "recovered": self.recovered,
+            "store": self._opened.about(),
         }
 
     async def doctor(self) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Transport:
         finally:
             conn.close()
         if response.status >= 400:
-            raise _problem(response.status, data)
+            raise problem_of(response.status, data)
         return data
 
     def call(
@@ -108,7 +108,7 @@ class Transport:
             headers["Idempotency-Key"] = key
         payload = None if body is None else json.dumps(body).encode()
         data = self.raw(method, path, query=query, body=payload, headers=headers, timeout_s=timeout_s)
-        return _object(data)
+        return object_of(data)
 
     def call_with_progress(
         self, method: str, path: str, body: object, on_progress: OnProgress, *, key: str = ""
@@ -120,9 +120,9 @@ class Transport:
         conn, response = self._send(method, path, None, json.dumps(body).encode(), headers, None)
         try:
             if response.status >= 400:
-                raise _problem(response.status, response.read())
+                raise problem_of(response.status, response.read())
             for line in response:
-                item = _object(line)
+                item = object_of(line)
                 if "progress" in item:
                     on_progress(str(item["progress"]))
                 elif "error" in item:
@@ -141,13 +141,13 @@ class Transport:
         conn, response = self._send("GET", path, None, None, headers, timeout_s)
         try:
             if response.status >= 400:
-                raise _problem(response.status, response.read())
+                raise problem_of(response.status, response.read())
             event, ident, data = "message", "", ""
             for raw in response:
                 line = raw.decode().rstrip("\r\n")
                 if not line:
                     if data:
-                        yield event, ident, _object(data.encode())
+                        yield event, ident, object_of(data.encode())
                     event, data = "message", ""
                     continue
                 name, _, value = line.partition(":")
@@ -162,7 +162,8 @@ class Transport:
             conn.close()
 
 
-def _object(data: bytes) -> Json:
+def object_of(data: bytes) -> Json:
+    """Return an answer's JSON object ({} for an empty one). Raises ServerUnavailable."""
     if not data.strip():
         return {}
     try:
@@ -172,7 +173,8 @@ def _object(data: bytes) -> Json:
     return value if isinstance(value, dict) else {"value": value}
 
 
-def _problem(status: int, data: bytes) -> RecessError:
+def problem_of(status: int, data: bytes) -> RecessError:
+    """Return the typed error of a problem answer."""
     try:
         body = json.loads(data)
     except ValueError:

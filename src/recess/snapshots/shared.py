@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from recess.blobs import BlobStore, CachingBlobs, WrappedBlobs
-from recess.blobs.contract import Bytes, PieceSource
+from recess.blobs.contract import Bytes, PieceSource, pieces
 from recess.errors import BadInput, Corrupt, NotFound
 from recess.snapshots.contract import Overlay, PageSource, TemplatePages
 from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of
+from recess.snapshots.manifest_v1 import decode_manifest
 from recess.snapshots.store import Store
 from recess.units import KIB
 
@@ -94,7 +95,7 @@ def _names(name: str) -> str:
 
 
 class RefKeepingBlobs(WrappedBlobs):
-    """A store in which no manifest appears before this home's reference to it."""
+    """A store in which no manifest appears before this home's reference to it, and the name it was given at birth."""
 
     def __init__(self, inner: BlobStore, refs: Refs) -> None:
         super().__init__(inner)
@@ -102,7 +103,9 @@ class RefKeepingBlobs(WrappedBlobs):
 
     def put(self, key: str, data: Bytes | Sequence[Bytes]) -> bool:
         """See `BlobStore.put`."""
-        self._hold(key)
+        ref = self._hold(key)
+        if ref:
+            self._publish_name(ref, b"".join(pieces(data)))
         return super().put(key, data)
 
     def put_stream(self, key: str, source: PieceSource) -> bool:
@@ -110,10 +113,19 @@ class RefKeepingBlobs(WrappedBlobs):
         self._hold(key)
         return super().put_stream(key, source)
 
-    def _hold(self, key: str) -> None:
-        ref = id_of(key)
-        if ref is not None and is_id(ref, SNAPSHOT):
-            self._refs.hold(ref)
+    def _hold(self, key: str) -> str:
+        ref = id_of(key) or ""
+        if not is_id(ref, SNAPSHOT):
+            return ""
+        self._refs.hold(ref)
+        return ref
+
+    def _publish_name(self, snapshot_id: str, data: bytes) -> None:
+        """A name without a snapshot is found by nobody (`find_name`), so it may come first, too."""
+        manifest = decode_manifest(snapshot_id, data)
+        name = manifest.origin.get("name")
+        if isinstance(name, str) and name:
+            self._refs.give_name(name, snapshot_id, manifest.created_ms / 1000)
 
 
 class SharedStore(Store):

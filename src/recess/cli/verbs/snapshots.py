@@ -1,4 +1,4 @@
-"""`recess snapshots ls|inspect|verify|rm`."""
+"""`recess snapshots ls|inspect|verify|rm`, and those of `snapshot_transfer`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import click
 
 from recess.cli.common import Invocation, verb
 from recess.cli.output import ago, short
+from recess.cli.verbs.snapshot_transfer import TRANSFERS
 from recess.units import format_bytes
 
 
@@ -68,3 +69,7 @@ def rm(inv: Invocation, refs: tuple[str, ...]) -> None:
         inv.out.line(ref)
     if inv.out.as_json:
         inv.out.data(list(refs))
+
+
+for command in TRANSFERS:
+    snapshots.add_command(command)

@@ -1,0 +1,94 @@
+"""Which store this node's snapshots are in, and the way to others: the only place that names a remote blob store.
+
+    local:   Store over a folder of the home
+    remote:  SharedStore over copies on this disk, over a meter, over retries, over the bucket
+
+Nothing is asked of a bucket here: a node starts, and runs the machines it has, while its store cannot be reached.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recess.blobs import BlobStore, CachingBlobs, LocalBlobs, MeteredBlobs, RetryingBlobs
+from recess.config import Config
+from recess.errors import BadInput, Corrupt
+from recess.snapshots.blobcheck import checked_pieces
+from recess.snapshots.shared import SharedStore
+from recess.snapshots.store import Store
+from recess.units import GIB
+
+WHOLE_BYTES_MAX = 4 * GIB
+"""Larger blobs are read by ranges and never copied whole."""
+
+_HOME_ID = "home-id"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """This node's store. `about` tells what moved so far."""
+
+    store: Store
+    about: Callable[[], dict[str, Any]]
+
+
+def open_store(config: Config) -> Opened:
+    """Return the store that the configuration names. Raises BadInput, Unavailable, OutOfSpace."""
+    if not config.store:
+        local = MeteredBlobs(LocalBlobs(config.blobs_dir))
+        store = Store(local, frame_bytes=config.frame_bytes, level=config.zstd_level)
+        return Opened(store, lambda: {"where": str(config.blobs_dir), "traffic": asdict(local.traffic)})
+    meter = MeteredBlobs(open_blobs(config.store, config))
+    cache = CachingBlobs(
+        meter,
+        LocalBlobs(config.copies_dir),
+        checked_pieces,
+        max_bytes=config.store_cache_bytes,
+        whole_max_bytes=WHOLE_BYTES_MAX,
+    )
+    shared = SharedStore(
+        cache, home_id(config.home), cache=cache, frame_bytes=config.frame_bytes, level=config.zstd_level
+    )
+
+    def about() -> dict[str, Any]:
+        return {"where": config.store, "traffic": asdict(meter.traffic), "copies": asdict(cache.state)}
+
+    return Opened(shared, about)
+
+
+def open_blobs(address: str, config: Config) -> BlobStore:
+    """Return the blob store at an address: a bucket's URL, or an absolute folder. Raises BadInput."""
+    if address.startswith("/"):
+        return LocalBlobs(Path(address))
+    if "://" not in address:
+        raise BadInput(f"not the address of a store: {address!r}", hint="s3://BUCKET/PREFIX, or an absolute folder")
+    # Here, not above: importing the client costs more than `recess ps` may take, and most homes never need it.
+    from recess.blobs.s3 import RemoteSettings, open_bucket
+
+    settings = RemoteSettings(
+        config.s3_endpoint,
+        config.s3_region,
+        config.s3_access_key_id,
+        config.s3_secret_access_key,
+        config.s3_session_token,
+    )
+    return RetryingBlobs(open_bucket(address, settings))
+
+
+def home_id(home: Path) -> str:
+    """Return this home's name in shared stores, made at the first call and never changed. Raises Corrupt."""
+    path = home / _HOME_ID
+    if not path.exists():
+        temp = home / f".{_HOME_ID}.{secrets.token_hex(4)}"
+        temp.write_text(secrets.token_hex(8) + "\n")
+        temp.replace(path)
+    found = path.read_text().strip()
+    if len(found) != 16 or not all(c in "0123456789abcdef" for c in found):
+        raise Corrupt(
+            f"{path} does not hold a home's id", hint="it had 16 hexadecimal digits: restore it from a backup"
+        )
+    return found

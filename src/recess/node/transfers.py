@@ -1,0 +1,183 @@
+"""Snapshots to and from elsewhere: push, pull, export, import, and finding one that another home put into a shared store.
+
+Each is: bytes first (`snapshots.transfer`, `snapshots.archive`), then everything read back as a restore would, then the
+row. What fails before the row leaves blobs that nothing names. All of it may be begun again after any failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from blake3 import blake3
+
+from recess.blobs import BlobStore
+from recess.catalog import Catalog
+from recess.catalog.names import check_name
+from recess.catalog.snapshots import SnapshotRecord
+from recess.clock import Clock
+from recess.config import Config
+from recess.errors import BadInput, NotFound, RecessError, Refused
+from recess.machines.arrivals import add_foreign, asks_for, foreign_record
+from recess.machines.parts import Progress
+from recess.node.stores import home_id, open_blobs
+from recess.snapshots.archive import Import, announce, archive_bytes, archive_pieces
+from recess.snapshots.archive_v1 import Announcement, ArchiveReader, Read, encode_announcement
+from recess.snapshots.keys import SNAPSHOT
+from recess.snapshots.shared import RefKeepingBlobs, Refs, SharedStore
+from recess.snapshots.store import Store
+from recess.snapshots.transfer import TransferReport, check_there, closure, copy_snapshot
+
+
+class Transfers:
+    """The gate between this node's store and others."""
+
+    def __init__(
+        self, config: Config, catalog: Catalog, store: Store, clock: Clock, progress: Progress,
+        free_bytes: Callable[[], int],
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._catalog = catalog
+        self._store = store
+        self._clock = clock
+        self._progress = progress
+        self._free_bytes = free_bytes
+
+    # --- push and pull -------------------------------------------------------------------------------------------
+
+    async def push(self, ref: str, address: str, *, check: bool) -> dict[str, Any]:
+        """Copy a snapshot to another store, where it can be found by its id and its name. `check`: read it all back.
+
+        Raises NotFound, BadInput, Unavailable, Corrupt, OutOfSpace.
+        """
+        row = await self._catalog.snapshots.get(ref)
+        where = self._address(address)
+        report, checked = await asyncio.to_thread(self._push, row, where, check)
+        return {"snapshot": row.id, "name": row.name, "remote": where, "checked_bytes": checked, **asdict(report)}
+
+    def _push(self, row: SnapshotRecord, where: str, check: bool) -> tuple[TransferReport, int]:
+        remote, refs = self._remote(where)
+        if where == self._config.store:  # it is there already: what is left is to publish its name
+            items = closure(self._store.blobs, row.id)
+            report = TransferReport(0, 0, len(items), sum(item.size_bytes for item in items))
+        else:
+            report = copy_snapshot(self._store.blobs, RefKeepingBlobs(remote, refs), row.id, tell=self._progress)
+        refs.hold(row.id)  # also if its manifest was there, from another home
+        if row.name:
+            refs.give_name(row.name, row.id, self._clock.wall_s())
+        return report, check_there(remote, row.id) if check else 0
+
+    async def pull(self, ref: str, address: str, *, name: str) -> dict[str, Any]:
+        """Copy a snapshot from another store and give it a row. Raises NotFound, Unavailable, Corrupt, OutOfSpace."""
+        where = self._address(address)
+        if name:
+            check_name(name, "snapshot", tagged=True)
+        snapshot_id, report = await asyncio.to_thread(self._pull, ref, where)
+        await self._prove(snapshot_id, trust=True)  # the store was named by this node's owner
+        known_as = "" if ref.startswith(f"{SNAPSHOT}_") else ref
+        row = await self._add(snapshot_id, "pulled", report.bytes_sent, name, known_as)
+        return {"snapshot": row.id, "name": row.name, "remote": where, **asdict(report)}
+
+    def _pull(self, ref: str, where: str) -> tuple[str, TransferReport]:
+        remote, refs = self._remote(where)
+        snapshot_id = _find(remote, refs, ref)
+        with self._store.holding(item.key for item in closure(remote, snapshot_id)):
+            return snapshot_id, copy_snapshot(remote, self._store.blobs, snapshot_id, tell=self._progress)
+
+    async def _prove(self, snapshot_id: str, *, trust: bool) -> list[str]:
+        """Read everything as a restore would, and see what it asks for; what does not hold is not kept.
+
+        Its manifest was put or renewed a moment ago: no collector takes it before its row is there.
+        """
+        self._progress("checking every page")
+        try:
+            await asyncio.to_thread(self._store.verify, snapshot_id)
+            asks = asks_for(await asyncio.to_thread(self._store.manifest, snapshot_id), snapshot_id)
+            if asks and not trust:
+                raise Refused(
+                    f"a machine restored from this archive could {'; '.join(asks[:8])}",
+                    hint="if you know where it comes from, import it with --trust", asks_for=asks,
+                )  # fmt: skip
+        except RecessError:
+            if await self._catalog.snapshots.find(snapshot_id) is None:
+                await asyncio.to_thread(self._store.discard, snapshot_id)
+            raise
+        return asks
+
+    def _address(self, address: str) -> str:
+        found = address or self._config.remote or self._config.store
+        if not found:
+            raise BadInput("no remote store is named", hint="give --remote s3://BUCKET/PREFIX, or set RECESS_REMOTE")
+        return found
+
+    def _remote(self, where: str) -> tuple[BlobStore, Refs]:
+        remote = open_blobs(where, self._config)
+        return remote, Refs(remote, home_id(self._config.home))
+
+    async def _add(self, snapshot_id: str, how: str, new_bytes: int, name: str, known_as: str) -> SnapshotRecord:
+        manifest = await asyncio.to_thread(self._store.manifest, snapshot_id)
+        record = foreign_record(manifest, snapshot_id, how, new_bytes)
+        return await add_foreign(self._catalog, record, wanted=name, known_as=known_as)
+
+    # --- export and import ---------------------------------------------------------------------------------------
+
+    async def announce(self, ref: str) -> tuple[Announcement, int, str]:
+        """Return what an archive would hold, its size, and a tag that tells one archive's bytes from another's."""
+        row = await self._catalog.snapshots.get(ref)
+        head = await asyncio.to_thread(announce, self._store.blobs, row.id, row.name)
+        return head, archive_bytes(head), blake3(encode_announcement(head)).hexdigest(16)
+
+    def pieces(self, head: Announcement, start: int) -> Iterator[bytes]:
+        """Yield the archive from a byte on. Blocks: for a thread."""
+        return archive_pieces(self._store.blobs, head, start=start)
+
+    async def take_in(self, read: Read, *, name: str, trust: bool) -> dict[str, Any]:
+        """Import an archive; `read` is called from a thread. Raises Corrupt, OutOfSpace; Refused if a machine restored
+        from it could reach out or use a secret, and `trust` was not given."""
+        if name:
+            check_name(name, "snapshot", tagged=True)
+        head, report = await asyncio.to_thread(self._take_in, read)
+        asks = await self._prove(head.snapshot_id, trust=trust)
+        row = await self._add(head.snapshot_id, "imported", report.bytes_sent, name, _legal(head.name))
+        return {"snapshot": row.id, "name": row.name, "asks_for": asks, **asdict(report)}
+
+    def _take_in(self, read: Read) -> tuple[Announcement, TransferReport]:
+        work = Import(self._store.blobs, ArchiveReader(read), self._config.home, self._free_bytes)
+        with self._store.holding(item.key for item in work.announcement.items):
+            return work.announcement, work.run(tell=self._progress)
+
+    # --- a shared store ------------------------------------------------------------------------------------------
+
+    async def find(self, ref: str) -> SnapshotRecord:
+        """Take over a snapshot that another home put into this node's shared store. Raises NotFound, BadInput."""
+        store = self._store
+        if not isinstance(store, SharedStore):
+            raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
+        snapshot_id = await asyncio.to_thread(self._hold_found, store, ref)
+        self._progress(f"{ref} is another home's: found in {self._config.store}")
+        return await self._add(snapshot_id, "found", 0, "", "" if ref.startswith(f"{SNAPSHOT}_") else ref)
+
+    def _hold_found(self, store: SharedStore, ref: str) -> str:
+        snapshot_id = store.find(ref)
+        store.refs.hold(snapshot_id)  # first: from now on no home's collector takes it ...
+        store.manifest(snapshot_id)  # ... and then see whether one just had: NotFound
+        return snapshot_id
+
+
+def _find(remote: BlobStore, refs: Refs, ref: str) -> str:
+    """Return the id of a snapshot in another store, by name, id or prefix of an id."""
+    store = SharedStore(remote, refs.owner, threads=1)
+    try:
+        return store.find(ref)
+    finally:
+        store.close()
+
+
+def _legal(name: str) -> str:
+    """Return a name from an archive if it can be one here, else nothing: it is a stranger's."""
+    try:
+        return check_name(name, "snapshot", tagged=True) if name else ""
+    except BadInput:
+        return ""
