@@ -30,6 +30,12 @@ def find_guestd() -> Path:
     return guestd
 
 
+def writable_cgroup() -> Path | None:
+    """Return the root of the host's unified cgroup tree if groups may be made in it: by root, unless it is confined."""
+    roots = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+    return next((p for p in roots if os.access(p / "cgroup.procs", os.W_OK)), None)
+
+
 @dataclass
 class GuestUnderTest:
     """A connected guest and what a test needs to know of it. `scratch` and `hooks` are paths inside the guest."""
