@@ -115,8 +115,8 @@ class Capture:
     """The raw material of one snapshot, all of one instant.
 
     `memory` holds every page that may differ from `base` ("template": private pages against the template; "boot":
-    every non-zero page of a machine without a template). `disk` likewise, against the template's disk or zeros.
-    `vmstate` is opaque. `standstill_s` is pause to unpause as the driver saw it (0.0 if it was left paused).
+    every non-zero page of a machine without a template). `disk` likewise, against the template's disk or zeros. With a
+    `parent`, `memory` holds only what may differ from that snapshot's memory. `vmstate` is opaque. `standstill_s` is pause to unpause as the driver saw it (0.0 if it was left paused).
     """
 
     memory: PageSet
@@ -129,6 +129,8 @@ class Capture:
     disk_blocks_total: int
     timings_s: dict[str, float] = field(default_factory=dict)
     resources: list[Any] = field(default_factory=list)
+    parent: str = ""  # the snapshot that memory left out is equal to
+    generation: int = 0  # the driver's own number, for `Vm.committed`
 
     def close(self) -> None:
         """Release buffers and temporary files. May be called twice."""
@@ -138,12 +140,16 @@ class Capture:
 
 @dataclass(frozen=True)
 class RestoreParts:
-    """What a driver needs to bring a machine back over its template (or over zeros when `template` is None)."""
+    """What a driver needs to bring a machine back over its template (or over zeros when `template` is None).
+
+    `snapshot` names the stored snapshot that this is, if it is one: what is captured next may count from it.
+    """
 
     template: TemplateRef | None
     memory: PageSet
     disk: PageSet
     vmstate: bytes
+    snapshot: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,12 @@ class Vm(Protocol):
         ...
 
     async def capture(
-        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+        self,
+        *,
+        resume: bool,
+        before_pause: Hook | None = None,
+        after_resume: Hook | None = None,
+        parent: str = "",
     ) -> Capture:
         """Take memory, disk and device state of one instant; compression is not the driver's business.
 
@@ -185,7 +196,21 @@ class Vm(Protocol):
         `before_pause` is awaited when all that can be prepared is, right before the vCPUs stop (the caller freezes
         the workload there); `after_resume` as soon as they run again with `resume`, while the disk is still being
         finished (the caller lets the workload go there). Both may use the link; what they raise is raised here.
+
+        `parent` is a snapshot that the caller can build on. A driver with `dirty_tracking` then leaves out the memory
+        that was not written since, if it is the one that `committed` named last or that the VM was restored from
+        (`RestoreParts.snapshot`); the result's `parent` says whether it did.
         """
+        ...
+
+    async def committed(self, capture: Capture | None, snapshot: str) -> None:
+        """Tell that a capture (None: what the VM was started from) is stored durably as this snapshot, so that later
+        ones may count from it. A capture that is never committed loses nothing: its pages are in the next one. A
+        word that comes too late, after another capture, is ignored. No-op without `dirty_tracking`."""
+        ...
+
+    def about_memory(self) -> Mapping[str, str]:
+        """Say in words how the VM's memory is handled on this host: what `recess inspect` shows."""
         ...
 
     async def export_template(self, directory: Path) -> TemplateRef:
@@ -230,8 +255,9 @@ class Driver(Protocol):
     name: str
     capabilities: Capabilities
 
-    async def probe(self) -> Mapping[str, Any]:
-        """Check that the tools are there and say versions and accelerator. Raises MissingTool with a hint."""
+    async def probe(self, *, fresh: bool = False) -> Mapping[str, Any]:
+        """Check that the tools are there and say versions and accelerator; `fresh` looks anew at everything that is
+        kept from an earlier look, and runs what there is to run. Raises MissingTool with a hint, DriverFailed."""
         ...
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:

@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,17 @@ async def lines(link: GuestLink, path: str) -> int:
 def copy_pages(pages: PageSet) -> PageSet:
     """Return the same pages in memory of their own, as they come back from a store."""
     return PageSet(memoryview(bytes(pages.indices)), memoryview(bytes(pages.data)))
+
+
+def merge_pages(older: PageSet, newer: PageSet) -> PageSet:
+    """Return the pages of both as one set; where both have one, the newer."""
+    pages: dict[int, bytes] = {}
+    for part in (older, newer):
+        numbers = np.frombuffer(part.indices, "<u4")
+        data = np.frombuffer(part.data, np.uint8).reshape(len(numbers), PAGE_BYTES)
+        pages |= {int(number): page.tobytes() for number, page in zip(numbers, data, strict=True)}
+    numbers = np.array(sorted(pages), "<u4")
+    return PageSet(memoryview(numbers.tobytes()), memoryview(b"".join(pages[int(n)] for n in numbers)))
 
 
 @dataclass
@@ -129,11 +140,11 @@ class Rig(abc.ABC):
         return vm
 
 
-async def quiet_capture(vm: Vm, *, resume: bool) -> Capture:
+async def quiet_capture(vm: Vm, *, resume: bool, parent: str = "") -> Capture:
     """Capture as the machines room does: the workload frozen before the pause, let go after it."""
     await vm.link.freeze()
     try:
-        return await vm.capture(resume=resume)
+        return await vm.capture(resume=resume, parent=parent)
     finally:
         if resume:
             await vm.link.unfreeze()
@@ -229,6 +240,46 @@ class DriverSuite:
         await vm.unpause()
         await vm.link.unfreeze()
         assert await shell(vm.link, "cat /dev/shm/x") == "2"
+
+    async def test_a_capture_counts_from_the_stored_snapshot(self, rig: Rig, driver: Driver, vm: Vm) -> None:
+        """With dirty tracking: only what was written since; nothing is lost that was never stored; also after a new
+        server took over, and in a machine that was restored from that snapshot."""
+        if not driver.capabilities.dirty_tracking:
+            assert (await quiet_capture(vm, resume=True, parent="snp_a")).parent == ""
+            return
+        await shell(vm.link, "echo 1 > /dev/shm/a")
+        first = await quiet_capture(vm, resume=True, parent="snp_a")
+        assert first.parent == ""  # nobody has said yet that it was stored
+        await shell(vm.link, "echo 2 > /dev/shm/b")
+        await vm.committed(first, "snp_a")
+        whole = (await rig.parts_of(first)).memory
+        (await quiet_capture(vm, resume=True, parent="snp_a")).close()  # never stored
+        await rig.lose(vm)
+        adopted = await rig.make_driver().adopt(vm.id, self.directory_of(rig, vm))
+        assert adopted is not None
+        try:
+            await shell(adopted.link, "echo 3 > /dev/shm/c")
+            second = await quiet_capture(adopted, resume=True, parent="snp_a")
+            assert second.parent == "snp_a"
+            parts = await rig.parts_of(second)
+            await adopted.committed(first, "snp_late")  # too late: another capture was made since
+            other = await quiet_capture(adopted, resume=True, parent="snp_late")
+            assert other.parent == ""
+            other.close()
+        finally:
+            await adopted.kill()
+        parts = replace(parts, memory=merge_pages(whole, parts.memory), snapshot="snp_b")
+        child = await rig.restore(driver, parts)
+        try:
+            assert await shell(child.link, "cat /dev/shm/a /dev/shm/b /dev/shm/c") == "1\n2\n3"
+            third = await quiet_capture(child, resume=False, parent="snp_b")
+            assert third.parent == "snp_b"
+            last = await rig.parts_of(third)
+        finally:
+            await child.kill()
+        grandchild = await rig.restore(driver, replace(last, memory=merge_pages(parts.memory, last.memory)))
+        assert await shell(grandchild.link, "cat /dev/shm/a /dev/shm/b /dev/shm/c") == "1\n2\n3"
+        await grandchild.kill()
 
     async def test_pause_holds_the_guest(self, vm: Vm) -> None:
         """A paused VM does not answer; both moves may be repeated."""

@@ -19,7 +19,7 @@ import msgspec
 
 from recess.drivers.fake.guest import FakeGuest, Program
 from recess.drivers.fake.link import FakeLink
-from recess.drivers.fake.pages import POKE_FIRST, Pages, as_pages, changed, decode, encode
+from recess.drivers.fake.pages import POKE_FIRST, Pages, Writes, as_pages, changed, decode, encode
 from recess.drivers.fake.programs import standard_programs
 from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState, InvalidSpec
 from recess.machines.contract import (
@@ -102,6 +102,7 @@ class FakeVm:
         self._driver = driver
         self._base_memory: Pages = {}
         self._base_disk: Pages = {}
+        self._writes = Writes("", {})
         self._link = FakeLink(guest)
         self._dead = asyncio.Event()
         self._reason = ""
@@ -112,6 +113,10 @@ class FakeVm:
     def set_base(self, name: str, memory: Pages, disk: Pages) -> None:
         """Say what captures are relative to."""
         self.base, self._base_memory, self._base_disk = name, memory, disk
+
+    def set_snapshot(self, name: str, memory: Pages) -> None:
+        """Say which snapshot it was restored from ("" for none), and what its memory was then."""
+        self._writes = Writes(name, memory)
 
     @property
     def link(self) -> FakeLink:
@@ -145,7 +150,12 @@ class FakeVm:
         return memory, encode(msgspec.msgpack.encode(self.guest.disk), {})
 
     async def capture(
-        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+        self,
+        *,
+        resume: bool,
+        before_pause: Hook | None = None,
+        after_resume: Hook | None = None,
+        parent: str = "",
     ) -> Capture:
         """Take memory, disk and device state of one instant."""
         self._check()
@@ -168,12 +178,23 @@ class FakeVm:
         standstill = time.perf_counter() - start
         if resume and was_running and after_resume is not None:
             await after_resume()
+        delta = self._writes.delta(memory, parent)
         return Capture(
-            memory=changed(memory, self._base_memory), disk=changed(disk, self._base_disk),
+            memory=changed(memory, self._base_memory) if delta is None else delta, disk=changed(disk, self._base_disk),
             vmstate=_device_state(), base=self.base, fingerprint=fingerprint,
             standstill_s=standstill if resume else 0.0, memory_pages_total=self.spec.memory_bytes // PAGE_BYTES,
             disk_blocks_total=self.spec.disk_bytes // PAGE_BYTES, timings_s={"pages": standstill},
+            parent="" if delta is None else parent, generation=self._writes.capture(memory),
         )  # fmt: skip
+
+    async def committed(self, capture: Capture | None, snapshot: str) -> None:
+        """Have the next captures count from this snapshot."""
+        self._check()
+        self._writes.committed(0 if capture is None else capture.generation, snapshot)
+
+    def about_memory(self) -> Mapping[str, str]:
+        """Say how changes are known."""
+        return {"tracking": "exact", "tracking_why": "its pages are compared"}
 
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave its parts as files."""
@@ -256,12 +277,14 @@ class FakeDriver:
 
     def __init__(self, *, host: FakeHost | None = None, programs: Mapping[str, Program] | None = None) -> None:
         self.name = "fake"
-        self.capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True, own_kernel=False)
+        self.capabilities = Capabilities(
+            snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, own_kernel=False
+        )
         self.host = host if host is not None else FakeHost()
         self.programs = standard_programs() | dict(programs or {})
         self.version = "1"
 
-    async def probe(self) -> Mapping[str, Any]:
+    async def probe(self, *, fresh: bool = False) -> Mapping[str, Any]:
         """Say what this driver is; it is always there."""
         return {"driver": self.name, "version": self.version, "accelerator": "none"}
 
@@ -318,6 +341,7 @@ class FakeDriver:
         _write_pages(directory / DISK_NAME, {}, spec.disk_bytes)  # filled when the VM ends: only its size is looked at
         vm.poked = {n: p for n, p in memory.items() if n >= POKE_FIRST and p != zero}
         vm.set_base("template" if parts.template is not None else "boot", base_memory, base_disk)
+        vm.set_snapshot(parts.snapshot, memory)
         guest.run_vcpus()
         return vm
 

@@ -59,3 +59,27 @@ def as_pages(pages: PageSet) -> Pages:
     indices = np.frombuffer(pages.indices, dtype="<u4")
     data = memoryview(pages.data).cast("B")
     return {int(n): bytes(data[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i, n in enumerate(indices)}
+
+
+class Writes:
+    """What a real driver's dirty tracking knows: the memory at the last stored snapshot, and at the last capture."""
+
+    def __init__(self, snapshot: str, memory: Pages) -> None:
+        self._base, self._base_memory = snapshot, memory
+        self._captured = memory
+        self._generation = 0
+
+    def delta(self, memory: Pages, parent: str) -> PageSet | None:
+        """Return what changed since the snapshot `parent`, or None if changes are not known since that one."""
+        return changed(memory, self._base_memory) if parent and parent == self._base else None
+
+    def capture(self, memory: Pages) -> int:
+        """Note a capture of this memory; return its generation."""
+        self._captured = memory
+        self._generation += 1
+        return self._generation
+
+    def committed(self, generation: int, snapshot: str) -> None:
+        """Count from the last capture from now on, if it is the one that was stored."""
+        if generation == self._generation:
+            self._base, self._base_memory = snapshot, self._captured

@@ -1,11 +1,11 @@
 """One snapshot's raw material: memory, disk and device state of one instant, with the shortest standstill.
 
-    before the pause    the keeper makes and touches its buffer; the disk's target is filled and opened; the caller
-                        freezes the workload (`before_pause`); the channel falls silent
-    in the pause        stop; the keeper copies the pages while QEMU saves its devices and starts the disk's
+    before the pause    the disk's target is filled and opened; the keeper copies what was written so far, and touches
+                        its buffer; the caller freezes the workload (`before_pause`); the channel falls silent
+    in the pause        stop; the keeper copies the rest while QEMU saves its devices and starts the disk's
                         copy-before-write; cont
     after it            the caller lets the workload go (`after_resume`); QEMU finishes the disk's copy; the changed
-                        blocks are picked out
+                        blocks are picked out, the pages put in order
 
 If anything fails the disk's copy is given up, the VM runs again if it ran before, and nothing is left: every file
 here is nameless from the start. If the server dies in between, the next one finds the mark `capturing` and undoes it
@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu.argv import DISK_NODE
 from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, passed_file
 from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.qemu.memory import MemoryCapture, plan_capture
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.drivers.qemu.state import save_state
 from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
@@ -42,6 +44,7 @@ _JOB_TIMEOUT_S = 600.0
 _CANCEL_TIMEOUT_S = 10.0
 
 StartCopy = Callable[[], Awaitable[None]]
+Take = Callable[[], Awaitable[bytes]]
 
 
 async def track_disk(qmp: Qmp) -> None:
@@ -51,40 +54,51 @@ async def track_disk(qmp: Qmp) -> None:
 
 
 async def capture(
-    vm: Handles, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+    vm: Handles,
+    *,
+    resume: bool,
+    before_pause: Hook | None = None,
+    after_resume: Hook | None = None,
+    parent: str = "",
 ) -> Capture:
     """Take a capture; see `machines.contract.Vm.capture`."""
     steps = Steps()
+    memory = MemoryCapture(vm.keeper, plan_capture(vm.tracking, vm.journal, parent))
     with contextlib.ExitStack() as stack:
         async with vm.explain("capture"):
             ran = await vm.running()
             try:
                 await _check_space(vm)
                 target = stack.enter_context(disk.scratch_file(vm.layout.directory))
-                put_over, _ = await all_of(in_thread(_fill_target, vm, target.fileno()), _prepare(vm))
-                steps.mark("prepare")
+                put_over = await in_thread(_fill_target, vm, target.fileno())
+                steps.mark("fill_target")
                 async with _disk_copy(vm, target.fileno()) as start_copy:
                     steps.mark("open_target")
+                    await memory.prepare()  # last, so that the pause finds little left
+                    steps.mark("prepare")
                     if before_pause is not None:
                         await before_pause()
                         steps.mark("before_pause")
-                    memory, state, standstill_s = await _pause(vm, start_copy, ran=ran, resume=resume, steps=steps)
-                    stack.callback(memory.close)
+                    take = partial(_take, vm, memory, start_copy)
+                    state, standstill_s = await _pause(vm, take, ran=ran, resume=resume, steps=steps)
                     if ran and resume and after_resume is not None:
                         await after_resume()
                         steps.mark("after_resume")
                 steps.mark("disk_copy")
                 base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
                 blocks = await in_thread(disk.changed_blocks, base, target.fileno(), put_over, vm.layout.directory)
+                stack.callback(blocks.close)
                 steps.mark("disk_compare")
+                pages = await memory.collect()
+                steps.mark("collect")
                 clear_capturing(vm.layout)
             except BaseException:
-                await asyncio.shield(_run_on(vm, ran=ran))
+                await asyncio.shield(_run_on(vm, memory, ran=ran))
                 raise
         stack.pop_all()
         target.close()
     return Capture(
-        memory=memory.pages,
+        memory=pages.pages,
         disk=blocks.pages,
         vmstate=state,
         base=vm.journal.base,
@@ -93,30 +107,19 @@ async def capture(
         memory_pages_total=vm.journal.spec.memory_bytes // PAGE_BYTES,
         disk_blocks_total=vm.journal.spec.disk_bytes // PAGE_BYTES,
         timings_s={**steps.timings_s, "total": steps.total()},
-        resources=[memory, blocks],
+        resources=[pages, blocks],
+        parent=memory.plan.parent,
+        generation=memory.generation,
     )
 
 
-async def _run_on(vm: Handles, *, ran: bool) -> None:
+async def _run_on(vm: Handles, memory: MemoryCapture, *, ran: bool) -> None:
     """After a failure: the VM goes on if it ran, also from an error of its disk that the full host caused."""
+    await memory.drop()
     with contextlib.suppress(RecessError):
-        await vm.keeper.release()
         if ran:
             await vm.qmp.execute("cont")
         clear_capturing(vm.layout)
-
-
-def _memory_kind(vm: Handles) -> str:
-    """Return what the keeper shall copy. Shared RAM over a template must give zero pages too: the template's page
-    there may be another."""
-    if not vm.journal.shared:
-        return "private"
-    return "file" if vm.journal.base == "boot" else "file-all"
-
-
-async def _prepare(vm: Handles) -> None:
-    if not vm.journal.shared:
-        await vm.keeper.prepare()
 
 
 async def _check_space(vm: Handles) -> None:
@@ -146,10 +149,8 @@ def _fill_target(vm: Handles, target: int) -> disk.Indices:
     return put_over
 
 
-async def _pause(
-    vm: Handles, start_copy: StartCopy, *, ran: bool, resume: bool, steps: Steps
-) -> tuple[disk.Packed, bytes, float]:
-    """Stop the VM, take everything that must be of one instant, let it run. Returns memory, state, standstill."""
+async def _pause(vm: Handles, take: Take, *, ran: bool, resume: bool, steps: Steps) -> tuple[bytes, float]:
+    """Stop the VM, take everything that must be of one instant, let it run. Returns device state, standstill."""
     async with vm.port.silence() as speak:
         mark_capturing(vm.layout, "running" if ran else "paused")
         steps.mark("silence")
@@ -157,7 +158,7 @@ async def _pause(
         # The second command gives QEMU's main loop a turn: what was ready before the stop has then been done.
         await asyncio.gather(vm.qmp.execute("stop"), vm.qmp.execute("query-status"))
         steps.mark("stop")
-        memory, state = await _take(vm, start_copy)
+        state = await take()
         steps.mark("take")
         standstill_s = 0.0
         if ran and resume:
@@ -166,20 +167,12 @@ async def _pause(
             clear_capturing(vm.layout)
             speak()
         steps.mark("cont")
-    return memory, state, standstill_s
+    return state, standstill_s
 
 
-async def _take(vm: Handles, start_copy: StartCopy) -> tuple[disk.Packed, bytes]:
-    memory, devices = await asyncio.gather(
-        vm.keeper.capture(_memory_kind(vm)), _devices(vm, start_copy), return_exceptions=True
-    )
-    packed = None if isinstance(memory, BaseException) else disk.map_packed(*memory)
-    for failure in (devices, memory):
-        if isinstance(failure, BaseException):
-            if packed is not None:
-                packed.close()
-            raise failure
-    return cast(disk.Packed, packed), cast(bytes, devices)
+async def _take(vm: Handles, memory: MemoryCapture, start_copy: StartCopy) -> bytes:
+    _, state = await all_of(memory.take(), _devices(vm, start_copy))
+    return cast(bytes, state)
 
 
 async def _devices(vm: Handles, start_copy: StartCopy) -> bytes:

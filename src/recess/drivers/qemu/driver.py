@@ -31,7 +31,7 @@ class QemuDriver:
     """
 
     name = "qemu"
-    capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True)
+    capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True)
 
     def __init__(
         self,
@@ -130,4 +130,5 @@ class QemuDriver:
             keeper_binary=find_tools(self._config)[1],
             fingerprint=self._fingerprint(facts, spec),
             hello_timeout_s=self._boot_timeout_s,
+            page_tracking=self._config.page_tracking,
         )

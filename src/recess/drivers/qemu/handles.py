@@ -15,6 +15,7 @@ from recess.drivers.qemu.journal import Journal
 from recess.drivers.qemu.keeper import Keeper, Obituary, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
+from recess.drivers.qemu.memory import UNTRACKED, Tracking
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.errors import DriverFailed, RecessError
 from recess.machines.contract import Fingerprint
@@ -52,6 +53,7 @@ class Handles:
     keeper: Keeper
     qmp: Qmp
     timings_s: dict[str, float] = field(default_factory=dict)
+    tracking: Tracking = UNTRACKED
 
     @contextlib.asynccontextmanager
     async def explain(self, what: str) -> AsyncIterator[None]:

@@ -23,7 +23,7 @@ import msgspec
 
 from recess.config import Config
 from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.argv import CONSOLE_FD, CPU_MODEL, MACHINE_TYPE, MONITOR_FD, Qemu
+from recess.drivers.qemu.argv import CONSOLE_FD, CPU_MODEL, MACHINE_TYPE, MONITOR_FD, Qemu, cpu_argument, cpu_properties
 from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
@@ -86,7 +86,7 @@ def _key(config: Config, binary: Path, keeper: Path, tb_mib: int) -> str:
     """Return a name for everything the facts depend on."""
     files = [(str(path), stat.st_mtime_ns, stat.st_size) for path in (binary, keeper) for stat in [path.stat()]]
     kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    text = repr((files, config.accelerator, kvm, tb_mib, os.getuid()))
+    text = repr((files, config.accelerator, kvm, tb_mib, os.getuid(), cpu_argument("tcg")))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
@@ -149,7 +149,8 @@ async def _ask(
         try:
             numbers = (await qmp.execute("query-version"))["qemu"]
             names = await qmp.execute("query-commands")
-            model = await qmp.execute("query-cpu-model-expansion", {"type": "full", "model": {"name": CPU_MODEL}})
+            wanted = {"name": CPU_MODEL, "props": cpu_properties(accelerator)}
+            model = await qmp.execute("query-cpu-model-expansion", {"type": "full", "model": wanted})
         finally:
             await qmp.close()
     flags = sorted(name for name, value in model["model"]["props"].items() if value is True)
@@ -169,7 +170,14 @@ def measure_tsc_khz(keeper: Path) -> int:
 def _arguments(accelerator: str) -> list[str]:
     return [
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-accel", accelerator),
-        *("-cpu", CPU_MODEL, "-m", f"{_MEMORY_BYTES >> 20}M", "-M", f"{MACHINE_TYPE},acpi=on,pit=on,pic=off,rtc=on"),
+        *(
+            "-cpu",
+            cpu_argument(accelerator),
+            "-m",
+            f"{_MEMORY_BYTES >> 20}M",
+            "-M",
+            f"{MACHINE_TYPE},acpi=on,pit=on,pic=off,rtc=on",
+        ),
         *("-chardev", f"socket,id=monitor,fd={MONITOR_FD},server=on,wait=off", "-mon", "chardev=monitor,mode=control"),
         *("-add-fd", f"fd={CONSOLE_FD},set=1"),
     ]

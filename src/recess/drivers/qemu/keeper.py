@@ -25,6 +25,7 @@ _MESSAGE_LIMIT = 8192
 _START_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 1.0
 _END_S = 5.0
+_NO_BASE = "-"
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,42 @@ class Keeper:
         """Have the VM killed; `death` follows."""
         await self._ask("kill")
 
-    async def prepare(self) -> None:
-        """Make and touch the buffer of the capture to come, while the VM still runs."""
-        await self._ask("prepare")
+    async def prepare(self, which: str = "") -> None:
+        """Make and touch the buffer of the capture to come, while the VM still runs. With `which` (delta, all) also
+        copy what was written, of a tracked VM, until little is left for the pause."""
+        await self._ask(f"prepare {which}".strip())
+
+    async def track(self, base: str, *, user_only: bool, known: int | None = None) -> str:
+        """Note every write from now on; to be asked before the VM runs. Returns the way: kernel or user.
+
+        `base`: the snapshot whose memory this is, or "". `known`: a descriptor with ranges (u32 first page, u32 count)
+        that differ from the RAM file without having been written.
+        """
+        text, _ = await self._ask(f"track {base or _NO_BASE} {'user' if user_only else 'any'}", known)
+        return text.removeprefix("way=")
+
+    async def tracking(self) -> tuple[str, str]:
+        """Return how the VM is tracked (kernel, user, none), and the base."""
+        text, _ = await self._ask("tracking")
+        way, base = (word.partition("=")[2] for word in text.split(" "))
+        return way, "" if base == _NO_BASE else base
+
+    async def capture_tracked(self, which: str) -> tuple[int, int]:
+        """Copy the rest of a stopped VM's pages: delta (since the base) or all. Returns (pages, generation)."""
+        text, _ = await self._ask(f"capture {which}")
+        pages, generation = (int(word.partition("=")[2]) for word in text.split(" "))
+        return pages, generation
+
+    async def collect(self) -> tuple[int, int]:
+        """Return what `capture_tracked` took, in order: (descriptor, pages)."""
+        text, fd = await self._ask("collect")
+        if fd is None:
+            raise DriverFailed(f"the keeper sent no pages: {text}")
+        return fd, int(text.removeprefix("pages="))
+
+    async def committed(self, generation: int, base: str) -> None:
+        """Tell that the capture of this generation (0: what the VM was started from) is stored as `base`."""
+        await self._ask(f"committed {generation} {base}")
 
     async def release(self) -> None:
         """Drop a prepared buffer."""

@@ -28,6 +28,7 @@ from recess.drivers.qemu.journal import Journal, read_journal, write_journal
 from recess.drivers.qemu.keeper import Keeper, end_vm
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
+from recess.drivers.qemu.memory import begin_tracking, find_tracking
 from recess.drivers.qemu.qmp import Qmp
 from recess.drivers.qemu.state import load_state
 from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError, Unsupported
@@ -47,6 +48,7 @@ class Place:
     keeper_binary: Path
     fingerprint: Fingerprint
     hello_timeout_s: float
+    page_tracking: str = "auto"  # auto | user | private (memory.py)
 
 
 def check_spec(spec: VmSpec) -> None:
@@ -85,6 +87,9 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
         vm = await begin(argv)
         steps.mark("start")
         await track_disk(vm.qmp)
+        if not for_template:
+            vm.tracking = await begin_tracking(vm.keeper, "", mode=place.page_tracking)
+            steps.mark("track")
         await _run(vm, steps)
         return _started(vm, steps)
 
@@ -162,6 +167,8 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
             os.close(pages_fd)
         steps.mark("inject")
         async with vm.explain("restore"):
+            vm.tracking = await begin_tracking(vm.keeper, parts.snapshot, mode=place.page_tracking)
+            steps.mark("track")
             await track_disk(vm.qmp)
             await load_state(vm.qmp, parts.vmstate)
         steps.mark("incoming")
@@ -289,6 +296,7 @@ async def adopt(place: Place) -> Handles | None:
         begin.port = LinkPort.open(layout, hello_timeout_s=min(place.hello_timeout_s, _ADOPTION_HELLO_S))
         begin._qmp = await unless_dead(keeper, "adoption", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
         vm = Handles(layout, journal, place.host, place.fingerprint, begin.port, keeper, begin._qmp)
+        vm.tracking = await find_tracking(keeper)
         await undo_interrupted(vm)
         if await vm.running():
             begin.port.start()

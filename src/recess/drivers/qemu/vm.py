@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from recess.drivers.qemu.capture import capture
@@ -47,11 +49,33 @@ class QemuVm:
             await unless_dead(vm.keeper, "unpause", vm.port.wait_connected())
 
     async def capture(
-        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None
+        self,
+        *,
+        resume: bool,
+        before_pause: Hook | None = None,
+        after_resume: Hook | None = None,
+        parent: str = "",
     ) -> Capture:
         """Take memory, disk and device state of one instant."""
         async with self._turn:
-            return await capture(self._handles, resume=resume, before_pause=before_pause, after_resume=after_resume)
+            return await capture(
+                self._handles, resume=resume, before_pause=before_pause, after_resume=after_resume, parent=parent
+            )
+
+    async def committed(self, capture: Capture | None, snapshot: str) -> None:
+        """Have the next captures count from this snapshot."""
+        vm = self._handles
+        if not vm.tracking.exact:
+            return
+        async with self._turn, vm.explain("commit"):
+            await vm.keeper.committed(0 if capture is None else capture.generation, snapshot)
+            _, base = await vm.keeper.tracking()
+            vm.tracking = dataclasses.replace(vm.tracking, base=base)
+
+    def about_memory(self) -> Mapping[str, str]:
+        """Say how its changes are known, and why so."""
+        tracking = self._handles.tracking
+        return {"tracking": tracking.way, "tracking_why": tracking.why, "base": tracking.base}
 
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave a template's files."""
