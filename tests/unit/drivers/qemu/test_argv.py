@@ -83,3 +83,12 @@ def test_reconnecting_is_said_as_the_version_wants_it() -> None:
 def test_kvm_takes_no_translation_cache() -> None:
     argv = command(replace(QEMU, accelerator="kvm"), SPEC, LAYOUT, ram=LAYOUT.ram, share=True, boot="")
     assert value_of(argv, "-accel") == "kvm"
+
+
+def test_software_cpus_lack_what_is_only_fast_in_hardware() -> None:
+    def cpu(accelerator: str) -> str:
+        qemu = replace(QEMU, accelerator=accelerator)
+        return value_of(command(qemu, SPEC, LAYOUT, ram=LAYOUT.ram, share=True, boot="quiet"), "-cpu")
+
+    assert cpu("tcg") == "max,erms=off,fsrm=off"
+    assert cpu("kvm") == "max"
