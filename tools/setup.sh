@@ -7,7 +7,7 @@
 # Root (or sudo) is used for apt only, and only when a package is missing. Every step checks first whether it is done;
 # every step leaves nothing half-made, so that a run that was interrupted is simply run again.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly want="${1:-all}"
 readonly venv=.venv
@@ -68,13 +68,14 @@ missing_packages() {
 	[[ -n $(cargo_path) ]] || rust_packages
 }
 
+# Without the lock's descriptor: a daemon that a package starts would hold it for ever.
 as_root() {
 	if [[ $EUID -eq 0 ]]; then
-		"$@"
+		"$@" 9<&-
 	elif [[ -t 0 ]]; then
-		sudo "$@"
+		sudo "$@" 9<&-
 	else
-		sudo -n "$@"
+		sudo -n "$@" 9<&-
 	fi
 }
 

@@ -44,7 +44,7 @@ def has_namespaces() -> bool:
     """Tell whether this user may make namespaces and mount in them."""
     if shutil.which("unshare") is None:
         return False
-    return _run(own_namespace(["mount", "-t", "tmpfs", "tmpfs", "/mnt"])).returncode == 0
+    return _run(own_namespace(["mount", "-t", "tmpfs", "tmpfs", "/tmp"])).returncode == 0
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def may_mount() -> bool:
     """Tell whether this very process may mount: root may, unless it is confined."""
     if os.geteuid() != 0 or shutil.which("unshare") is None:
         return False
-    return _run(["unshare", "--mount", "--", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).returncode == 0
+    return _run(["unshare", "--mount", "--", "mount", "-t", "tmpfs", "tmpfs", "/tmp"]).returncode == 0
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
