@@ -77,7 +77,9 @@ def _restored(body: Mapping[str, Any], *, told_already: bool) -> list[str]:
     if rung == 1:
         what = ["The machine ran on (rung 1)"]
     elif rung == 4:
-        what = ["Your machine was booted again from its disk (rung 4): files are kept, processes and memory are gone"]
+        what = [
+            f"Your machine was booted again from its disk of entry {position} (rung 4): files are kept, processes and memory are gone"
+        ]
     elif rung == 5:
         what = ["Your machine is a fresh one (rung 5): files, processes and memory of the old one are gone"]
     else:

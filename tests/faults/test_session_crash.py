@@ -3,6 +3,7 @@
 import asyncio
 
 from recess.contextlog.transcript import messages
+from recess.errors import Corrupt, Incompatible, NotFound
 from recess.testing.session_world import appears, coder_world, kinds, machine_of, notes, texts
 
 
@@ -64,10 +65,46 @@ async def test_machine_dies_in_a_local_tool(tmp_path):
         assert [m["text"] for m in messages(log) if m.get("note")] == [texts(log)[-1].removeprefix("after: ")]
 
 
-async def test_machine_dies_before_any_snapshot_gives_a_fresh_one(tmp_path):
+async def test_machine_dies_before_any_snapshot_and_its_disk_is_booted(tmp_path):
     async with coder_world(tmp_path) as (w, s):
         await w.sessions.send(s, "work a", key="1")
         await appears(tmp_path / "work-a")
+        machine = await machine_of(w, s)
+        await (await w.machines.link(machine)).write_file("/root/kept", b"files are kept")
+        await w.machines.kill(machine, why="test")
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        restore = [e for e in log if e.kind == "machine.restore"][-1]
+        assert (restore.body["rung"], restore.body["stale"], restore.body["agent_kept"]) == (4, False, False)
+        assert restore.body["lost"] == "processes and memory of before; no file"
+        assert await machine_of(w, s) == machine
+        assert await (await w.machines.link(machine)).read_file("/root/kept") == b"files are kept"
+        (result,) = [e.body["output"] for e in log if e.kind == "tool.result"]
+        assert result.startswith("interrupted")  # its files are there, as far as it got
+        (note,) = [m["text"] for m in messages(log) if m.get("note")]
+        assert "(rung 4): files are kept, processes and memory are gone" in note
+
+
+async def test_a_snapshot_that_cannot_be_used_leaves_its_disk(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "hi", turn=1)
+        await w.until_state(s, "frozen")
+        position = (await w.log.get(s)).snapshot_position
+        w.machines.fail_next["resume"] = Corrupt("a layer is damaged")
+        w.machines.fail_next["restore"] = Incompatible("another CPU")
+        await w.say(s, "again", turn=2)
+        restore = (await w.entries(s, "machine.restore"))[-1]
+        assert restore.body["rung"] == 4
+        assert restore.body["position"] == position
+        assert "resume failed: a layer is damaged" in restore.body["why"]
+        assert "restore failed: another CPU" in restore.body["why"]
+
+
+async def test_with_nothing_left_the_machine_is_a_fresh_one(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        w.machines.fail_next["bring_back"] = NotFound("its disk is gone")
         await w.machines.kill(await machine_of(w, s), why="test")
         await w.until(s, "turn.end")
         restore = (await w.entries(s, "machine.restore"))[-1]

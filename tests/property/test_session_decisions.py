@@ -95,6 +95,13 @@ def test_every_plan_ends_in_a_machine(
     assert plan.steps[-1] == (Rung.CREATE, "")
     assert plan.why
     assert len(set(plan.steps)) == len(plan.steps)
+    rungs = [rung for rung, _ in plan.steps]
+    assert (Rung.DISK in rungs) == bool(machine_state), "there is a disk only where there is a machine"
+    assert not plan.own_disk or machine_epoch == epoch_before, (
+        "a disk that another owner has overtaken is not the newest"
+    )
+    order = [Rung.REATTACH, Rung.UNPAUSE, Rung.RESUME, Rung.RESTORE, Rung.DISK, Rung.CREATE]
+    assert rungs == sorted(rungs, key=order.index), "the warmest first"
     if plan.steps[0][0] in (Rung.REATTACH, Rung.UNPAUSE):
         assert machine_epoch == epoch_before, "a machine that another owner has overtaken must not go on"
     elif machine_state in ("running", "paused"):

@@ -41,6 +41,7 @@ class AgentSide:
         self._spawn = spawn
         self.active_s = deps.clock.monotonic_s()  # when the agent last said something
         self._open = asyncio.Event()
+        self._over = False
         self.desk: Desk | None = None
         self.job_id = ""
         self.channel: Channel | None = None
@@ -103,6 +104,12 @@ class AgentSide:
         if channel is not None:
             await (channel.bye(why) if why else channel.close())
 
+    async def close(self) -> None:
+        """Serve no stream any more: one that comes is sent away at once, to find whoever serves the session next."""
+        self._over = True
+        await self.shut()
+        self._open.set()  # who waits to be let in need not wait
+
     def hold(self, token: str, why: str) -> None:
         """Keep the machine awake until `release` of the same token. Raises IllegalState over the cap."""
         if len(self.holds) >= HOLDS_MAX and token not in self.holds:
@@ -137,7 +144,7 @@ class AgentSide:
 
     async def _accept(self, hello: Hello, stream: ByteStream) -> Channel | None:
         await wait_event(self._open, ACCEPT_S, self._deps.clock)
-        if not self._open.is_set():
+        if self._over or not self._open.is_set():
             return None
         channel = Channel(stream, hello, self._deps.log, self._session)
         if hello.job != self.job_id:

@@ -187,16 +187,20 @@ class Rung(StrEnum):
     UNPAUSE = "unpause"  # rung 1
     RESUME = "resume"  # from its own newest snapshot (rung 2, or 3 from a remote store)
     RESTORE = "restore"  # from a snapshot that is not the machine's newest state (rung 2 or 3)
+    DISK = "disk"  # its disk boots cold: files are kept, memory is gone (rung 4)
     CREATE = "create"  # a fresh machine; the log is what is left (rung 5)
 
 
 @dataclass(frozen=True)
 class WakePlan:
-    """The steps of the ladder to try, in this order, and whether to end the old VM first."""
+    """The steps of the ladder to try, in this order, and whether to end the old VM first. `own_disk`: the disk that the
+    machine's last VM left may be booted; `disks`: the snapshots whose disks may be, newest first."""
 
     steps: tuple[tuple[Rung, str], ...]  # (rung, snapshot id or "")
     kill_first: bool
     why: str
+    own_disk: bool = False
+    disks: tuple[str, ...] = ()
 
 
 def plan_wake(
@@ -212,23 +216,31 @@ def plan_wake(
     """Choose the rungs. `machine_state` is "" when there is no such machine; `epoch_before` is the log's epoch before
     this claim, `machine_epoch` the one under which this node last drove the machine: when they differ, somebody else
     owned the session in between and the machine's memory is older than the log."""
-    tail = [(Rung.RESTORE, one) for one in dict.fromkeys([snapshot, *older_snapshots]) if one]
-    ladder = (*tail, (Rung.CREATE, ""))
+    stored = tuple(one for one in dict.fromkeys([snapshot, *older_snapshots]) if one)
+    disk = ((Rung.DISK, ""),) if machine_state else ()
+    ladder = (*((Rung.RESTORE, one) for one in stored), *disk, (Rung.CREATE, ""))
     current = machine_epoch == epoch_before
+    first, kill, why = _first_step(state, machine_state, machine_snapshot, snapshot, current=current)
+    if not machine_state and not stored:
+        why = "first start"
+    return WakePlan((*first, *ladder), kill, why, own_disk=bool(machine_state) and current, disks=stored)
+
+
+def _first_step(
+    state: str, machine_state: str, machine_snapshot: str, snapshot: str, *, current: bool
+) -> tuple[tuple[tuple[Rung, str], ...], bool, str]:
+    """Return the step that only this machine as it is now can take, whether to end it first, and why."""
     if machine_state == "running":
         if current and state in ("running", "parked"):
-            return WakePlan(((Rung.REATTACH, ""), *ladder), False, "the machine runs on")
-        return WakePlan(ladder, True, "the running machine is older than the log")
+            return ((Rung.REATTACH, ""),), False, "the machine runs on"
+        return (), True, "the running machine is older than the log"
     if machine_state == "paused":
         if current:
-            return WakePlan(((Rung.UNPAUSE, ""), *ladder), False, "parked in memory")
-        return WakePlan(ladder, True, "the paused machine is older than the log")
+            return ((Rung.UNPAUSE, ""),), False, "parked in memory"
+        return (), True, "the paused machine is older than the log"
     if machine_state == "suspended" and snapshot and machine_snapshot == snapshot:
-        return WakePlan(((Rung.RESUME, snapshot), *ladder), False, "frozen")
-    if not machine_state and not tail:
-        return WakePlan(ladder, False, "first start")
-    why = "frozen" if state == "frozen" else f"its machine is {machine_state or 'gone'}"
-    return WakePlan(ladder, False, why)
+        return ((Rung.RESUME, snapshot),), False, "frozen"
+    return (), False, "frozen" if state == "frozen" else f"its machine is {machine_state or 'gone'}"
 
 
 def keeps_agent(
@@ -242,7 +254,7 @@ def keeps_agent(
     """
     if rung in (Rung.REATTACH, Rung.UNPAUSE):
         return True
-    if rung is Rung.CREATE or last_work > snapshot_position:
+    if rung in (Rung.DISK, Rung.CREATE) or last_work > snapshot_position:
         return False
     return at == ("wait" if turn_open and turn_started <= snapshot_position else "next")
 

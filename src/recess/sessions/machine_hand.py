@@ -67,7 +67,7 @@ class MachineHand:
         failure: RecessError = Unavailable(f"session {self._session}: no way to get a machine")
         for rung, snapshot in plan.steps:
             try:
-                report = await self._patiently(rung, snapshot, row, spec, lease.epoch)
+                report = await self._patiently(rung, snapshot, row, spec, lease.epoch, plan)
             except (Incompatible, Corrupt, NotFound, IllegalState) as exc:
                 failure = exc
                 reasons.append(f"{rung} failed: {exc.message}")
@@ -80,20 +80,20 @@ class MachineHand:
         raise failure
 
     async def _patiently(
-        self, rung: Rung, snapshot: str, row: MachineRow | None, spec: MachineSpec, epoch: int
+        self, rung: Rung, snapshot: str, row: MachineRow | None, spec: MachineSpec, epoch: int, plan: WakePlan
     ) -> ResumeReport:
         for delay in RETRIES_S:
             try:
-                return await self._step(rung, snapshot, row, spec, epoch)
+                return await self._step(rung, snapshot, row, spec, epoch, plan)
             except Unavailable:
                 if rung is Rung.REATTACH:  # it does not answer: then it is as good as dead
                     await self._deps.machines.kill(self.machine_id, why="does not answer its session")
                     raise IllegalState("the machine runs but does not answer") from None
                 await self._deps.clock.sleep(delay)
-        return await self._step(rung, snapshot, row, spec, epoch)
+        return await self._step(rung, snapshot, row, spec, epoch, plan)
 
     async def _step(
-        self, rung: Rung, snapshot: str, row: MachineRow | None, spec: MachineSpec, epoch: int
+        self, rung: Rung, snapshot: str, row: MachineRow | None, spec: MachineSpec, epoch: int, plan: WakePlan
     ) -> ResumeReport:
         machines = self._deps.machines
         if self.machine_id and rung is not Rung.CREATE:
@@ -110,6 +110,10 @@ class MachineHand:
                 made, report = await machines.restore(snapshot, session=self._session, epoch=epoch, machine_id=ident)
                 self.machine_id = made.id
                 return report
+            case Rung.DISK:
+                return await machines.bring_back(
+                    self.machine_id, snapshots=plan.disks, rungs=(4,), own_disk=plan.own_disk, epoch=epoch
+                )
             case Rung.CREATE:
                 started = self._deps.clock.monotonic_s()
                 made = await machines.create(spec, session=self._session, epoch=epoch)

@@ -329,7 +329,7 @@ class Supervisor:
             await asyncio.gather(renewer, return_exceptions=True)
         await self.job.forget()
         await self.hand.let_go()
-        await self.agent.shut()
+        await self.agent.close()
 
     # -- what comes from the machine -------------------------------------------------------------------------------
 

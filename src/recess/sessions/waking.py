@@ -116,6 +116,9 @@ async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> 
         stored = next((one for one in known if one.snapshot == report.snapshot), None)
         position = stored.position if stored else report.log_position
         job_id, at = (stored.job, stored.at) if stored else (job_id, at)
+    elif rung is Rung.DISK:
+        # Its own disk is what the last VM left: no file is older than the log. A snapshot's is of its position.
+        position = report.log_position if report.snapshot else row.head
     elif rung is Rung.CREATE:
         position = 0
     facts = desk.facts
@@ -125,15 +128,15 @@ async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> 
     )  # fmt: skip
     keep = keep and job_id.startswith(f"agent-{desk.code_version}-")
     kept = keep and await sup.job.reattach(sup.hand.machine_id, job_id)
-    stale = rung in (Rung.RESUME, Rung.RESTORE, Rung.CREATE) and facts.last_work > position
+    stale = rung not in (Rung.REATTACH, Rung.UNPAUSE) and facts.last_work > position
     woken = Woken(report.rung, report.why, stale, kept, report.seconds, report.snapshot, position)
     return woken, job_id
 
 
 async def _end_agents(sup: Supervisor, rung: Rung) -> None:
     """End every agent process whose memory is not the log's: it must not run beside the one that will be started."""
-    if rung is Rung.CREATE:
-        return
+    if rung in (Rung.DISK, Rung.CREATE):
+        return  # none came with it
     link = await sup.deps.machines.link(sup.hand.machine_id)
     for job in await link.jobs():
         if job.label == LABEL and job.exit_code is None:
@@ -145,10 +148,17 @@ def _restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
         "rung": woken.rung, "why": woken.why, "snapshot": woken.snapshot, "position": woken.position, "head": head,
         "stale": woken.stale, "seconds": round(woken.seconds, 6), "agent_kept": woken.agent_kept,
     }  # fmt: skip
-    if woken.stale:
-        body["lost"] = (
-            f"files, processes and memory changed after entry {woken.position}, up to entry {last_work}"
-            if woken.position
-            else "all files, processes and memory of before"
-        )
+    lost = _lost(woken, last_work)
+    if lost:
+        body["lost"] = lost
     return Draft("machine.restore", body)
+
+
+def _lost(woken: Woken, last_work: int) -> str:
+    """Return what is gone, in one line for the model; "" if nothing is."""
+    if woken.rung == 5:
+        return "all files, processes and memory of before" if woken.stale else ""
+    since = f"changed after entry {woken.position}, up to entry {last_work}"
+    if woken.rung == 4:
+        return "processes and memory of before" + (f"; files {since}" if woken.stale else "; no file")
+    return f"files, processes and memory {since}" if woken.stale else ""
