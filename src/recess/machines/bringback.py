@@ -8,12 +8,13 @@ and stored, and are announced only when that snapshot is durable too.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
-from recess.errors import BadInput, Unsupported
+from recess.errors import BadInput, RecessError, Unsupported
 from recess.machines.capture import Taken
 from recess.machines.contract import RestoreParts
 from recess.machines.fleet import Fleet
@@ -117,7 +118,7 @@ class BringBack:
             _check_forkable(row)
             origin, _, _ = await self._stored.open(row.id)
             return await self._children(record, origin, count, names, session)
-        live, taken = await self._taker.capture(record, resume=True)
+        live, taken = await self._taker.capture(record, resume=True, whole=True)  # children start from these pages
         try:
             return await self._fork_live(record, live, taken, count, names, session)
         finally:
@@ -148,6 +149,8 @@ class BringBack:
             own = self._fleet.find(child.id)
             if own is not None:
                 own.parent = row.id
+                with contextlib.suppress(RecessError):
+                    await own.vm.committed(None, row.id)
         return children
 
     async def _undo(self, storing: asyncio.Task[SnapshotRow], children: list[MachineRecord]) -> None:

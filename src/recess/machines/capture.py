@@ -43,8 +43,8 @@ class Taken:
     timings_s: dict[str, float]
 
 
-async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
-    """Freeze, capture and (with `resume`) wake. On an error a machine that ran runs again.
+async def take(live: Live, clock: Clock, *, resume: bool, sync: bool, parent: str = "") -> Taken:
+    """Freeze, capture and (with `resume`) wake. On an error a machine that ran runs again. `parent`: see `Vm.capture`.
 
     Raises DriverFailed, OutOfSpace, Unsupported, GuestFailed, Timeout. If `live.workload_frozen` is then set on a
     machine that is not paused, its workload could not be woken: the caller must end it, it is not served half-awake.
@@ -54,7 +54,10 @@ async def take(live: Live, clock: Clock, *, resume: bool, sync: bool) -> Taken:
     parked = live.workload_frozen or live.paused_since != 0.0
     try:
         capture = await live.vm.capture(
-            resume=resume, before_pause=None if parked else pause.freeze, after_resume=None if parked else pause.wake
+            resume=resume,
+            before_pause=None if parked else pause.freeze,
+            after_resume=None if parked else pause.wake,
+            parent=parent,
         )
     except UNDO:
         with contextlib.suppress(GuestFailed, Timeout):
@@ -158,6 +161,7 @@ def figures(taken: Taken, report: WriteReport, durable_s: float) -> Mapping[str,
         "freezer_s": taken.freezer_s,
         "durable_s": durable_s,
         "new_bytes": report.new_bytes,
+        "counts_from": taken.capture.parent,
         "pages_captured": {"memory": taken.capture.memory.count, "disk0": taken.capture.disk.count},
         "pages_new": report.pages_new,
         "pages_shared": dict(report.pages_shared),

@@ -23,19 +23,19 @@ MEMORY = "memory"
 DISK = "disk0"
 
 
-def to_part(name: str, pages: PageSet, pages_total: int) -> RawPart:
-    """Return a driver's page set as the store takes it; the buffers stay the driver's."""
+def to_part(name: str, pages: PageSet, pages_total: int, *, inherits: bool = False) -> RawPart:
+    """Return a driver's page set as the store takes it; the buffers stay the driver's. `inherits`: see `RawPart`."""
     indices: PageIndices = np.frombuffer(pages.indices, dtype="<u4")
     data: PageData = np.frombuffer(pages.data, dtype=np.uint8).reshape(-1, PAGE_BYTES)
     if len(indices) != len(data):
         raise Corrupt(f"capture: {len(indices)} page numbers for {len(data)} pages of {name}")
-    return RawPart(name, pages_total, indices, data)
+    return RawPart(name, pages_total, indices, data, inherits)
 
 
 def capture_parts(capture: Capture) -> list[RawPart]:
     """Return both parts of a capture."""
     return [
-        to_part(MEMORY, capture.memory, capture.memory_pages_total),
+        to_part(MEMORY, capture.memory, capture.memory_pages_total, inherits=bool(capture.parent)),
         to_part(DISK, capture.disk, capture.disk_blocks_total),
     ]
 

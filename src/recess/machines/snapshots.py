@@ -63,7 +63,7 @@ class StoredSnapshots:
             asyncio.to_thread(store.overlay, snapshot_id, DISK, template=template.pages, sources=template.sources),
             asyncio.to_thread(store.vmstate, snapshot_id),
         )
-        parts = RestoreParts(template.ref, to_pages(memory), to_pages(disk), vmstate)
+        parts = RestoreParts(template.ref, to_pages(memory), to_pages(disk), vmstate, snapshot_id)
         timings = {"manifest": opened - began, "read": time.monotonic() - opened}
         origin = Origin(template, parts, snapshot_id, parts.memory.data.nbytes + parts.disk.data.nbytes, timings, afar)
         return origin, machine, manifest

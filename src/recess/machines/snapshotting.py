@@ -7,7 +7,10 @@ written in one transaction.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Awaitable
+from functools import partial
 from typing import Protocol
 
 from recess.catalog.machines import MachineRecord
@@ -17,7 +20,7 @@ from recess.catalog.snapshots import SnapshotRecord
 from recess.catalog.snapshots import insert_in as insert_snapshot_in
 from recess.crashpoints import crash_point
 from recess.db import Tx
-from recess.errors import GuestFailed, IllegalState, Timeout
+from recess.errors import Corrupt, GuestFailed, IllegalState, Incompatible, NotFound, RecessError, Timeout
 from recess.machines import keptdisk
 from recess.machines.capture import Taken, drop_nameless, figures, snapshot_meta, store_capture, take
 from recess.machines.fleet import Fleet
@@ -46,8 +49,11 @@ class SnapshotTaker:
         self._fleet = fleet
         self._make_room = make_room
 
-    async def capture(self, record: MachineRecord, *, resume: bool, refuse: bool = True) -> tuple[Live, Taken]:
-        """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended.
+    async def capture(
+        self, record: MachineRecord, *, resume: bool, refuse: bool = True, whole: bool = False
+    ) -> tuple[Live, Taken]:
+        """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended. `whole`:
+        all that differs from the template, not only what changed since the newest snapshot.
 
         Raises OutOfSpace before anything is touched when there is no room and `refuse`.
         """
@@ -55,12 +61,23 @@ class SnapshotTaker:
         await self._make_room(refuse=refuse)
         live = self._fleet.need(record.id)
         go_on = resume and record.state == RUNNING
+        parent = "" if whole else await self._usable_parent(live)
         try:
-            return live, await take(live, self._parts.clock, resume=go_on, sync=not resume)
+            return live, await take(live, self._parts.clock, resume=go_on, sync=not resume, parent=parent)
         except UNDO as exc:
             if live.workload_frozen and live.paused_since == 0.0:
                 await finish(self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc}"))
             raise
+
+    async def _usable_parent(self, live: Live) -> str:
+        """Return the snapshot that a capture may count from: the newest, if it can still be read."""
+        if not live.parent or not self._parts.driver.capabilities.dirty_tracking:
+            return ""
+        try:
+            await asyncio.to_thread(self._parts.store.manifest, live.parent)
+        except (Corrupt, NotFound, Incompatible):
+            return ""
+        return live.parent
 
     async def store(
         self,
@@ -103,6 +120,9 @@ class SnapshotTaker:
             raise
         live.parent = row.id
         crash_point("machines.snapshot_row")
+        # Last: should it not get through, the next capture holds more than it needs, never less.
+        with contextlib.suppress(RecessError):
+            await live.vm.committed(taken.capture, row.id)
         return snapshot_row(row)
 
     async def _drop_rowless(self, snapshot_id: str) -> None:
@@ -120,10 +140,19 @@ class SnapshotTaker:
         # A server that stops has no other way to keep its machines than to store them, short of space or not.
         live, taken = await self.capture(record, resume=resume, refuse=why != "stop")
         state = record.state if resume else PAUSED
+        store = partial(
+            self.store, record, live, name=name, why=why, log_position=log_position, epoch=epoch, state=state
+        )
         try:
-            return await self.store(
-                record, live, taken, name=name, why=why, log_position=log_position, epoch=epoch, state=state
-            )
+            try:
+                return await store(taken)
+            except (Corrupt, NotFound):
+                if not taken.capture.parent:
+                    raise
+            # What the capture counts from has become unreadable: take one that stands alone.
+            taken.capture.close()
+            _, taken = await self.capture(record, resume=resume, refuse=why != "stop", whole=True)
+            return await store(taken)
         except UNDO:
             if record.state == RUNNING and state == PAUSED:
                 await finish(self.wake(live))
