@@ -124,6 +124,21 @@ def test_one_of_several_fails(recess):
     assert recess("rm", "nobody", "dev", expect=1).stdout == b"dev\n"
 
 
+def test_an_agent_is_called_as_its_function_is(recess, tmp_path):
+    source = tmp_path / "agent.py"
+    source.write_text("from recess_agent import agent\n\n@agent(image='base')\nasync def helper(s):\n    pass\n")
+    assert recess("deploy", str(source)).stdout.startswith(b"helper@")
+    assert recess("deploy", str(source), "--name", "other").stdout.startswith(b"other@")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "index").write_bytes(b"\xff\xfe")
+    assert recess("deploy", str(tmp_path)).stdout.startswith(b"helper@")
+    source.write_text("import os\n")
+    body = envelope(recess("deploy", str(source), "--json", expect=2))
+    assert body["error"]["message"] == "agent.py declares no agent"
+    source.write_text("def (:\n")
+    assert envelope(recess("deploy", str(source), "--json", expect=2))["error"]["code"] == "bad_input"
+
+
 def test_a_name_in_use(recess):
     recess("run", "-d", "--name", "dev", "base")
     done = recess("--json", "run", "-d", "--name", "dev", "base", expect=125)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ def _files(source: Path) -> dict[str, str]:
         raise BadInput(f"no such file or folder: {source}")
     if not (source / "agent.py").is_file():
         raise BadInput(f"{source} holds no agent.py")
-    paths = [p for p in sorted(source.rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
+    paths = [p for p in sorted(source.rglob("*")) if p.is_file() and not _is_left_out(p.relative_to(source))]
     if len(paths) > FILES_MAX or sum(p.stat().st_size for p in paths) > BYTES_MAX:
         raise BadInput(f"{source} is too large for agent code ({FILES_MAX} files, 8 MiB); put data into an image")
     return {str(p.relative_to(source)): _text(p) for p in paths}
+
+
+def _is_left_out(path: Path) -> bool:
+    """Tell whether a file is no source: hidden (.git, .venv) or compiled."""
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _text(path: Path) -> str:
@@ -36,8 +42,22 @@ def _text(path: Path) -> str:
         raise BadInput(f"{path}: {exc.strerror}") from exc
 
 
+def _declared_name(source: str) -> str:
+    """Return the name of the function that is decorated with `@agent`, without running the file."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError) as exc:
+        raise BadInput(f"agent.py: {exc}") from exc
+    for function in (node for node in tree.body if isinstance(node, ast.AsyncFunctionDef)):
+        for decorator in function.decorator_list:
+            called = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if ast.unparse(called).rpartition(".")[2] == "agent":
+                return function.name
+    raise BadInput("agent.py declares no agent", hint="decorate its function with @agent(...), or give it a --name")
+
+
 @click.command("deploy")
-@click.option("--name", required=True, help="Name of the agent.")
+@click.option("--name", default="", help="Name of the agent; default: that of its @agent function.")
 @click.option("--image", default="", help="Image of its machine.")
 @click.option("-m", "--memory", default="", help="Memory of its machine.")
 @click.option("--idle", default="", help="Idle time before it is put away, like 30s.")
@@ -57,5 +77,7 @@ def deploy(
         config["env"] = parse_pairs(env, "-e")
     if route:
         config["routes"] = parse_pairs(route, "--route")
-    row = inv.server.call("POST", "/v1/agents", {"name": name, "files": _files(source), "config": config})
+    files = _files(source)
+    body = {"name": name or _declared_name(files["agent.py"]), "files": files, "config": config}
+    row = inv.server.call("POST", "/v1/agents", body)
     inv.out.data(row, f"{row['name']}@{row['version']}")
