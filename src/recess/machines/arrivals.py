@@ -48,17 +48,17 @@ def foreign_record(manifest: Mapping[str, Any], snapshot_id: str, how: str, new_
 
 
 async def add_foreign(
-    catalog: Catalog, record: SnapshotRecord, *, wanted: str = "", known_as: str = ""
-) -> SnapshotRecord:
-    """Add a row, or return the one there is. `wanted`: the name a user asks for, taken from whoever has it; `known_as`:
-    what it was called elsewhere, given only if nobody here has that name. Raises BadInput for an illegal `wanted`."""
+    catalog: Catalog, record: SnapshotRecord, *, wanted: str = "", known_as: str = "", now: float
+) -> str:
+    """See that there is a row, and return the name it got, or has. `wanted`: the name a user asks for, taken from whoever
+    has it; `known_as`: what it was called elsewhere, given only if nobody here has that name. Raises BadInput."""
 
-    def run(tx: Tx) -> SnapshotRecord:
+    def run(tx: Tx) -> str:
         if TABLE.find_in(tx, record.id) is None:
             insert_in(tx, record)
         name = wanted or (known_as if known_as and find_ref_in(tx, known_as) is None else "")
         if name:
-            tag_in(tx, record.id, name, now=record.created)
-        return TABLE.get_in(tx, record.id)
+            tag_in(tx, record.id, name, now=now)
+        return name or TABLE.get_in(tx, record.id).name
 
     return await catalog.db.write(run)

@@ -77,8 +77,8 @@ class Transfers:
         snapshot_id, report = await asyncio.to_thread(self._pull, ref, where)
         await self._prove(snapshot_id, trust=True)  # the store was named by this node's owner
         known_as = "" if ref.startswith(f"{SNAPSHOT}_") else ref
-        row = await self._add(snapshot_id, "pulled", report.bytes_sent, name, known_as)
-        return {"snapshot": row.id, "name": row.name, "remote": where, **asdict(report)}
+        called = await self._add(snapshot_id, "pulled", report.bytes_sent, name, known_as)
+        return {"snapshot": snapshot_id, "name": called, "remote": where, **asdict(report)}
 
     def _pull(self, ref: str, where: str) -> tuple[str, TransferReport]:
         remote, refs = self._remote(where)
@@ -116,10 +116,11 @@ class Transfers:
         remote = open_blobs(where, self._config)
         return remote, Refs(remote, home_id(self._config.home))
 
-    async def _add(self, snapshot_id: str, how: str, new_bytes: int, name: str, known_as: str) -> SnapshotRecord:
+    async def _add(self, snapshot_id: str, how: str, new_bytes: int, name: str, known_as: str) -> str:
         manifest = await asyncio.to_thread(self._store.manifest, snapshot_id)
         record = foreign_record(manifest, snapshot_id, how, new_bytes)
-        return await add_foreign(self._catalog, record, wanted=name, known_as=known_as)
+        now = self._clock.wall_s()
+        return await add_foreign(self._catalog, record, wanted=name, known_as=known_as, now=now)
 
     # --- export and import ---------------------------------------------------------------------------------------
 
@@ -140,8 +141,8 @@ class Transfers:
             check_name(name, "snapshot", tagged=True)
         head, report = await asyncio.to_thread(self._take_in, read)
         asks = await self._prove(head.snapshot_id, trust=trust)
-        row = await self._add(head.snapshot_id, "imported", report.bytes_sent, name, _legal(head.name))
-        return {"snapshot": row.id, "name": row.name, "asks_for": asks, **asdict(report)}
+        called = await self._add(head.snapshot_id, "imported", report.bytes_sent, name, _legal(head.name))
+        return {"snapshot": head.snapshot_id, "name": called, "asks_for": asks, **asdict(report)}
 
     def _take_in(self, read: Read) -> tuple[Announcement, TransferReport]:
         work = Import(self._store.blobs, ArchiveReader(read), self._config.home, self._free_bytes)
@@ -157,7 +158,8 @@ class Transfers:
             raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
         snapshot_id = await asyncio.to_thread(self._hold_found, store, ref)
         self._progress(f"{ref} is another home's: found in {self._config.store}")
-        return await self._add(snapshot_id, "found", 0, "", "" if ref.startswith(f"{SNAPSHOT}_") else ref)
+        await self._add(snapshot_id, "found", 0, "", "" if ref.startswith(f"{SNAPSHOT}_") else ref)
+        return await self._catalog.snapshots.get(snapshot_id)
 
     def _hold_found(self, store: SharedStore, ref: str) -> str:
         snapshot_id = store.find(ref)
