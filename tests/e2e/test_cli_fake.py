@@ -125,13 +125,14 @@ def test_one_of_several_fails(recess):
 
 
 def test_an_agent_is_called_as_its_function_is(recess, tmp_path):
-    source = tmp_path / "agent.py"
+    folder = tmp_path / "code"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "index").write_bytes(b"\xff\xfe")
+    source = folder / "agent.py"
     source.write_text("from recess_agent import agent\n\n@agent(image='base')\nasync def helper(s):\n    pass\n")
     assert recess("deploy", str(source)).stdout.startswith(b"helper@")
     assert recess("deploy", str(source), "--name", "other").stdout.startswith(b"other@")
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git" / "index").write_bytes(b"\xff\xfe")
-    assert recess("deploy", str(tmp_path)).stdout.startswith(b"helper@")
+    assert recess("deploy", str(folder)).stdout.startswith(b"helper@")
     source.write_text("import os\n")
     body = envelope(recess("deploy", str(source), "--json", expect=2))
     assert body["error"]["message"] == "agent.py declares no agent"
