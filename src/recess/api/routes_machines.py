@@ -1,4 +1,4 @@
-"""Machines and snapshots over HTTP. Table of calls: docs/internals/http-api.md."""
+"""Machines over HTTP. Table of calls: docs/internals/http-api.md."""
 
 from __future__ import annotations
 
@@ -102,14 +102,6 @@ async def resume_machine(request: Request) -> Response:
     return JSONResponse(resume_json(await context_of(request).node.machines.bring_back(_ref(request), rungs=rungs)))
 
 
-async def snapshot_machine(request: Request) -> Response:
-    """POST /v1/machines/REF/snapshot."""
-    body = await read_json(request)
-    reject_unknown(body, {"name"}, "body")
-    row = await context_of(request).node.machines.snapshot(_ref(request), name=field(body, "name", str, ""))
-    return JSONResponse(snapshot_json(row), status_code=201)
-
-
 async def fork_machine(request: Request) -> Response:
     """POST /v1/machines/REF/fork."""
     ctx, body = context_of(request), await read_json(request)
@@ -168,41 +160,6 @@ async def machine_egress(request: Request) -> Response:
     return JSONResponse({"decisions": node.egress(row.id)})
 
 
-async def list_snapshots(request: Request) -> Response:
-    """GET /v1/snapshots."""
-    rows = await context_of(request).node.machines.list_snapshots()
-    return JSONResponse({"snapshots": [snapshot_json(r) for r in rows]})
-
-
-async def get_snapshot(request: Request) -> Response:
-    """GET /v1/snapshots/REF."""
-    return JSONResponse(snapshot_json(await context_of(request).node.machines.get_snapshot(_ref(request))))
-
-
-async def delete_snapshot(request: Request) -> Response:
-    """DELETE /v1/snapshots/REF."""
-    await context_of(request).node.machines.remove_snapshot(_ref(request))
-    return Response(status_code=204)
-
-
-async def verify_snapshot(request: Request) -> Response:
-    """POST /v1/snapshots/REF/verify."""
-    return JSONResponse(dict(await context_of(request).node.machines.verify_snapshot(_ref(request))))
-
-
-async def restore_snapshot(request: Request) -> Response:
-    """POST /v1/snapshots/REF/restore."""
-    ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"name"}, "body")
-
-    async def work() -> dict[str, Any]:
-        row, report = await ctx.node.machines.restore(_ref(request), name=field(body, "name", str, ""))
-        return {"machine": machine_json(row), "resume": resume_json(report)}
-
-    key = request.headers.get("idempotency-key", "")
-    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
-
-
 ROUTES = [
     Route("/v1/machines", list_machines, methods=["GET"]),
     Route("/v1/machines", create_machine, methods=["POST"]),
@@ -210,16 +167,10 @@ ROUTES = [
     Route("/v1/machines/{ref}", delete_machine, methods=["DELETE"]),
     Route("/v1/machines/{ref}/suspend", suspend_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/resume", resume_machine, methods=["POST"]),
-    Route("/v1/machines/{ref}/snapshot", snapshot_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/fork", fork_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/logs", machine_logs, methods=["GET"]),
     Route("/v1/machines/{ref}/files", read_file, methods=["GET"]),
     Route("/v1/machines/{ref}/files", write_file, methods=["PUT"]),
     Route("/v1/machines/{ref}/egress", machine_egress, methods=["GET"]),
     Route("/v1/machines/{ref}/{verb}", act_on_machine, methods=["POST"]),
-    Route("/v1/snapshots", list_snapshots, methods=["GET"]),
-    Route("/v1/snapshots/{ref}", get_snapshot, methods=["GET"]),
-    Route("/v1/snapshots/{ref}", delete_snapshot, methods=["DELETE"]),
-    Route("/v1/snapshots/{ref}/verify", verify_snapshot, methods=["POST"]),
-    Route("/v1/snapshots/{ref}/restore", restore_snapshot, methods=["POST"]),
 ]

@@ -34,7 +34,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "resume": ("lifecycle", "resume", "Bring a suspended machine back"),
     "cp": ("cp", "cp", "Copy a file to or from a machine"),
     "snapshot": ("snapshot", "snapshot", "Take a snapshot of a machine"),
-    "snapshots": ("snapshots", "snapshots", "Manage snapshots: ls, inspect, verify, rm"),
+    "snapshots": ("snapshots", "snapshots", "Manage snapshots: ls, tree, inspect, diff, verify, tag, rm, prune"),
     "restore": ("snapshot", "restore", "Start a machine from a snapshot"),
     "fork": ("snapshot", "fork", "Fork a running machine"),
     "images": ("images", "images", "Manage images: ls, create, inspect, rm"),

@@ -66,6 +66,8 @@ class Output:
             print(json.dumps(body))
             return
         print(f"recess: {error.message}", file=sys.stderr)
+        for reason in error.details.get("reasons", [])[1:]:  # the first is in the message
+            print(f"  also: {reason}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
 

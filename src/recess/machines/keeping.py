@@ -73,7 +73,8 @@ class SnapshotKeeping:
 
     # --- what is needed ----------------------------------------------------------------------------------------
 
-    async def _holds(self) -> Holds:
+    async def holds(self) -> Holds:
+        """Return what the room above needs now, and what its logs name within the retention."""
         return await self._held(self._parts.clock.wall_s() - self._parts.keeping.retention_s)
 
     async def _candidates(self, holds: Holds) -> list[Candidate]:
@@ -100,7 +101,7 @@ class SnapshotKeeping:
         one that is only a place to go back to, or whose files others share (they keep what they share), and one whose
         row or manifest is damaged. What a suspended machine or a session would come back from is never taken."""
         snapshot_id, name = await self._id_of(ref, force)
-        holds = await self._holds()
+        holds = await self.holds()
         needs = [holds.current[snapshot_id]] if snapshot_id in holds.current else []
         hint = "remove those first"
         if not needs and not force:
@@ -198,7 +199,7 @@ class SnapshotKeeping:
         if older_than_s is not None:
             policy = replace(policy, retention_s=older_than_s)
         async with self._tidying:
-            holds = await self._holds()
+            holds = await self.holds()
             doomed = prunable(
                 await self._candidates(_since(holds, older_than_s)), now=self._parts.clock.wall_s(), keeping=policy,
                 everything=everything,
@@ -213,7 +214,7 @@ class SnapshotKeeping:
         if keep_last < 1:
             raise BadInput(f"keep-last: at least 1, not {keep_last}")
         async with self._tidying:
-            return await self._take_all(beyond_last(await self._candidates(await self._holds()), series, keep_last))
+            return await self._take_all(beyond_last(await self._candidates(await self.holds()), series, keep_last))
 
     async def _take_all(self, doomed: Sequence[Doomed], *, enough: int | None = None) -> list[Removed]:
         out: list[Removed] = []
@@ -234,7 +235,7 @@ class SnapshotKeeping:
         async with self._tidying:
             missing = await self._missing()
             doomed = prunable(
-                await self._candidates(await self._holds()), now=self._parts.clock.wall_s(),
+                await self._candidates(await self.holds()), now=self._parts.clock.wall_s(),
                 keeping=self._parts.keeping, pressed=True,
             )  # fmt: skip
             await self._take_all(doomed, enough=missing)
@@ -263,7 +264,7 @@ class SnapshotKeeping:
         retention, their logs refer to, if it is still there. Raises Corrupt, NotFound before anything is deleted when
         a snapshot that has a row cannot be read: what it needs is unknown.
         """
-        catalog, holds = self._parts.catalog, await self._holds()
+        catalog, holds = self._parts.catalog, await self.holds()
 
         def roots(tx: Tx) -> tuple[list[str], list[str]]:
             templates = [str(row["manifest"]) for row in tx.execute("SELECT manifest FROM catalog_template")]

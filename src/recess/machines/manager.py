@@ -25,6 +25,7 @@ from recess.machines.keeping import SnapshotKeeping
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.live import Live
+from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
 from recess.machines.outputlog import read_output
 from recess.machines.parts import UNDO, Parts
@@ -35,6 +36,7 @@ from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import finish, template_origin
 from recess.machines.states import CREATING, DAMAGED, DEAD, PAUSED, RUNNING, WITH_VM, next_state
 from recess.machines.templates import Templates
+from recess.machines.views import SnapshotViews
 
 EXIT_KILLED = 137
 STATS_S = 2.0
@@ -51,6 +53,8 @@ class Manager:
         self.keeping = SnapshotKeeping(parts, self.fleet)
         self._taker = SnapshotTaker(parts, self.fleet, self.keeping.make_room)
         self._stored = StoredSnapshots(parts, self.templates)
+        self.views = SnapshotViews(parts, self.keeping)
+        self.looks = SnapshotLooks(parts, self._stored)
         self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
         self._cold = ColdBoot(parts, self.fleet, self._launcher, self.templates)
         self._climber = Climber(parts, self.fleet, self._unpark, self._back, self._cold, self._stored)
@@ -367,6 +371,7 @@ class Manager:
     async def tidy(self) -> Mapping[str, int]:
         """What a node does by itself now and then: snapshots by policy, blobs, folders of machines that are gone."""
         done = await self.keeping.tidy()
+        await self.looks.check_due()
         return {**done, "folders": await self.fleet.leavings.sweep(at_start=False)}
 
     async def recover(self) -> dict[str, int]:
