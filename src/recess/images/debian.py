@@ -148,8 +148,8 @@ def explain(error: Unavailable) -> RecessError:
     if re.search(r"unable to pick chroot mode|newuidmap|newgidmap|unable to unshare|unshare\(\) failed", log):
         return MissingTool(
             "this user may not build images: no user namespaces",
-            hint="apt-get install uidmap, and have a line for the user in /etc/subuid and /etc/subgid; "
-            "or install fakechroot and fakeroot; or run the build once as root",
+            hint="as root: apt-get install uidmap && usermod --add-subuids 100000-165535 --add-subgids 100000-165535 "
+            "USER; or install fakechroot and fakeroot",
             log=log,
         )
     if re.search(r"Could not (resolve|connect)|Temporary failure|Failed to fetch|Connection (failed|timed out)", log):
