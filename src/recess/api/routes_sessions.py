@@ -79,11 +79,41 @@ async def get_session(request: Request) -> Response:
 async def send(request: Request) -> Response:
     """POST /v1/sessions/REF/messages: durable when answered, before any machine exists."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"text"}, "body")
+    reject_unknown(body, {"text", "mode"}, "body")
     text = field(body, "text", str, None)
     if not text:
         raise BadInput("text: a message needs one")
-    appended = await ctx.node.sessions.send(_ref(request), text, key=request.headers.get("idempotency-key", ""))
+    appended = await ctx.node.sessions.send(
+        _ref(request), text, key=request.headers.get("idempotency-key", ""), mode=field(body, "mode", str, "queue")
+    )
+    return JSONResponse(asdict(appended), status_code=202)
+
+
+async def cancel(request: Request) -> Response:
+    """POST /v1/sessions/REF/cancel: stop the turn at work; durable when answered."""
+    ctx, body = context_of(request), await read_json(request)
+    reject_unknown(body, {"reason", "turn"}, "body")
+    appended = await ctx.node.sessions.cancel(
+        _ref(request), reason=field(body, "reason", str, ""), turn=field(body, "turn", int, None),
+        key=request.headers.get("idempotency-key", ""),
+    )  # fmt: skip
+    return JSONResponse(asdict(appended), status_code=202)
+
+
+async def questions(request: Request) -> Response:
+    """GET /v1/sessions/REF/questions: what waits for a human."""
+    found = await context_of(request).node.sessions.questions(_ref(request))
+    return JSONResponse({"questions": [{**asdict(one), "body": dict(one.body)} for one in found]})
+
+
+async def answer(request: Request) -> Response:
+    """POST /v1/sessions/REF/answers: the first answer stands; durable when answered."""
+    body = await read_json(request)
+    reject_unknown(body, {"question", "text"}, "body")
+    question, text = field(body, "question", str, ""), field(body, "text", str, None)
+    if not question or text is None:
+        raise BadInput("question and text are needed", hint="open ones: GET /v1/sessions/REF/questions")
+    appended = await context_of(request).node.sessions.answer(_ref(request), question, text)
     return JSONResponse(asdict(appended), status_code=202)
 
 
@@ -189,6 +219,9 @@ ROUTES = [
     Route("/v1/sessions", list_sessions, methods=["GET"]),
     Route("/v1/sessions/{ref}", get_session, methods=["GET"]),
     Route("/v1/sessions/{ref}/messages", send, methods=["POST"]),
+    Route("/v1/sessions/{ref}/cancel", cancel, methods=["POST"]),
+    Route("/v1/sessions/{ref}/questions", questions, methods=["GET"]),
+    Route("/v1/sessions/{ref}/answers", answer, methods=["POST"]),
     Route("/v1/sessions/{ref}/log", read_log, methods=["GET"]),
     Route("/v1/sessions/{ref}/events", events, methods=["GET"]),
     Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),

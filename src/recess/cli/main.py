@@ -39,7 +39,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "fork": ("snapshot", "fork", "Fork a running machine"),
     "images": ("images", "images", "Manage images: ls, create, inspect, rm"),
     "deploy": ("deploy", "deploy", "Store a version of agent code"),
-    "session": ("session", "session", "Agent sessions: start, send, log, ls, suspend, resume, fork, close"),
+    "session": ("session", "session", "Agent sessions: start, send, cancel, answer, log, ls, suspend, resume, fork, rewind, close"),
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
     "doctor": ("doctor", "doctor", "Check this host and run a guest"),
     "up": ("up", "up", "Run the server in the foreground"),

@@ -1,4 +1,4 @@
-"""`recess session start|send|log|ls|inspect|suspend|resume|fork|close`."""
+"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|fork|rewind|close`."""
 
 from __future__ import annotations
 
@@ -36,33 +36,42 @@ def start(inv: Invocation, agent: str, name: str, label: tuple[str, ...]) -> Non
 @session.command("send")
 @click.option("--key", default="", help="Idempotency key: the same key never sends twice.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait for the answer.")
+@click.option(
+    "--mode", type=click.Choice(["queue", "steer", "interrupt"]), default="queue", show_default=True,
+    help="While a turn is at work: wait for a turn of its own, be seen by this one, or stop this one first.",
+)  # fmt: skip
 @click.argument("ref")
 @click.argument("text")
 @verb
-def send(inv: Invocation, ref: str, text: str, key: str, detach: bool) -> int:
+def send(inv: Invocation, ref: str, text: str, key: str, detach: bool, mode: str) -> int:
     """Send TEXT to a session and show what happens until the turn ends. TEXT "-" reads stdin."""
     message = sys.stdin.read() if text == "-" else text
-    answer = inv.server.call("POST", f"/v1/sessions/{ref}/messages", {"text": message}, key=key or new_key())
+    body = {"text": message, "mode": mode}
+    sent = inv.server.call("POST", f"/v1/sessions/{ref}/messages", body, key=key or new_key())
     if detach:
-        inv.out.data(answer, str(answer["position"]))
+        inv.out.data(sent, str(sent["position"]))
         return 0
-    inv.out.progress(f"position {answer['position']}" + (" (sent before)" if answer["replayed"] else ""))
-    status, entries = _follow_turn(inv, ref, int(answer["position"]))
+    inv.out.progress(f"position {sent['position']}" + (" (sent before)" if sent["replayed"] else ""))
+    status, entries = _follow_turn(inv, ref, int(sent["position"]))
     if inv.out.as_json:
-        inv.out.data({**answer, "status": status, "entries": entries})
+        inv.out.data({**sent, "status": status, "entries": entries})
     return 0 if status == "done" else 1
 
 
 def _follow_turn(inv: Invocation, ref: str, position: int) -> tuple[str, list[Json]]:
-    """Print entries after `position` until the turn that answers it ends; return its status."""
+    """Print entries after `position` until the turn that the message there went into has ended; return its status. That is
+    the turn begun for it or, for one that was sent into an open turn, the first that ends."""
     seen: list[Json] = []
-    started = False
+    page = inv.server.call("GET", f"/v1/sessions/{ref}/log", query={"after": position - 1, "limit": 1})["entries"]
+    started = bool(page) and page[0]["body"].get("mode") == "steer"
     for entry in follow(inv.server, ref, position):
         seen.append(entry)
         if not inv.out.as_json:
             inv.out.line(render(entry))
-        if entry["kind"] == "turn.start":
-            started = int(entry["body"].get("position", position)) >= position
+        if entry["kind"] == "ask":
+            inv.out.progress(f"it waits for an answer: recess session answer {ref} {entry['ref']} TEXT")
+        if entry["kind"] == "turn.start" and entry["body"].get("inbox") == position:
+            started = True
         if entry["kind"] == "turn.end" and started:
             return str(entry["body"].get("status", "done")), seen
     return "unknown", seen
@@ -92,10 +101,49 @@ def render(entry: Json) -> str:
             text = f"{body.get('name')}({json.dumps(body.get('arguments'))[:200]})"
         case "tool.result":
             text = str(body.get("output", ""))[:300]
+        case "ask":
+            choices = " | ".join(body.get("choices") or ())
+            text = f"{entry['ref']}: {body.get('text')}" + (f" [{choices}]" if choices else "")
+        case "answer":
+            text = f"{entry['ref']}: {body.get('text')}"
         case _:
             text = json.dumps(body)[:300]
     text = text.rstrip().replace("\n", "\n" + " " * 24)
     return f"{entry['position']:>6}  {entry['kind']:<14}  {text}"
+
+
+@session.command("cancel")
+@click.option("--reason", default="", help="Why, for the log and the model.")
+@click.argument("ref")
+@verb
+def cancel(inv: Invocation, ref: str, reason: str) -> None:
+    """Stop the turn at work; the agent's memory and machine stay."""
+    sent = inv.server.call("POST", f"/v1/sessions/{ref}/cancel", {"reason": reason}, key=new_key())
+    inv.out.data(sent, str(sent["position"]))
+
+
+@session.command("questions")
+@click.argument("ref")
+@verb
+def questions(inv: Invocation, ref: str) -> None:
+    """Show what a session waits for a human to answer."""
+    found = inv.server.call("GET", f"/v1/sessions/{ref}/questions")["questions"]
+    if inv.out.as_json:
+        inv.out.data(found)
+        return
+    rows = [{**one, "id": one["ref"], "answers": " | ".join(one["choices"])} for one in found]
+    inv.out.table(rows, [("QUESTION ID", "id"), ("ANSWERS", "answers"), ("TEXT", "text")])
+
+
+@session.command("answer")
+@click.argument("ref")
+@click.argument("question")
+@click.argument("text")
+@verb
+def answer(inv: Invocation, ref: str, question: str, text: str) -> None:
+    """Answer QUESTION (an id that `session questions` shows) with TEXT. The first answer stands."""
+    sent = inv.server.call("POST", f"/v1/sessions/{ref}/answers", {"question": question, "text": text})
+    inv.out.data(sent, str(sent["position"]))
 
 
 @session.command("log")
@@ -165,6 +213,15 @@ def fork(inv: Invocation, ref: str, at: int | None, name: str) -> None:
     if at is not None:
         body["at"] = at
     _say(inv, inv.server.call("POST", f"/v1/sessions/{ref}/fork", body, key=new_key()))
+
+
+@session.command("rewind")
+@click.option("--to", required=True, type=int, help="Log position to go back to.")
+@click.argument("ref")
+@verb
+def rewind(inv: Invocation, ref: str, to: int) -> None:
+    """Take a session back to a position, log and machine together; what came after stays in the log."""
+    _say(inv, inv.server.call("POST", f"/v1/sessions/{ref}/rewind", {"to": to}))
 
 
 @session.command("close")
