@@ -126,6 +126,10 @@ class LayerReader:
             raise self._corrupt("layer index does not name every slot")
         return found
 
+    def frames_of(self, slots: NDArray[np.int64]) -> int:
+        """Return how many frames hold these slots."""
+        return len(np.unique(slots // self._per_frame))
+
     def visits(self, slots: NDArray[np.int64], visit: Visit) -> list[Callable[[], None]]:
         """Return tasks that together hand the page of every entry of `slots` (ascending, doubles allowed) to `visit`.
 

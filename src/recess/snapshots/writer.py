@@ -34,7 +34,7 @@ from recess.snapshots.pagemap import KIND_BLOCKS, KIND_LAYER, PAGES_MAX, PageMap
 from recess.snapshots.pagemap_v1 import encode_tree
 from recess.snapshots.publish import Pins, Publication
 from recess.snapshots.reader import VMSTATE_KIND, OpenSnapshot
-from recess.snapshots.rewrite import Usage, files_to_rewrite
+from recess.snapshots.rewrite import Usage, files_to_rewrite, worth_comparing
 from recess.units import PAGE_BYTES
 
 PACKS_MAX = 4  # page-map files of one snapshot: small, cheap to rewrite, each an open at restore
@@ -270,10 +270,12 @@ class SnapshotWriter:
             places = theirs.position[at[mine]].astype(np.int64)
             order = np.argsort(places, kind="stable")
             targets, slots = rows[mine][order], places[order]
+            layer = parent.layer(make_id(LAYER, source.digest.hex()))
+            if not worth_comparing(len(slots), layer.frames_of(slots), inherits=raw.inherits):
+                continue
             same = np.zeros(len(raw.data), np.bool_)
             slot_of = np.zeros(len(raw.data), np.int64)
             slot_of[targets] = slots
-            layer = parent.layer(make_id(LAYER, source.digest.hex()))
             tasks += layer.visits(slots, partial(_mark_equal, same, words(raw.data), targets))
             out[source] = (same, slot_of)
         self._pool.each(tasks)

@@ -8,7 +8,7 @@ from recess.frames import WorkPool
 from recess.snapshots import can_restore
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, fingerprints, first_equal, look_up, take
 from recess.snapshots.keys import digest_of, id_of, is_id, key_of
-from recess.snapshots.rewrite import Usage, files_to_rewrite
+from recess.snapshots.rewrite import Usage, files_to_rewrite, worth_comparing
 from tests.unit.snapshots.helpers import pages
 
 H = "0" * 64
@@ -109,3 +109,10 @@ def test_keys():
     for bad in ("", "snp_", f"snp_{H}0", f"SNP_{H}", f"xxx_{H}", f"snp_{H}\n"):
         with pytest.raises(BadInput):
             digest_of(bad)
+
+
+def test_scattered_pages_of_a_tracked_machine_are_not_compared():
+    assert worth_comparing(1, 1, inherits=False)
+    assert not worth_comparing(7, 1, inherits=True)
+    assert worth_comparing(16, 1, inherits=True)
+    assert worth_comparing(0, 0, inherits=True)
