@@ -54,9 +54,9 @@ cargo_path() {
 # Debian 12's own Rust is too old, but it has a recent one beside it; newer releases need no such thing.
 rust_packages() {
 	if grep -qs '^VERSION_CODENAME=bookworm' /etc/os-release; then
-		printf '%s\n' cargo-web rustc-web
+		printf '%s\n' cargo-web rustc-web rustfmt-web
 	else
-		printf '%s\n' cargo rustc
+		printf '%s\n' cargo rustc rustfmt
 	fi
 }
 
