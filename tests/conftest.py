@@ -129,6 +129,7 @@ def _in_own_namespace(item: pytest.Item) -> pytest.Item:
     assert item.parent is not None
     stand_in = pytest.Function.from_parent(item.parent, name=item.name, callobj=_runner(item.nodeid, item.config))
     stand_in.own_markers = [mark for mark in item.own_markers if mark.name != "asyncio"]
+    stand_in.add_marker(pytest.mark.timeout(300))  # the child's own limit comes first, and ends what it started
     return stand_in
 
 

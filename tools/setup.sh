@@ -39,7 +39,7 @@ check_host() {
 
 # --- Debian packages ------------------------------------------------------------------------------------------------
 
-# Prints the minor version of a cargo that is new enough, or nothing.
+# Prints the path of a cargo that is new enough, or nothing.
 cargo_path() {
 	local candidate
 	for candidate in "$(command -v cargo || true)" /usr/bin/cargo "$HOME/.cargo/bin/cargo"; do
