@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from recess.blobs import BlobStore
+from recess.crashpoints import crash_point
 from recess.errors import Corrupt, NotFound, OutOfSpace
 from recess.snapshots.archive_v1 import Announcement, ArchiveReader, layout
 from recess.snapshots.blobcheck import checked_pieces
@@ -87,7 +88,9 @@ class Import:
     def _check_complete(self, commit: Item, content: Iterator[bytes], missing: set[Item]) -> None:
         """Take the manifest in, but only if what it needs is what came: nothing less, nothing else."""
         if commit in missing:
+            crash_point("import.before_manifest")
             self._take(commit, content)
+            crash_point("import.after_manifest")
         try:
             needed = set(closure(self._blobs, self.announcement.snapshot_id))
             if needed != set(self.announcement.items):

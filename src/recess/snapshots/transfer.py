@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from recess.blobs import BlobStore, read_pieces
+from recess.crashpoints import crash_point
 from recess.errors import Corrupt, NotFound
 from recess.snapshots.blobcheck import checked_pieces
 from recess.snapshots.keys import SNAPSHOT, id_of, key_of
@@ -90,6 +91,7 @@ def copy_snapshot(source: BlobStore, target: BlobStore, snapshot_id: str, *, tel
     for number, item in enumerate(todo, 1):
         if item == items[-1]:
             _renew(source, target, items[:-1], sent)
+            crash_point("transfer.before_manifest")
         tell(f"blob {number} of {len(todo)}: {item.key.rpartition('/')[2][:16]}, {item.size_bytes} bytes")
         _copy(source, target, item)
         sent[item] = None
@@ -119,6 +121,7 @@ def _renew(source: BlobStore, target: BlobStore, items: Sequence[Item], sent: di
 
 
 def _copy(source: BlobStore, target: BlobStore, item: Item) -> None:
+    crash_point("transfer.before_blob")
     target.put_stream(item.key, partial(checked_blob, source, item))
     if target.stat(item.key).size_bytes != item.size_bytes:
         raise Corrupt(f"{item.key} arrived with another size", blob=str(id_of(item.key)))

@@ -32,6 +32,7 @@ class FaultProxy:
         self.down = False
         self.delay_s = 0.0
         self.forgetful = False
+        self.flaky_every = 0  # every so many requests one fails: a refusal and a lost answer in turn
         self.requests: Counter[str] = Counter()
         self.url = ""
 
@@ -102,6 +103,9 @@ class FaultProxy:
         body = request.rfile.read(size)
         with self._lock:
             self.requests[request.command] += 1
+            turn, place = divmod(self.requests.total(), self.flaky_every or self.requests.total() + 1)
+            if self.flaky_every and not place:
+                self._armed["fail" if turn % 2 else "lose"] += 1
         if self.delay_s:
             self._released.wait(self.delay_s)
         if self.down:
