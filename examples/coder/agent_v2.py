@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from recess_agent import Call, Session, agent, openai_chat, tool
+from recess_agent import Call, ModelError, Session, agent, openai_chat, tool
 
 VERSION = 2
 WORKDIR = Path(os.environ.get("CODER_WORKDIR", "/root"))
@@ -140,7 +140,11 @@ async def coder(session: Session) -> None:
         print(f"turn {turn.number}: {turn.text[:80]}", flush=True)
         while True:
             messages = [{"role": "system", "content": PROMPT}, *session.messages()]
-            reply = await session.stream(openai_chat(messages, session.tools, base_url=BASE_URL))
+            try:
+                reply = await session.stream(openai_chat(messages, session.tools, base_url=BASE_URL))
+            except ModelError as error:
+                await session.retry_after(error)  # "come back in 15 minutes": the machine is frozen meanwhile
+                continue
             if not reply.tool_calls:
                 break
             await session.run_tools(reply)

@@ -4,6 +4,7 @@ import asyncio
 
 from recess.contextlog.transcript import messages
 from recess.errors import Corrupt, Incompatible, NotFound
+from recess.testing.session_agents import coder
 from recess.testing.session_world import appears, coder_world, kinds, machine_of, notes, texts
 
 
@@ -178,6 +179,39 @@ async def test_pure_is_run_again(tmp_path):
         log = await w.entries(s)
         results = [e.body for e in log if e.kind == "tool.result"]
         assert results[-1] == {"output": "seen sea"}
+
+
+async def test_keyed_is_run_again_with_the_same_key(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "order tea", key="1")
+        await appears(tmp_path / "orders")
+        machine = await machine_of(w, s)
+        await w.sessions.abandon()
+        await w.machines.kill(machine, why="test")
+        (tmp_path / "go-order").touch()
+        w.new_server()
+        await w.sessions.recover()
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        first, second = (tmp_path / "orders").read_text().split()
+        assert first == second, "the provider must see one order"
+        assert [dict(e.body) for e in log if e.kind == "tool.result"] == [{"output": "ordered tea"}]
+        assert kinds(log).count("tool.start") == 1
+        other = (await w.sessions.start("coder")).id
+        await w.say(other, "order tea", turn=1)
+        assert (tmp_path / "orders").read_text().split()[2] != first, "another session's order is another order"
+
+
+async def test_what_new_code_calls_once_is_not_run_again(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "order tea", key="1")
+        await appears(tmp_path / "orders")
+        files = {"agent.py": coder("2", order_effect="once")}
+        await w.sessions.deploy("coder", files, {"env": {"SHARED": str(tmp_path)}, "policy": "now"})
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert kinds(log).count("tool.doubt") == 1
+        assert len((tmp_path / "orders").read_text().split()) == 1
 
 
 async def test_attempts_are_capped_and_the_session_waits_for_a_human(tmp_path):

@@ -6,6 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager
 
 from recess.config import Config
+from recess.guestlink.link import ExecRequest
 from recess.node.local import LocalNode
 from recess.testing.session_world import kinds, notes
 
@@ -175,3 +176,80 @@ async def test_a_restarted_server_takes_its_session_back(real_config: Config) ->
         assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "slept"
         assert notes(log)[0]["nonce"] == notes(log)[1]["nonce"]
         assert [e.body["rung"] for e in log if e.kind == "machine.restore"] == [5, 1]
+
+
+ASKER = """
+import os
+from recess_agent import agent
+
+@agent(image="base", idle="30s")
+async def asker(s):
+    nonce, told = os.urandom(8).hex(), TOLD
+    async for turn in s:
+        if turn.text == "ask":
+            before = os.urandom(8).hex()
+            answer = await s.ask("go on?", ["yes", "no"])
+            await s.say("the answer is " + answer)
+            await s.note(before=before, nonce=nonce, told=list(told))
+        else:
+            await s.say("hello")
+            await s.note(nonce=nonce, told=list(told))
+
+TOLD = []
+
+@asker.on_suspend
+def suspended(info):
+    TOLD.append("suspend")
+
+@asker.on_resume
+def resumed(info):
+    TOLD.append("resume on rung %s" % info["rung"])
+
+@asker.on_fork
+def forked(info):
+    TOLD.append("fork of " + info["parent"])
+"""
+
+
+async def test_a_question_in_the_middle_of_a_turn_holds_no_machine(real_config: Config) -> None:
+    async with story(real_config) as t:
+        await t.node.sessions.deploy("asker", {"agent.py": ASKER})
+        t.id = (await t.node.sessions.start("asker")).id
+        log = await t.say("hi", turn=1)
+        nonce = notes(log)[0]["nonce"]
+        asked = (await t.node.sessions.send(t.id, "ask")).position
+        await t.frozen()  # in the middle of turn 2
+        assert (await t.node.machines.get(await t.machine())).state == "suspended"
+        (question,) = await t.node.sessions.questions(t.id)
+        await t.node.sessions.answer(t.id, question.ref, "yes")
+        await t.until("turn.end", turn=2, after=asked)
+        log = await t.node.sessions.read(t.id)
+        assert [e.body["text"] for e in log if e.kind == "assistant"] == ["hello", "the answer is yes"]
+        assert notes(log)[1]["nonce"] == nonce  # the coroutine that asked is the one that heard
+        assert notes(log)[1]["told"] == ["suspend", "resume on rung 2"]
+        assert "turn.cut" not in kinds(log)
+        await t.node.sessions.suspend(t.id)
+        child = await t.node.sessions.fork(t.id)
+        log = await t.say("hi", turn=3, session=child.id)
+        assert notes(log)[-1]["nonce"] == nonce
+        assert f"fork of {t.id}" in notes(log)[-1]["told"]
+
+
+async def test_a_machine_without_a_snapshot_keeps_its_files(real_config: Config) -> None:
+    async with story(real_config) as t:
+        await t.node.sessions.send(t.id, "stuck here")
+        await t.until("tool.start", turn=1)
+        machine = await t.machine()
+        link = await t.node.machines.link(machine)
+        async with asyncio.timeout(60):
+            while not any(one.path.endswith("stuck") for one in await link.list_dir("/root")):
+                await asyncio.sleep(0.1)
+        assert await (await link.exec(ExecRequest(argv=["sync"]))).wait() == 0
+        await t.node.machines.kill(machine, why="test")
+        await t.until("turn.end", turn=1)
+        log = await t.node.sessions.read(t.id)
+        restore = [e.body for e in log if e.kind == "machine.restore"][-1]
+        assert (restore["rung"], restore["agent_kept"]) == (4, False)
+        assert await t.machine() == machine
+        log = await t.say("sh cat /root/stuck", turn=2)
+        assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "here"

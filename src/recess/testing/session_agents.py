@@ -45,6 +45,12 @@ def look(name: str) -> str:
     wait_for("go-look")
     return "seen " + name
 
+@tool(effect="ORDER_EFFECT")
+def order(name: str, *, call) -> str:
+    mark("orders", call.key)
+    wait_for("go-order")
+    return "ordered " + name
+
 @tool
 def die(code: int) -> str:
     mark("deaths")
@@ -58,7 +64,7 @@ async def model(messages):
         return
     if last["role"] == "user" and not last["content"].startswith("[recess]"):
         words = last["content"].split()
-        if words[0] in ("work", "charge", "launch", "look", "die"):
+        if words[0] in ("work", "charge", "launch", "look", "order", "die"):
             arg = {"charge": '{"cents": %s}', "die": '{"code": %s}'}.get(words[0], '{"name": "%s"}') % words[1]
             yield {"tool_calls": [{"id": "c", "name": words[0], "arguments": arg}]}
             return
@@ -66,7 +72,7 @@ async def model(messages):
     else:
         yield {"text": "after: " + last["content"]}
 
-@agent(image="base", idle="200ms", tools=[work, charge, launch, look, die])
+@agent(image="base", idle="200ms", tools=[work, charge, launch, look, order, die])
 async def coder(s):
     cache = []
     async for turn in s:
@@ -80,6 +86,6 @@ async def coder(s):
 """
 
 
-def coder(version: str = "1") -> str:
-    """Return the agent's source for a version."""
-    return CODER.replace("VERSION_HERE", version)
+def coder(version: str = "1", *, order_effect: str = "keyed") -> str:
+    """Return the agent's source for a version; `order_effect` is the effect class of its tool `order`."""
+    return CODER.replace("VERSION_HERE", version).replace("ORDER_EFFECT", order_effect)
