@@ -247,6 +247,6 @@ async def test_a_server_killed_by_sigkill_is_followed_by_one_that_adopts(config)
         assert node.recovered["adopted"] == 1
         assert await sh(node, "orphan", "echo alive") == "alive"
         snap = await node.machines.suspend("orphan")
-        assert snap.why == "manual"
+        assert snap.why == "suspend"
         await node.machines.resume("orphan")
         assert await sh(node, "orphan", "echo back") == "back"
