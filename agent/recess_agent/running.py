@@ -14,7 +14,7 @@ from typing import Any
 from recess_agent.cancelling import CANCELLED, CUT_SHORT, Stop, TurnCancelled
 from recess_agent.stream import ToolCall
 from recess_agent.tools import Call, Tool, render
-from recess_agent.waiting import Waits
+from recess_agent.waiting import IN_CALL, Waits
 from recess_agent.wire import SessionError
 
 Json = dict[str, Any]
@@ -82,7 +82,9 @@ class Runs:
         return "not run: a human denied it" if answer == DENY else "not run: nobody approved it in time"
 
     async def _call(self, tool: Tool, call: Call) -> str:
-        running = asyncio.ensure_future(tool.run(call))
+        within = IN_CALL.set(call.id)
+        running = asyncio.ensure_future(tool.run(call))  # it takes a copy of the context along
+        IN_CALL.reset(within)
         try:
             # A `once` call is let finish: how it ended is worth more than the moment. The host waits only so long.
             output, error = render(await (running if tool.effect == "once" else self._stop.race(running))), False

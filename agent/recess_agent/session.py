@@ -61,6 +61,7 @@ class Session:
         self._serial = 0
         self._done = 0
         self._turn: Turn | None = None
+        self._models = 0  # model calls at work
         self._shown = 0  # how far the turn's model has read the log
         self._waits: Waits | None = None
         self._runs: Runs | None = None
@@ -135,6 +136,7 @@ class Session:
         turn, part = self.turn, self._mirror.next_part(self.turn.number)
         collector = Collector()
         pump = DeltaPump(self._wire.post, turn.number, part)
+        self._at_model(1)
         try:
             await turn.stop.race(_consume(source, collector, pump))
         except BaseException as exc:
@@ -146,6 +148,7 @@ class Session:
                 return Reply(collector.text, cancelled=True)
             raise
         finally:
+            self._at_model(-1)
             pump.close()
             await _close(source)
         reply = collector.reply()
@@ -232,6 +235,12 @@ class Session:
         finally:
             await self._wire.request("release", token=token)
 
+    def _at_model(self, change: int) -> None:
+        """Tell the host when the first model call begins and the last one ends: beside one, a wait is no rest."""
+        before, self._models = self._models, self._models + change
+        if (before == 0) != (self._models == 0):
+            self._wire.post({"t": "busy", "on": self._models > 0})
+
     # -- the runner's part -------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
@@ -252,7 +261,7 @@ class Session:
         return {
             "version": self._version, "job": self._job, "pid": os.getpid(), "nonce": self._nonce,
             "position": self._mirror.position, "turn": self._turn.number if self._turn else 0, "done": self._done,
-            "hooks": sorted(self._app.hooks),
+            "hooks": sorted(self._app.hooks), "busy": self._models > 0,
         }  # fmt: skip
 
     async def _pushed(self, message: Json) -> None:

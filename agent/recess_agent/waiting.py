@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from recess_agent.cancelling import Stop
@@ -15,6 +16,9 @@ from recess_agent.cancelling import Stop
 Json = dict[str, Any]
 Request = Callable[..., Awaitable[Json]]
 Append = Callable[..., Awaitable[Json]]
+IN_CALL: ContextVar[str] = ContextVar(
+    "IN_CALL", default=""
+)  # the tool call at work: one that waits keeps no machine up
 RETRY_S = 30.0
 RETRY_MOST_S = 3600.0
 
@@ -79,7 +83,7 @@ class Waits:
         return Report(dict((await self._wait([ref])).get("body") or {}))
 
     async def _wait(self, refs: list[str]) -> Json:
-        return await self._stop.race(self._request("wait", refs=refs, turn=self._turn))
+        return await self._stop.race(self._request("wait", refs=refs, turn=self._turn, call=IN_CALL.get()))
 
 
 def retry_delay(error: BaseException, default: float, most: float) -> float:

@@ -83,6 +83,8 @@ class Wire:
         finally:
             self._pending.pop(number, None)
             self._futures.pop(number, None)
+            if future.cancelled() and op == "wait":
+                self.post({"t": "drop", "id": number})  # else the host takes this process to be at rest
 
     def post(self, message: Json) -> None:
         """Send without waiting for an answer; lost if there is no connection now (deltas only)."""

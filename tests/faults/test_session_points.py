@@ -222,3 +222,23 @@ async def test_a_crash_in_a_cancel_cancels_once_more(tmp_path):
         await w.sessions.send(s, "here", key="m2")
         await w.until(s, "turn.end", count=2)
         assert [e.body["status"] for e in await w.entries(s) if e.kind == "turn.end"] == ["cancelled", "done"]
+
+
+async def test_a_crash_right_after_a_cancelled_turn_does_not_cancel_the_next(tmp_path):
+    async with world() as w:
+        s = await waiter(w, tmp_path)
+        await w.say(s, "here", turn=1)
+        await w.sessions.send(s, "ask", key="m2")
+        await w.until(s, "ask")
+        await w.sessions.send(s, "seen", key="steer", mode="steer")
+        await w.sessions.send(s, "next", key="next")
+        crashpoints.arm("session.after_turn_end")
+        await w.sessions.cancel(s)
+        await crash_at(w, "session.after_turn_end")
+        await w.sessions.recover()
+        await w.until(s, "turn.end", count=3)
+        await w.say(s, "last", turn=4)
+        log = await w.entries(s)
+        assert [e.body["status"] for e in log if e.kind == "turn.end"] == ["done", "cancelled", "done", "done"]
+        said = [e.body["text"] for e in log if e.kind == "assistant"]
+        assert said == ["I am here", "I am next", "I am last"]  # the steering message is not begun a second time

@@ -17,7 +17,7 @@ from recess.sessions.channel import Channel, serve
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.lease import wait_event
-from recess.sessions.protocol import DeltaLine, Hello, Request
+from recess.sessions.protocol import Busy, DeltaLine, Drop, Hello, Request
 from recess.sessions.waits import known
 
 HOLDS_MAX = 64
@@ -56,16 +56,17 @@ class AgentSide:
 
     @property
     def resting(self) -> bool:
-        """Whether the agent waits, in the middle of its turn, for something that the host will tell it."""
-        return bool(self.channel and self.channel.waits and not self.channel.waiting)
+        """Whether all the agent does, in the middle of its turn, is wait for something that the host will tell it."""
+        channel = self.channel
+        return bool(channel and channel.waits and not channel.waiting and not channel.busy)
 
     @property
     def at(self) -> str:
         """What the process is doing: next (waits for a turn) | wait (for an answer or a time, in its turn) | work."""
         return "next" if self.waiting else "wait" if self.resting else "work"
 
-    def waits(self) -> dict[int, tuple[str, ...]]:
-        """Return the unanswered waits: request id -> refs."""
+    def waits(self) -> dict[int, Request]:
+        """Return the unanswered waits by request id: `refs` is what each waits for, `ref` the tool call that it is in."""
         return dict(self.channel.waits) if self.channel is not None else {}
 
     async def end_wait(self, number: int, result: Mapping[str, Any]) -> None:
@@ -140,7 +141,7 @@ class AgentSide:
 
     async def handler(self, service: str, metadata: Mapping[str, Any], stream: ByteStream) -> None:
         """Serve one stream of the guest (an IncomingHandler)."""
-        await serve(stream, self._accept, self._on_request, self._on_delta)
+        await serve(stream, self._accept, self._on_request, self._on_line)
 
     async def _accept(self, hello: Hello, stream: ByteStream) -> Channel | None:
         await wait_event(self._open, ACCEPT_S, self._deps.clock)
@@ -182,11 +183,12 @@ class AgentSide:
         match request.op:
             case "next":
                 channel.waiting, channel.done, desk.shown = request.id, request.done, request.shown
+                channel.waits.clear()  # they were the finished turn's
                 self._ring()
                 return None
             case "wait":
                 self._check_wait(channel, desk, request)
-                channel.waits[request.id] = request.refs
+                channel.waits[request.id] = request
                 self._ring()
                 return None
             case "spawn":
@@ -214,8 +216,16 @@ class AgentSide:
             if not known(desk.facts, ref):
                 raise NotFound(f"wait: turn {request.turn} has asked, set or spawned nothing as {ref!r}")
 
-    async def _on_delta(self, line: DeltaLine) -> None:
+    async def _on_line(self, channel: Channel, line: DeltaLine | Drop | Busy) -> None:
+        if channel is not self.channel:
+            return
         self.active_s = self._deps.clock.monotonic_s()
-        if self.desk is not None:
-            with contextlib.suppress(RecessError):
-                await self.desk.delta(line)
+        match line:
+            case Drop():
+                channel.waits.pop(line.id, None)
+            case Busy():
+                channel.busy = line.on
+                self._ring()
+            case DeltaLine() if self.desk is not None:
+                with contextlib.suppress(RecessError):
+                    await self.desk.delta(line)

@@ -14,7 +14,7 @@ from typing import Any
 from recess.contextlog.contract import ContextLog, Entry, SessionRow
 from recess.errors import BadInput, GuestFailed, RecessError
 from recess.guestlink.link import ByteStream
-from recess.sessions.protocol import Ack, DeltaLine, Hello, Lines, Request, encode, parse, request_id
+from recess.sessions.protocol import Ack, Busy, DeltaLine, Drop, Hello, Lines, Request, encode, parse, request_id
 
 BATCH = 200
 BATCH_BYTES = 1 << 20
@@ -23,7 +23,7 @@ HELLO_S = 10.0
 
 class Channel:
     """A greeted connection. `waiting` is the id of the agent's unanswered `next`, 0 if there is none; `waits` are its
-    unanswered `wait`s (id -> refs); `cancelled` is the turn that it was told to stop."""
+    unanswered `wait`s by id; `busy`: it is in a model call; `cancelled` is the turn that it was told to stop."""
 
     def __init__(self, stream: ByteStream, hello: Hello, log: ContextLog, session: str) -> None:
         self._stream = stream
@@ -35,7 +35,8 @@ class Channel:
         self.hello = hello
         self.seen = hello.position
         self.waiting = 0
-        self.waits: dict[int, tuple[str, ...]] = {}
+        self.waits: dict[int, Request] = {}
+        self.busy = hello.busy
         self.cancelled = 0
         self.done = hello.done
         self.closed = False
@@ -125,10 +126,10 @@ class Channel:
 
 Accept = Callable[[Hello, ByteStream], Awaitable[Channel | None]]
 OnRequest = Callable[[Channel, Request], Awaitable[None]]
-OnDelta = Callable[[DeltaLine], Awaitable[None]]
+OnLine = Callable[[Channel, DeltaLine | Drop | Busy], Awaitable[None]]
 
 
-async def serve(stream: ByteStream, accept: Accept, on_request: OnRequest, on_delta: OnDelta) -> None:
+async def serve(stream: ByteStream, accept: Accept, on_request: OnRequest, on_line: OnLine) -> None:
     """Serve one stream until it ends. A guest that breaks the protocol loses its stream, never more than that."""
     lines = Lines(stream)
     channel: Channel | None = None
@@ -152,8 +153,8 @@ async def serve(stream: ByteStream, accept: Accept, on_request: OnRequest, on_de
             match message:
                 case Request():
                     await on_request(channel, message)
-                case DeltaLine():
-                    await on_delta(message)
+                case DeltaLine() | Drop() | Busy():
+                    await on_line(channel, message)
                 case Ack():
                     channel.acknowledged(message.ack)
                 case Hello():

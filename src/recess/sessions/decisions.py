@@ -230,7 +230,7 @@ def _first_step(
     state: str, machine_state: str, machine_snapshot: str, snapshot: str, *, current: bool
 ) -> tuple[tuple[tuple[Rung, str], ...], bool, str]:
     """Return the step that only this machine as it is now can take, whether to end it first, and why."""
-    if machine_state == "running":
+    if machine_state in ("running", "stalled"):  # stalled: it waits for room on the host's disk, and lacks nothing
         if current and state in ("running", "parked"):
             return ((Rung.REATTACH, ""),), False, "the machine runs on"
         return (), True, "the running machine is older than the log"

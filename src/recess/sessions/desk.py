@@ -146,7 +146,7 @@ class Desk:
         turn, position = self.facts.turn + 1, self.inbox.queue[0]
         drafts = [Draft("turn.start", {"inbox": position, "attempt": 1}, turn=turn, key=start_key(turn, 1))]
         if self.inbox.cancel:
-            drafts.append(self._end(turn, "cancelled", self.inbox.why))
+            drafts.append(self._end(turn, "cancelled", self.inbox.why, shown=0))
         await self.append(drafts)
         self.inbox, self.shown = begun(self.inbox), 0
         if not self.facts.open:
@@ -181,14 +181,17 @@ class Desk:
         """End the open turn: done | failed | cancelled. What was sent into it too late waits for a turn of its own."""
         # A model that has not finished has read the log for the last time: only a turn that was done can have missed some.
         shown = self.shown if status == "done" else self.inbox.seen
-        await self.append([self._end(self.facts.turn, status, error)])
+        await self.append([self._end(self.facts.turn, status, error, shown=shown)])
         self.inbox = ended(self.inbox, shown=shown)
         await self._keep_inbox()
 
-    def _end(self, turn: int, status: str, error: str) -> Draft:
+    def _end(self, turn: int, status: str, error: str, *, shown: int) -> Draft:
         body: dict[str, Any] = {"status": status}
         if error:
             body["error"] = error
+        if self.inbox.cancel or self.inbox.steers:
+            # A crash between this entry and the row must not let them count once more.
+            body |= {"dealt": self.inbox.seen, "shown": min(shown, self.inbox.seen)}
         return Draft("turn.end", body, turn=turn, key=end_key(turn))
 
     async def settle(self, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0) -> None:

@@ -67,6 +67,8 @@ class TurnFacts:
     spawned: frozenset[str] = frozenset()  # refs of children started in this turn
     timers: Mapping[str, float] = field(default_factory=dict)  # of this turn: ref -> due (wall seconds)
     answers: Mapping[str, Answer] = field(default_factory=dict)  # of this turn: ref -> what came in
+    dealt: int = 0  # the turn that ended last had obeyed every stop up to here
+    shown: int = 0  # and its model had seen every steering message up to here
 
 
 _NOTHING_OPEN: dict[str, Any] = {
@@ -85,7 +87,10 @@ def observe(facts: TurnFacts, entry: Entry) -> TurnFacts:
             return _started(facts, entry)
         case "turn.cut":
             return replace(facts, cut=True, cuts=facts.cuts + 1)
-        case "turn.end" | "rewind":
+        case "turn.end":
+            dealt, shown = int(entry.body.get("dealt", 0)), int(entry.body.get("shown", 0))
+            return replace(facts, **{**_NOTHING_OPEN, "dealt": dealt, "shown": shown})
+        case "rewind":
             return replace(facts, **_NOTHING_OPEN)
         case "fork" if "parent" in entry.body:
             # The child of a fork in mid-turn does not go on with its parent's turn: it waits for its own message.

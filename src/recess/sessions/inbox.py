@@ -35,6 +35,8 @@ def arrive(inbox: Inbox, entry: Entry, facts: TurnFacts) -> Inbox:
     inbox = replace(inbox, seen=entry.position)
     at_work = facts.open and entry.position > facts.inbox
     mode = entry.body.get("mode")
+    if entry.position <= (facts.dealt if entry.kind == "cancel" else facts.shown if mode == STEER else 0):
+        return inbox  # the turn that ended last has dealt with it; the crash came before the row said so
     if entry.kind == "cancel":
         aimed = entry.body.get("turn")
         if (at_work and aimed in (None, facts.turn)) or (not facts.open and inbox.queue and aimed is None):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from recess.crashpoints import crash_point
-from recess.errors import Corrupt, IllegalState, Incompatible, NotFound, RecessError, Unavailable
+from recess.errors import Corrupt, IllegalState, Incompatible, NotFound, OutOfSpace, RecessError, Unavailable
 from recess.guestlink.link import IncomingHandler
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport
 from recess.sessions.decisions import Rung, WakePlan, keeper_deadline_s
@@ -155,6 +155,8 @@ class MachineHand:
             return False
         try:
             await (await self._deps.machines.link(self.machine_id)).ping(PING_S)
+        except OutOfSpace:
+            return True  # it stands still until the host's disk has room, and is whole
         except RecessError as exc:
             await self.kill(f"does not answer: {exc.message}")
             return False

@@ -85,8 +85,8 @@ async def cancel_turn(sup: Supervisor) -> None:
 async def answer(sup: Supervisor) -> None:
     """Tell the resting agent what has come."""
     facts, now = sup.held_desk.facts, sup.deps.clock.wall_s()
-    for number, refs in sup.agent.waits().items():
-        found = outcome(facts, refs, now)
+    for number, request in sup.agent.waits().items():
+        found = outcome(facts, request.refs, now)
         if found is not None:
             await sup.agent.end_wait(number, found)
 
@@ -174,7 +174,9 @@ async def put_away(sup: Supervisor) -> None:
         await sup.agent.event("suspend", {}, ack_s=deps.settings.hook_s)
     why = "suspend" if sup.suspend_wanted else "wait" if desk.facts.open else "idle"
     try:
-        await desk.keep_waits(next_due(desk.facts, sup.agent.waits().values()) if desk.facts.open else None)
+        await desk.keep_waits(
+            next_due(desk.facts, [one.refs for one in sup.agent.waits().values()]) if desk.facts.open else None
+        )
         frozen = await freeze(
             deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at, why=why,
             paused=paused,

@@ -52,6 +52,7 @@ class Hello:
     turn: int
     done: int
     hooks: tuple[str, ...]
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,27 @@ class DeltaLine:
 
 
 @dataclass(frozen=True)
+class Drop:
+    """The agent does not want the answer of a `wait` any more."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Whether the agent is in a model call: beside a `wait`, it then is not at rest."""
+
+    on: bool
+
+
+@dataclass(frozen=True)
 class Ack:
     """The agent has done what an event asked for."""
 
     ack: int
 
 
-Message = Hello | Request | DeltaLine | Ack
+Message = Hello | Request | DeltaLine | Ack | Drop | Busy
 
 
 class Lines:
@@ -144,6 +159,10 @@ def parse(line: bytes) -> Message:
             return DeltaLine(_number(data, "turn"), _number(data, "part"), _number(data, "n"), text)
         case "ack":
             return Ack(_number(data, "ack"))
+        case "drop":
+            return Drop(_number(data, "id"))
+        case "busy":
+            return Busy(data.get("on") is True)
     raise GuestFailed(f"agent: unknown message {str(data.get('t'))[:40]!r}")
 
 
@@ -164,7 +183,7 @@ def _hello(data: dict[str, Any]) -> Hello:
     return Hello(
         version=_string(data, "version"), job=_string(data, "job"), pid=_number(data, "pid"),
         nonce=_string(data, "nonce"), position=_number(data, "position"), turn=_number(data, "turn"),
-        done=_number(data, "done"), hooks=names,
+        done=_number(data, "done"), hooks=names, busy=data.get("busy") is True,
     )  # fmt: skip
 
 
@@ -178,7 +197,9 @@ def _request(data: dict[str, Any]) -> Request:
         case "append":
             return _append(number, data)
         case "wait":
-            return Request(number, "wait", refs=_refs(data), turn=_number(data, "turn"))
+            return Request(
+                number, "wait", refs=_refs(data), ref=_string(data, "call", REF_MAX), turn=_number(data, "turn")
+            )
         case "spawn":
             return _spawn(number, data)
         case "hold":

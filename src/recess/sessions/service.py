@@ -220,6 +220,7 @@ class Sessions:
         """Take log and machine back to a position: what came after stays in the log and leaves the branch."""
         row = await self._deps.log.get(ref)
         await self._stop(row.id)
+        self._alarms.set(row.id, None)
         return await branching.rewind(self._deps, row.id, to)
 
     async def close(self, ref: str) -> SessionRow:
@@ -236,6 +237,7 @@ class Sessions:
             except Timeout:
                 pass  # put away meanwhile
         await self._stop(row.id)
+        self._alarms.set(row.id, None)
         if not closed:
             await self._deps.log.close(row.id)
         await branching.drop_machine(self._deps, await self._deps.log.get(row.id))

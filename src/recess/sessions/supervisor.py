@@ -222,7 +222,6 @@ class Supervisor:
             turn_open=facts.open,
             turn_cut=facts.cut,
             cuts=facts.cuts,
-            calls_open=len(facts.calls) if facts.open else 0,
             inbox=not facts.open and bool(desk.inbox.queue),
             holds=len(self.agent.holds),
             idle_s=now - max(self._active_s, self.agent.active_s),
@@ -242,10 +241,12 @@ class Supervisor:
 
     def _rest(self, facts: TurnFacts) -> dict[str, Any]:
         """The part of the view that is about an agent that waits in its turn."""
-        waits = list(self.agent.waits().values())
+        requests = self.agent.waits().values()
+        waits, inside = [one.refs for one in requests], {one.ref for one in requests}
         wall = self.deps.clock.wall_s()
         due = next_due(facts, waits)
         return {
+            "calls_open": len(facts.calls.keys() - inside) if facts.open else 0,  # one that waits is not at work
             "resting": self.agent.resting,
             "ready": any(outcome(facts, refs, wall) is not None for refs in waits),
             "due_s": None if due is None else max(0.001, due - wall),

@@ -26,6 +26,18 @@ async def charge(cents: int, *, call) -> str:
     mark("charges", str(cents))
     return "charged " + str(cents)
 
+@tool
+async def ask_user(text: str) -> str:
+    return "the user says " + str(await SESSION[0].ask(text))
+
+SESSION = []
+
+async def slow_model(name):
+    mark("model-" + name)
+    while not (SHARED / ("go-" + name)).exists():
+        await asyncio.sleep(0.01)
+    return {"text": "thought"}
+
 def said(text):
     async def reply():
         yield text
@@ -34,6 +46,9 @@ def said(text):
 async def calls(cents):
     return {"text": "paying", "tool_calls": [{"id": "c1", "name": "charge", "arguments": {"cents": cents}}]}
 
+async def asks(text):
+    return {"text": "", "tool_calls": [{"id": "a1", "name": "ask_user", "arguments": {"text": text}}]}
+
 async def overloaded():
     mark("tries")
     if not (SHARED / "model-up").exists():
@@ -41,8 +56,9 @@ async def overloaded():
         raise error
     return {"text": "at last"}
 
-@agent(image="base", idle="30s", tools=[charge])
+@agent(image="base", idle="30s", tools=[charge, ask_user])
 async def me(s):
+    SESSION[:] = [s]
     nonce = os.urandom(4).hex()
     async for turn in s:
         word, _, rest = turn.text.partition(" ")
@@ -65,6 +81,19 @@ async def me(s):
         elif word == "pay":
             reply = await s.stream(calls(int(rest)))
             await s.say(" ".join(await s.run_tools(reply)))
+        elif word == "tool":
+            reply = await s.stream(asks(rest))
+            await s.say(" ".join(await s.run_tools(reply)))
+        elif word == "beside":
+            reply, answer = await asyncio.gather(s.stream(slow_model("b")), s.ask("well?"))
+            await s.say(reply.text + " and " + answer)
+        elif word == "impatient":
+            try:
+                await asyncio.wait_for(s.ask("well?"), 0.2)
+            except asyncio.TimeoutError:
+                while not (SHARED / "go-on").exists():
+                    await asyncio.sleep(0.01)
+                await s.say("went on")
         elif word == "team":
             reports = await asyncio.gather(s.spawn("worker", "part a"), s.spawn("worker", "part b"))
             await s.say(" and ".join(r.text + " " + r.status for r in reports))
@@ -306,6 +335,53 @@ async def test_a_call_is_approved_denied_or_forgotten(tmp_path):
         ]  # fmt: skip
         assert (tmp_path / "charges").read_text() == "50\n500\n"
         assert check_transcript(messages(log)) == []
+
+
+async def test_a_tool_that_asks_holds_no_machine(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        question = await frozen_asking(w, s, "tool tea or coffee?")
+        assert kinds(await w.entries(s)).count("tool.start") == 1
+        await w.sessions.answer(s, question.ref, "tea")
+        await w.until(s, "turn.end")
+        log = await w.entries(s)
+        assert texts(log)[-1] == "the user says tea"
+        assert same_process(log)
+        assert "turn.cut" not in kinds(log)
+
+
+async def still_running(w, s):
+    await asyncio.sleep(
+        0.8
+    )  # four times as long as a resting machine stays up: it is the absence of a freeze that is tested
+    return (await w.log.get(s)).state == "running"
+
+
+async def test_a_model_call_beside_a_question_is_no_rest(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        await w.sessions.send(s, "beside")
+        await w.until(s, "ask")
+        await appears(tmp_path / "model-b")
+        assert await still_running(w, s)
+        await w.machines.drop_streams()
+        assert await still_running(w, s)  # a new stream knows it too
+        (tmp_path / "go-b").touch()
+        await w.until_state(s, "frozen")
+        (question,) = await w.sessions.questions(s)
+        await w.sessions.answer(s, question.ref, "yes")
+        await w.until(s, "turn.end")
+        assert texts(await w.entries(s)) == ["thought", "thought and yes"]
+
+
+async def test_a_wait_that_was_given_up_is_no_rest(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        await w.sessions.send(s, "impatient")
+        await w.until(s, "ask")
+        assert await still_running(w, s)
+        (tmp_path / "go-on").touch()
+        await w.until(s, "turn.end")
 
 
 async def test_children_work_while_the_parent_sleeps(tmp_path):
