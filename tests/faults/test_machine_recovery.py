@@ -267,3 +267,45 @@ async def test_templates_that_nobody_uses_give_their_memory_back(room):
     for n in range(KEEP_CACHES + 2):
         await room.manager.resume(f"m{n}")
     assert folders() == everything
+
+
+@pytest.mark.parametrize("point", ["machines.remove_noted", "machines.remove_ended", "machines.row_deleted"])
+async def test_a_server_that_dies_while_a_machine_is_removed(room, point):
+    row = await room.manager.create(SMALL, name="gone")
+    other = await room.manager.create(SMALL, name="other")
+    await room.manager.suspend("other")
+    with crashing(point):
+        await room.manager.remove("gone", force=True)
+    await room.restart(killed=True)
+    assert [r.id for r in await room.manager.list_machines(everything=True)] == [other.id]
+    assert [path.name for path in room.parts.machines_dir.iterdir()] == [other.id]
+    assert room.host.vms == {}
+    await room.manager.create(SMALL, name="gone")
+    assert row.id not in room.host.vms
+
+
+async def test_a_server_that_dies_while_it_restores_to_a_new_machine(room):
+    row = await room.manager.create(SMALL, name="m1")
+    snap = await room.manager.suspend("m1")
+    for options in ({}, {"disk_only": True}):
+        with crashing("machines.started"):
+            await room.manager.restore(snap.id, name="copy", **options)
+        assert (await room.restart(killed=True))["unfinished"] == 1
+        assert [r.id for r in await room.manager.list_machines(everything=True)] == [row.id]
+        assert [path.name for path in room.parts.machines_dir.iterdir()] == [row.id]
+        assert room.host.vms == {}
+    assert (await room.manager.resume("m1")).rung == 2
+
+
+async def test_a_server_that_dies_while_it_brings_back_older_memory_keeps_the_newer_disk(room):
+    row = await room.manager.create(SMALL, name="m1")
+    await room.sh("m1", "echo old > /root/f")
+    snap = await room.manager.snapshot("m1")
+    await room.sh("m1", "echo new > /root/f")
+    await room.manager.kill("m1", why="test")
+    with crashing("machines.started"):
+        await room.manager.restore(snap.id, machine_id=row.id)
+    assert (await room.restart(killed=True))["strays"] == 1
+    assert (await room.manager.get(row.id)).state == "dead"
+    await room.manager.bring_back(row.id, rungs=(4,))
+    assert await room.sh("m1", "cat /root/f") == "new\n"

@@ -10,6 +10,7 @@ the last one wins. This module must know nothing of machines or snapshots: who s
 
 from __future__ import annotations
 
+import builtins
 import re
 import shutil
 import threading
@@ -140,6 +141,17 @@ class ImageStore:
         """Return all images by name. Raises Corrupt as `get`."""
         return [self.get(name) for name in self._known()]
 
+    def survey(self) -> tuple[Sequence[ImageInfo], Sequence[tuple[str, Corrupt]]]:
+        """Return the images that can be read, by name, and apart the names of those that cannot, with why."""
+        good: builtins.list[ImageInfo] = []
+        damaged: builtins.list[tuple[str, Corrupt]] = []
+        for name in self._known():
+            try:
+                good.append(self.get(name))
+            except Corrupt as exc:
+                damaged.append((name, exc))
+        return good, damaged
+
     def verify(self, name: str) -> None:
         """Re-hash an image's root. Raises Corrupt when it is not what was built."""
         info = self.get(name)
@@ -173,8 +185,11 @@ class ImageStore:
         self.sweep(in_use=in_use)
 
     def sweep(self, *, in_use: Collection[str] = ()) -> int:
-        """Delete roots that no name and nobody in `in_use` refers to; return the bytes freed."""
+        """Delete roots that no name and nobody in `in_use` refers to; return the bytes freed. While there is a name whose
+        metadata cannot be read, nothing goes: any root may be its own."""
         named = {self._hash_of(self._name_path(n)) for n in self._known()}
+        if "" in named:
+            return 0
         freed = 0
         for folder in self._roots.iterdir() if self._roots.is_dir() else ():
             if folder.name not in named and folder.name not in in_use:

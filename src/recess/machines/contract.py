@@ -232,6 +232,19 @@ class Vm(Protocol):
         use. May be called twice."""
         ...
 
+    async def stalled(self) -> str:
+        """Return why the VM stands still although nobody paused it, in one line, "" if it does not: the host's disk has
+        no room for a write of the guest. The guest sees no error: the write is pending. Raises DriverFailed, Timeout."""
+        ...
+
+    async def wait_stalled(self) -> str:
+        """Return when the VM stands still like that, at once if it does. Raises DriverFailed when it is gone."""
+        ...
+
+    async def go_on(self) -> None:
+        """Try the pending write of a stalled VM again; it runs on, or stalls again. No-op if it is not stalled."""
+        ...
+
     async def wait_dead(self) -> str:
         """Return when the VM's process is gone, with the reason in one line."""
         ...

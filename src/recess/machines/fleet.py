@@ -23,6 +23,7 @@ from recess.machines.leavings import Leavings
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import is_sound, spec_from_json
+from recess.machines.stalls import Stalls
 from recess.machines.starting import Starter, finish
 from recess.machines.states import (
     CREATING,
@@ -41,6 +42,9 @@ LINGER_S = 5.0
 """How long a VM outlives its main process, so that a client that attaches a moment later still gets all the output."""
 
 ADOPT_AT_ONCE = 8
+REMOVING = "removing"
+"""In a row's meta: it is being removed."""
+
 SETTLE_S = 5.0
 
 log = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Fleet:
         self._aside: set[asyncio.Task[None]] = set()
         self.incoming = Incoming()
         self.leavings = Leavings(parts)
+        self.stalls = Stalls(parts)
         self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
         self.linger_s = LINGER_S
 
@@ -96,6 +101,7 @@ class Fleet:
         """Take a VM into the table and watch it."""
         self._live[live.id] = live
         live.watcher = asyncio.create_task(self._watch(live), name=f"watch-{live.id}")
+        live.stall_watcher = asyncio.create_task(self.stalls.watch(live), name=f"stalls-{live.id}")
 
     def aside(self, work: Awaitable[None]) -> None:
         """Run something that belongs to no caller; it is awaited when the node closes."""
@@ -189,16 +195,24 @@ class Fleet:
 
     async def settle(self, live: Live) -> None:
         """Have the guest write everything to its disk before its end (bounded): a disk that needs no recovery."""
-        if live.paused_since == 0.0:
+        if live.paused_since == 0.0 and not live.stalled:
             with contextlib.suppress(RecessError):
                 await live.link.freeze(sync=True, timeout_s=SETTLE_S)
 
     async def forget(self, machine_id: str) -> None:
-        """Drop the row, the folder and the handlers of a machine without a VM."""
+        """Drop the row, the folder and the handlers of a machine without a VM. A crash in between leaves a folder that
+        has no row, which the next start removes."""
         await self._parts.catalog.machines.delete(machine_id)
+        crash_point("machines.row_deleted")
         await self.starter.forget_files(machine_id)
         self.incoming.forget(machine_id)
         self._locks.pop(machine_id, None)  # who waits for it finds no row; ids are never used again
+
+    async def note_removal(self, machine_id: str) -> None:
+        """Note in a row that its machine is being removed, before its VM is ended: a server that dies in between leaves
+        a row that the next one removes, not a dead machine."""
+        await self._parts.catalog.machines.change(machine_id, lambda row: {"meta": {**row.meta, REMOVING: True}})
+        crash_point("machines.remove_noted")
 
     async def give_up(self, machine_id: str, *, force: bool) -> str:
         """Remove a row that cannot be read; return the folder, which stays a while with everything that is in it.
@@ -206,15 +220,12 @@ class Fleet:
         Raises IllegalState without `force` when there is a VM: whether it is to run, nobody can tell.
         """
         async with self.lock(machine_id):
-            if machine_id in self._parts.driver.list_leftovers():
-                if not force:
-                    raise IllegalState(
-                        f"machine {machine_id} has a damaged row, and a VM", hint="give both up with --force"
-                    )
-                await self.end(machine_id, "removed", keep_disk=True)
-                await self._end_stray(machine_id)
-            self._keep_disk(machine_id)
-            keptdisk.clear(self._parts.directory(machine_id))
+            if machine_id in self._parts.driver.list_leftovers() and not force:
+                raise IllegalState(
+                    f"machine {machine_id} has a damaged row, and a VM", hint="give both up with --force"
+                )
+            await self.end(machine_id, "removed", keep_disk=True)
+            await self._end_stray(machine_id)
             folder = await self.leavings.put_aside(machine_id)
             crash_point("machines.put_aside")
             await self._parts.catalog.machines.delete(machine_id)
@@ -227,7 +238,7 @@ class Fleet:
         """Take over what an earlier server left: adopt VMs that live, let the rows of the others fall, kill strays.
 
         Safe to run after a crash at any point: it looks only at rows and at what really runs. A machine that was being
-        made is undone, as its maker was told nothing. What a damaged row stands for is left exactly as it is, VM and
+        made is undone, as its maker was told nothing; one that was being removed goes. What a damaged row stands for is left exactly as it is, VM and
         files: whether they are needed, nobody can tell. It never keeps the others from coming up.
         """
         rows = self._parts.catalog.machines
@@ -240,10 +251,11 @@ class Fleet:
             async with room:
                 return await self._recover_one(record)
 
-        begun = [record for record in sound if record.state == CREATING]
+        begun = [record for record in sound if record.state == CREATING or record.meta.get(REMOVING)]
         for record in begun:
-            await self._undo_begun(record)
-        there = [record for record in sound if record.state != CREATING]
+            await self._end_stray(record.id)
+            await self.forget(record.id)
+        there = [record for record in sound if record not in begun]
         adopted = sum(await asyncio.gather(*(one(record) for record in there)))
         strays = [v for v in self._parts.driver.list_leftovers() if v not in self._live and v not in unclear]
         for vm_id in strays:
@@ -258,21 +270,21 @@ class Fleet:
         }  # fmt: skip
 
     async def _end_stray(self, vm_id: str) -> None:
-        """End a VM that an earlier server started; its disk is kept."""
-        vm = await self._parts.driver.adopt(vm_id, self._parts.directory(vm_id))
-        if vm is not None:
+        """End a VM that an earlier server started; its disk is kept, unless one is: then this VM was being brought back
+        when that server died, and what is kept is newer."""
+        directory = self._parts.directory(vm_id)
+        vm = await self._parts.driver.adopt(vm_id, directory)
+        if not keptdisk.is_kept(directory):
             self._keep_disk(vm_id)
+        if vm is not None:
             await vm.kill()
+        keptdisk.clear(directory)
 
     async def _is_put_away(self, machine_id: str) -> bool:
         """Tell whether a snapshot holds all that the machine's VM had: its server died on the way from row to end."""
         table, db = self._parts.catalog.machines.table, self._parts.catalog.db
         good, _ = await db.read(lambda tx: table.survey_in(tx, "id = ?", (machine_id,)))
         return bool(good) and good[0].state == SUSPENDED
-
-    async def _undo_begun(self, record: MachineRecord) -> None:
-        await self._end_stray(record.id)
-        await self.forget(record.id)
 
     async def _forget_exited(self) -> None:
         table, db = self._parts.catalog.machines.table, self._parts.catalog.db
@@ -308,17 +320,34 @@ class Fleet:
         live = Live(record.id, vm, spec, await self._templates.under(record.template, record.meta.get("vm")), epoch)
         live.parent = str(record.meta.get("parent", ""))
         live.thaw = self.starter.thaw_maker(record, epoch)
+        live.stalled = await vm.stalled()
+        if live.stalled:
+            live.revive = lambda: self._revive(record, live)  # nothing inside answers before there is room
+            self.admit(live)
+            return
+        await self._serve_again(record, live)
+
+    async def _revive(self, record: MachineRecord, live: Live) -> None:
+        try:
+            await self._serve_again(record, live)
+        except RecessError as exc:
+            # Aside: this runs in a task that ends with the VM.
+            self.aside(self.fail(live, f"it stalled, and could not be taken over: {exc.message}"))
+
+    async def _serve_again(self, record: MachineRecord, live: Live) -> None:
+        keptdisk.drop(self._parts.directory(record.id))  # of an earlier end: it runs, so that is over
         self.starter.let_out(live)
-        await vm.unpause()
+        await live.vm.unpause()
         if record.state == PAUSED:
             # The server may have died between the vCPUs and the row: bring it to exactly the state the row names.
             await live.link.freeze(timeout_s=5.0)
-            await vm.pause()
+            await live.vm.pause()
             live.workload_frozen, live.paused_since = True, self._parts.clock.monotonic_s()
-        elif (await live.link.info()).get("frozen"):
+        elif (await live.link.info()).get("frozen") and live.thaw is not None:
             await live.link.thaw(live.thaw())  # a snapshot was being taken when the server died
         ports = await self.starter.open_ports(live, fall_back=True)
-        self.admit(live)
+        if self.find(live.id) is not live:
+            self.admit(live)
         await self._parts.catalog.machines.update(record.id, meta={**record.meta, "ports": [list(p) for p in ports]})
         if record.state == RUNNING:
             await self.starter.attach_main(live, self.starter.logged(record.id))

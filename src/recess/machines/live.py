@@ -7,7 +7,7 @@ rows or states.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from recess.guestlink.link import GuestLink, Thaw
@@ -41,11 +41,14 @@ class Live:
     drift_s: float = 0.0
     ending: str = ""  # why an end that we asked for comes; empty: nobody asked
     keep_disk: bool = True  # once it is gone: until somebody ends it who needs its files no more
+    stalled: str = ""  # why its vCPUs stand still although nobody paused it; empty: they do not
     detached: bool = False
     reason: str = ""
     forwarder: Forwarder | None = None
     main: MainJob | None = None
     watcher: asyncio.Task[None] | None = None
+    revive: Callable[[], Awaitable[None]] | None = None  # what is to be done when a stall ends that began before us
+    stall_watcher: asyncio.Task[None] | None = None
     thaw: Callable[[], Thaw] | None = None  # makes the message that sets its clock and identity again
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -66,6 +69,9 @@ class Live:
 
     async def let_go(self) -> None:
         """Close what belongs to this server (ports, log copy), not to the VM. May be called twice."""
+        if self.stall_watcher is not None:
+            self.stall_watcher.cancel()
+            await asyncio.gather(self.stall_watcher, return_exceptions=True)
         if self.main is not None:
             await self.main.stop()
         if self.forwarder is not None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from recess.broker import build_policy
 from recess.catalog.machines import MachineRecord
+from recess.crashpoints import crash_point
 from recess.errors import Corrupt, GuestFailed, RecessError, Timeout
 from recess.guestlink.link import GuestLink, IncomingHandler
 from recess.machines.bringback import BringBack
@@ -33,8 +34,9 @@ from recess.machines.records import check_spec, damaged_machine, machine_row, sh
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
+from recess.machines.stalls import check_goes, hint_of
 from recess.machines.starting import finish, template_origin
-from recess.machines.states import CREATING, DAMAGED, DEAD, PAUSED, RUNNING, WITH_VM, next_state
+from recess.machines.states import CREATING, DAMAGED, DEAD, PAUSED, RUNNING, STALLED, WITH_VM, next_state
 from recess.machines.templates import Templates
 from recess.machines.views import SnapshotViews
 
@@ -63,18 +65,26 @@ class Manager:
 
     async def get(self, ref: str) -> MachineRow:
         """Return one machine."""
-        return machine_row(await self._record(ref))
+        return self._shown(machine_row(await self._record(ref)))
+
+    def _shown(self, row: MachineRow) -> MachineRow:
+        live = self.fleet.find(row.id)
+        if live is None or not live.stalled or row.state != RUNNING:
+            return row
+        return replace(row, state=STALLED, status=live.stalled, meta={**row.meta, "hint": hint_of(self._parts)})
 
     async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
         """Return those that have a VM (or all), newest first, and before them any whose row is damaged."""
         records, damaged = await self._parts.catalog.machines.survey()
         rows = [*map(damaged_machine, damaged), *map(shown_machine, records)]
-        return rows if everything else [row for row in rows if row.state in (*WITH_VM, DAMAGED)]
+        shown = rows if everything else [row for row in rows if row.state in (*WITH_VM, DAMAGED)]
+        return [self._shown(row) for row in shown]
 
     async def link(self, machine_id: str) -> GuestLink:
         """Return the guest link of a running machine (also of one whose main process has ended a moment ago)."""
         live = self.fleet.find(machine_id)
         if live is not None and live.paused_since == 0.0:
+            check_goes(live, machine_id)
             return live.link
         record = await self._record(machine_id)
         next_state(record.state, "use", f"machine {record.name}")
@@ -85,7 +95,7 @@ class Manager:
         record = await self._record(ref)
         live = self.fleet.need(record.id)
         out: dict[str, Any] = asdict(await live.vm.stats())
-        if live.paused_since == 0.0:
+        if live.paused_since == 0.0 and not live.stalled:
             try:
                 async with asyncio.timeout(STATS_S):
                     out["guest"] = dict(await live.link.stats())
@@ -164,7 +174,7 @@ class Manager:
         record = await self._record(ref)
         live = self.fleet.find(record.id)
         code: int | None = None
-        if live is not None and record.state == RUNNING:
+        if live is not None and record.state == RUNNING and not live.stalled:
             code = await self._terminate(live, timeout_s)
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
@@ -213,8 +223,10 @@ class Manager:
             record = await self._record(ref)
         except Corrupt:
             return await self.fleet.give_up(await self._parts.catalog.machines.locate(ref), force=force)
-        if force and record.state != CREATING:
+        if force and record.state in (RUNNING, PAUSED):
+            await self.fleet.note_removal(record.id)
             await self.fleet.end(record.id, "removed")  # without the lock: what holds it fails quickly now
+            crash_point("machines.remove_ended")
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             if not force:

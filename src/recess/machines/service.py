@@ -37,8 +37,9 @@ class MachineSpec:
 
 @dataclass(frozen=True)
 class MachineRow:
-    """A machine. `state`: creating | running | paused | suspended | exited | dead (see machines.states), or damaged: its
-    row cannot be read, `status` says why, `meta["hint"]` what to do, everything else may be empty."""
+    """A machine. `state`: creating | running | paused | suspended | exited | dead (see machines.states), or stalled: it
+    runs, but stands still until the host's disk has room; or damaged: its row cannot be read, and everything else may be
+    empty. Of both `status` says why and `meta["hint"]` what to do."""
 
     id: str
     name: str

@@ -25,6 +25,9 @@ DEAD: Final = "dead"
 DAMAGED: Final = "damaged"
 """Not a state of a machine but of its row: shown instead of one when the row cannot be read. Only `remove` takes it."""
 
+STALLED: Final = "stalled"
+"""Not a state of a row but of a running VM: shown instead of "running" while the host's disk has no room for its writes."""
+
 STATES: Final = (CREATING, RUNNING, PAUSED, SUSPENDED, EXITED, DEAD)
 WITH_VM: Final = (CREATING, RUNNING, PAUSED)
 WITHOUT_VM: Final = (SUSPENDED, EXITED, DEAD)

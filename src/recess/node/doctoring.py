@@ -55,7 +55,7 @@ async def _host_checks(config: Config) -> list[Check]:
 
 async def _driver_check(chosen: Chosen) -> Check:
     try:
-        found = await chosen.driver.probe()
+        found = await chosen.driver.probe(fresh=True)  # what was true when the run folder was made may not be any more
     except RecessError as exc:
         return check("driver", False, f"{chosen.driver.name}: {exc.message}", exc.hint)
     said = ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, str | int) and k != "driver")

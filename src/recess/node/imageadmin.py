@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from recess.catalog import Catalog
 from recess.config import Config
+from recess.errors import Corrupt
 from recess.images import ImageInfo, ImageStore, kernels
 from recess.machines.parts import Progress
 
@@ -17,15 +17,16 @@ from recess.machines.parts import Progress
 class ImageAdmin:
     """The images of a node, off the event loop."""
 
-    def __init__(self, config: Config, catalog: Catalog, progress: Progress) -> None:
+    def __init__(self, config: Config, in_use: Callable[[], Awaitable[set[str]]], progress: Progress) -> None:
         self._dir = config.images_dir
         self.store = ImageStore(config.images_dir)
-        self._catalog = catalog
+        self._in_use = in_use
         self._progress = progress
 
     async def list_all(self) -> list[dict[str, Any]]:
-        """Return all images."""
-        return [_json(info) for info in await asyncio.to_thread(self.store.list)]
+        """Return all images; one whose metadata is damaged, or whose root is lost, is shown with `damaged` and `hint`."""
+        good, damaged = await asyncio.to_thread(self.store.survey)
+        return sorted([*map(_json, good), *(_damaged(*one) for one in damaged)], key=lambda one: str(one["name"]))
 
     async def get(self, name: str) -> dict[str, Any]:
         """Return one; NotFound names those there are."""
@@ -45,7 +46,8 @@ class ImageAdmin:
             raise
 
     async def remove(self, name: str) -> None:
-        """Forget an image; HasDependents while templates or snapshots stand on its root."""
+        """Forget an image; HasDependents while templates, machines or snapshots stand on its root. Raises Corrupt when
+        that cannot be told."""
         await asyncio.to_thread(self.store.remove, name, in_use=await self._in_use())
 
     async def kernel(self, meta: Mapping[str, Any]) -> str:
@@ -53,10 +55,10 @@ class ImageAdmin:
         digest = str(meta.get("vm", {}).get("kernel", ""))
         return await asyncio.to_thread(kernels.describe, self._dir, digest) if digest else ""
 
-    async def _in_use(self) -> set[str]:
-        """Roots that templates stand on; every snapshot stands on a template."""
-        rows = await self._catalog.templates.list_all()
-        return {str(row.meta.get("vm", {}).get("root", "")) for row in rows}
+
+def _damaged(name: str, error: Corrupt) -> dict[str, Any]:
+    empty = {"root_hash": "", "root_path": "", "packages": [], "size_bytes": 0, "created": 0.0}
+    return {"name": name, **empty, "damaged": error.message, "hint": error.hint}
 
 
 def _json(info: ImageInfo) -> dict[str, Any]:

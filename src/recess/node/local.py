@@ -34,6 +34,7 @@ from recess.errors import OutOfSpace, Refused, Unavailable
 from recess.machines.manager import Manager
 from recess.machines.parts import Parts, Progress
 from recess.machines.retention import Keeping
+from recess.machines.roots import roots_in_use
 from recess.node.doctoring import run_doctor
 from recess.node.drivers import Chosen, choose_driver, make_images
 from recess.node.gate import NodeGate
@@ -146,7 +147,7 @@ class LocalNode:
         sessions = Sessions(Deps(log=log, machines=machines, agents=catalog.agents, clock=clock, settings=settings))
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
-        images = ImageAdmin(config, catalog, progress)
+        images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
         node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened)
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())

@@ -55,7 +55,9 @@ class Room:
     async def abandon(self) -> None:
         """Stop this server's tasks as SIGKILL does: nothing is said to anybody."""
         for live in self.manager.fleet.all():
-            tasks = [t for t in (live.watcher, live.main.task if live.main else None) if t is not None]
+            tasks = [
+                t for t in (live.watcher, live.stall_watcher, live.main.task if live.main else None) if t is not None
+            ]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

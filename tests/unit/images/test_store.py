@@ -184,3 +184,16 @@ def test_two_builds_at_once(store):
     assert [i.name for i in store.list()] == ["i0", "i1", "i2", "i3"]
     for image in store.list():
         store.verify(image.name)
+
+
+def test_a_damaged_name_costs_only_itself_and_no_root(store, tmp_path):
+    store.create("good", ["a-package"])
+    bad = store.create("bad", ["b-package"])
+    (tmp_path / "names" / "bad.json").write_text("{not json")
+    good, damaged = store.survey()
+    assert [info.name for info in good] == ["good"]
+    assert [(name, type(error)) for name, error in damaged] == [("bad", Corrupt)]
+    store.remove("good")  # which sweeps: what the damaged name stands for may be any root
+    assert bad.root_path.exists()
+    store.remove("bad")
+    assert not bad.root_path.exists()

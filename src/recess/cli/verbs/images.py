@@ -25,10 +25,18 @@ def ls(inv: Invocation) -> None:
         inv.out.data(found)
         return
     rows = [
-        {**row, "short": row["root_hash"][:12], "age": ago(row["created"]), "size": format_bytes(row["size_bytes"])}
+        {
+            **row,
+            "short": "damaged" if "damaged" in row else row["root_hash"][:12],
+            "age": ago(row["created"]) if row["created"] else "",
+            "size": format_bytes(row["size_bytes"]),
+        }
         for row in found
     ]
     inv.out.table(rows, [("IMAGE", "name"), ("HASH", "short"), ("CREATED", "age"), ("SIZE", "size")], ids="name")
+    for row in found:
+        if "damaged" in row:
+            inv.out.progress(f"{row['damaged']}\n  hint: {row['hint']}")
 
 
 @images.command("create")

@@ -38,5 +38,5 @@ def ps(inv: Invocation, everything: bool) -> None:
     ]  # fmt: skip
     inv.out.table(rows, columns)
     for row in rows:
-        if row["state"] == "damaged":
-            inv.out.progress(f"{row['status']}\n  hint: {row['meta']['hint']}")
+        if row["state"] in ("damaged", "stalled"):
+            inv.out.progress(f"{row['name'] or row['id']}: {row['status']}\n  hint: {row['meta']['hint']}")

@@ -104,6 +104,9 @@ class FakeVm:
         self._base_disk: Pages = {}
         self._writes = Writes("", {})
         self._link = FakeLink(guest)
+        self.room = True
+        self._stalled = asyncio.Event()
+        self._stall_reason = ""
         self._dead = asyncio.Event()
         self._reason = ""
         self._deadline: asyncio.TimerHandle | None = None
@@ -242,6 +245,35 @@ class FakeVm:
             _write_pages(self.directory / DISK_NAME, self._now_pages()[1], self.spec.disk_bytes)
         await self._link.cut(f"the VM is dead: {reason}")
         await self.guest.stop()
+
+    def stall(self, reason: str) -> None:
+        """Stand still as when the host's disk is full. While `room` is False, `go_on` does not help."""
+        self.guest.stop_vcpus()
+        self._stall_reason = reason
+        self._stalled.set()
+
+    async def stalled(self) -> str:
+        """Tell whether it stands still."""
+        self._check()
+        return self._stall_reason if self._stalled.is_set() else ""
+
+    async def wait_stalled(self) -> str:
+        """Return when it stands still."""
+        waits = {asyncio.ensure_future(self._stalled.wait()), asyncio.ensure_future(self._dead.wait())}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        self._check()
+        return self._stall_reason
+
+    async def go_on(self) -> None:
+        """Run again, if there is room."""
+        self._check()
+        if self._stalled.is_set() and self.room:
+            self._stalled.clear()
+            self.guest.run_vcpus()
 
     async def wait_dead(self) -> str:
         """Return the reason when the VM is gone."""

@@ -17,6 +17,7 @@ from recess.errors import IllegalState
 from recess.guestlink.link import GuestLink
 from recess.machines.contract import Capture, Hook, TemplateRef, VmStats
 
+_STALLED = "io-error"  # QEMU's run state after an error that stops the VM (qapi/run-state.json)
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -99,6 +100,30 @@ class QemuVm:
             await vm.close()
         with contextlib.suppress(OSError):
             vm.layout.remove_disks()
+
+    async def stalled(self) -> str:
+        """Tell whether a full disk of the host has stopped the VM (QEMU's `werror=enospc`, its default for disks)."""
+        status = (await self._handles.qmp.execute("query-status"))["status"]
+        return "the host's disk is full" if status == _STALLED else ""
+
+    async def wait_stalled(self) -> str:
+        """Return when a full disk of the host has stopped the VM."""
+        refused = self._handles.qmp.expect("BLOCK_IO_ERROR", lambda data: data.get("action") == "stop")
+        try:
+            # Asked after the event is awaited, so that none is missed; it tells of a stall before this server, too.
+            now = await self.stalled()
+            if now:
+                return now
+            data = await refused
+        finally:
+            refused.cancel()
+        return "the host's disk is full" if data.get("nospace") else f"the host's disk fails: {data.get('reason', '?')}"
+
+    async def go_on(self) -> None:
+        """Let QEMU do the refused write again."""
+        async with self._turn, self._handles.explain("go on"):
+            if await self.stalled():
+                await self._handles.qmp.execute("cont")
 
     async def wait_dead(self) -> str:
         """Return when the VM is gone, with the reason."""
