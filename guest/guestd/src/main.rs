@@ -17,6 +17,7 @@ mod jobs;
 mod json;
 mod ops;
 mod ring;
+mod sandbox;
 mod server;
 mod spawn;
 mod stats;
@@ -35,12 +36,24 @@ use server::{Options, Server};
 
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 const PROXY_PORT: u16 = 3128;
-const USAGE: &str = "usage: guestd --version | --serve-fd N [--run-dir DIR] [--proxy-port N] [--hooks DIR] [--cgroup DIR]
+const USAGE: &str = "usage: guestd --version | --sandbox | --relay | --serve-fd N [--run-dir DIR] [--proxy-port N] [--hooks DIR] [--cgroup DIR]
 Without arguments, as PID 1 of a machine, guestd sets it up and serves its virtio port.";
 
 fn main() {
     sys::keep_heap();
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if args == ["--sandbox"] || args == ["--relay"] {
+        let ended = if args == ["--relay"] {
+            sandbox::relay()
+        } else {
+            in_sandbox()
+        };
+        if let Err(why) = ended {
+            eprintln!("guestd: {}", why.message);
+            std::process::exit(1);
+        }
+        return;
+    }
     if std::process::id() == 1 && !args.iter().any(|a| a == "--serve-fd") {
         let why = machine()
             .err()
@@ -71,6 +84,7 @@ fn machine() -> Outcome<()> {
     let freezer = Freezer::cgroup(Path::new("/sys/fs/cgroup/workload"))?;
     let opts = Options {
         own_machine: true,
+        own_kernel: true,
         run_dir: Some(PathBuf::from("/run/recess")),
         proxy_port: Some(PROXY_PORT),
         hooks: PathBuf::from("/etc/recess/thaw.d"),
@@ -83,12 +97,32 @@ fn machine() -> Outcome<()> {
     server.run()
 }
 
+/// The first process of a process sandbox: the runtime has set it up; there is no kernel of our own.
+fn in_sandbox() -> Outcome<()> {
+    let port = sandbox::enter()?;
+    let run = PathBuf::from("/run/recess");
+    let disk = std::fs::File::open("/").map_err(|e| Fail::io("/", &e))?;
+    let opts = Options {
+        own_machine: true,
+        own_kernel: false,
+        run_dir: Some(run),
+        proxy_port: Some(PROXY_PORT),
+        hooks: PathBuf::from("/etc/recess/thaw.d"),
+        disk: Some(disk.into()),
+    };
+    let mut server = Server::new(opts, Freezer::signals())?;
+    server.open_doors()?;
+    server.set_port(port)?;
+    server.run()
+}
+
 /// An ordinary process that serves an inherited socket: connected, or listening for hosts that come and go.
 fn process(args: &[String]) -> Outcome<()> {
     let usage = || Fail::new("usage", USAGE);
     let (mut fd, mut cgroup) = (None, None);
     let mut opts = Options {
         own_machine: false,
+        own_kernel: false,
         run_dir: None,
         proxy_port: None,
         hooks: PathBuf::from("/nonexistent"),

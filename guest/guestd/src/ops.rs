@@ -338,6 +338,7 @@ impl Server {
             run_dir: self.opts.run_dir.as_deref(),
             hooks: self.opts.hooks.clone(),
             own_machine: self.opts.own_machine,
+            own_kernel: self.opts.own_kernel,
         };
         thaw::apply(&t, &places, &mut self.kept)?;
         self.env = t.env;

@@ -31,6 +31,8 @@ const MAX_INCOMING: usize = 128;
 pub struct Options {
     /// PID 1 of its own machine: identity and clock are ours to set.
     pub own_machine: bool,
+    /// Its kernel's generator and clock are ours as well; in a process sandbox both are the host's.
+    pub own_kernel: bool,
     pub run_dir: Option<PathBuf>,
     pub proxy_port: Option<u16>,
     pub hooks: PathBuf,

@@ -35,6 +35,7 @@ pub struct Places<'a> {
     pub run_dir: Option<&'a Path>,
     pub hooks: PathBuf,
     pub own_machine: bool,
+    pub own_kernel: bool,
 }
 
 fn hex(text: &str) -> Option<[u8; 32]> {
@@ -116,9 +117,11 @@ pub struct Kept {
 
 /// Do everything but unfreeze, in the order of the contract: nothing of the workload runs before the last step.
 pub fn apply(t: &Thaw, places: &Places, kept: &mut Kept) -> Outcome<()> {
-    if places.own_machine {
+    if places.own_kernel {
         kept.reseed(&t.entropy)?;
         set_clock(t.wall_ns)?;
+    }
+    if places.own_machine {
         kept.identity(t)?;
     }
     if let Some(run) = places.run_dir {
@@ -410,6 +413,7 @@ mod tests {
             run_dir: Some(&run),
             hooks: hooks.clone(),
             own_machine: false,
+            own_kernel: false,
         };
         let t = request("", "").unwrap();
         let mut kept = Kept::default();

@@ -1,0 +1,200 @@
+//! guestd in a process sandbox (gVisor): no virtio port, no kernel of its own to seed or set the clock of.
+//!
+//! A sandbox has no channel to the host that survives a checkpoint; what does survive is everything inside. So the
+//! channel is cut in two. A child, the holder, keeps one end of a socket pair for ever, the other is guestd's port; to
+//! guestd it is what a virtio port is to it in a VM. The host comes and goes through `guestd --relay`, started in the
+//! sandbox by the runtime, which joins its standard input and output to the holder's socket.
+//!
+//! Nothing is lost when a relay goes in order: at the end of its input it says so to the holder, the holder sends what
+//! it still has in hand and closes, and the relay ends once all that is written out. While nobody is there the holder
+//! reads nothing, so guestd's output waits where it is.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use crate::fail::{Fail, Outcome};
+use crate::sys;
+
+const RUN: &str = "/run/recess";
+const OWN: &str = "/run/recess/guestd";
+const DOOR: &str = "/run/recess/host.sock";
+const PIECE: usize = 64 * 1024;
+
+/// Move guestd itself into the sandbox's memory (its file on the host may be another at the next restore), start the
+/// holder, and return guestd's end of the channel.
+pub fn enter() -> Outcome<OwnedFd> {
+    settle().map_err(|e| Fail::io("moving into the sandbox", &e))?;
+    let fail = |e: io::Error| Fail::io("host.sock", &e);
+    let _ = fs::remove_file(DOOR); // bind tells if an old one could not be removed
+    let door = UnixListener::bind(DOOR).map_err(fail)?;
+    fs::set_permissions(DOOR, PermissionsExt::from_mode(0o600)).map_err(fail)?;
+    let (ours, theirs) = UnixStream::pair().map_err(fail)?;
+    // SAFETY: one thread; the child runs nothing but the holder's loop and never returns.
+    match unsafe { libc::fork() } {
+        -1 => Err(fail(io::Error::last_os_error())),
+        0 => {
+            drop(ours);
+            hold(&door, &theirs);
+            std::process::exit(1)
+        }
+        _ => Ok(ours.into()),
+    }
+}
+
+fn settle() -> io::Result<()> {
+    if fs::read_link("/proc/self/exe").is_ok_and(|p| p == Path::new(OWN)) {
+        return Ok(());
+    }
+    fs::create_dir_all(RUN)?;
+    fs::copy("/proc/self/exe", OWN)?;
+    fs::set_permissions(OWN, PermissionsExt::from_mode(0o755))?;
+    use std::os::unix::process::CommandExt;
+    Err(std::process::Command::new(OWN)
+        .args(std::env::args_os().skip(1))
+        .exec())
+}
+
+/// One relay after the other, the newest first in line once the former has ended. Returns when guestd is gone.
+fn hold(door: &UnixListener, port: &UnixStream) {
+    while let Ok((relay, _)) = door.accept() {
+        if !join(relay.as_raw_fd(), relay.as_raw_fd(), port.as_raw_fd(), true) {
+            return;
+        }
+    }
+}
+
+/// The relay's whole life: standard input and output against the holder.
+pub fn relay() -> Outcome<()> {
+    let door = UnixStream::connect(DOOR).map_err(|e| Fail::io(DOOR, &e))?;
+    join(0, 1, door.as_raw_fd(), false);
+    Ok(())
+}
+
+/// Copy host -> guest and guest -> host until the host's side has ended. As the holder (`keeps`) the guest's side stays:
+/// the end of the host's input ends the join. As the relay that end is passed on, and the join ends when the guest's side
+/// has closed in answer. Returns whether the guest's side is still there.
+fn join(host_in: RawFd, host_out: RawFd, guest: RawFd, keeps: bool) -> bool {
+    let mut piece = vec![0u8; PIECE];
+    let mut host_open = true;
+    loop {
+        let mut fds = [
+            libc::pollfd {
+                fd: if host_open { host_in } else { -1 },
+                events: libc::POLLIN,
+                revents: 0,
+            },
+            libc::pollfd {
+                fd: guest,
+                events: libc::POLLIN,
+                revents: 0,
+            },
+        ];
+        // SAFETY: the array and its length belong together.
+        let n = unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) };
+        if n < 0 {
+            continue; // a signal; nothing else can be wrong with two descriptors of ours
+        }
+        if fds[0].revents != 0 {
+            let got = take(host_in, &mut piece);
+            if got == 0 || !put(guest, &piece[..got]) {
+                if keeps {
+                    return true;
+                }
+                host_open = false;
+                // SAFETY: plain call on an open descriptor.
+                unsafe { libc::shutdown(guest, libc::SHUT_WR) };
+            }
+        } else if fds[1].revents != 0 {
+            let got = take(guest, &mut piece);
+            if got == 0 {
+                return false;
+            }
+            if !put(host_out, &piece[..got]) {
+                return keeps; // the host is gone without a word: what it missed, it asks for anew after its next hello
+            }
+        }
+    }
+}
+
+/// Read once; 0 at the end and on any error.
+fn take(fd: RawFd, piece: &mut [u8]) -> usize {
+    sys::read(fd, piece).unwrap_or(0)
+}
+
+/// Write all of it; false when the other side is gone.
+fn put(fd: RawFd, mut data: &[u8]) -> bool {
+    while !data.is_empty() {
+        match sys::write(fd, data) {
+            Ok(n) => data = &data[n..],
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::Shutdown;
+    use std::thread;
+
+    /// A holder with a relay before it, as threads: returns (host's end, the two threads).
+    fn chain(
+        port: UnixStream,
+    ) -> (
+        UnixStream,
+        thread::JoinHandle<bool>,
+        thread::JoinHandle<bool>,
+    ) {
+        let (host, relay_io) = UnixStream::pair().unwrap();
+        let (relay, held) = UnixStream::pair().unwrap();
+        let holder =
+            thread::spawn(move || join(held.as_raw_fd(), held.as_raw_fd(), port.as_raw_fd(), true));
+        let relaying = thread::spawn(move || {
+            let io = relay_io.as_raw_fd();
+            join(io, io, relay.as_raw_fd(), false)
+        });
+        (host, holder, relaying)
+    }
+
+    #[test]
+    fn nothing_is_lost_between_two_relays() {
+        let (mut guestd, port) = UnixStream::pair().unwrap();
+        let mut seen = Vec::new();
+        for round in 0..3u8 {
+            let (mut host, holder, relaying) = chain(port.try_clone().unwrap());
+            host.write_all(&[round; 100]).unwrap();
+            let mut got = [0u8; 100];
+            guestd.read_exact(&mut got).unwrap();
+            assert_eq!(got, [round; 100]);
+            guestd.write_all(&vec![round; 50_000]).unwrap();
+            host.shutdown(Shutdown::Write).unwrap();
+            let mut rest = Vec::new();
+            host.read_to_end(&mut rest).unwrap();
+            assert!(holder.join().unwrap(), "guestd is still there");
+            relaying.join().unwrap();
+            seen.extend(rest);
+        }
+        // What no relay took waited in the socket.
+        guestd.shutdown(Shutdown::Write).unwrap();
+        let mut port = port;
+        port.read_to_end(&mut seen).unwrap();
+        let wanted: Vec<u8> = (0..3u8).flat_map(|round| vec![round; 50_000]).collect();
+        assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn the_end_of_guestd_ends_the_chain() {
+        let (guestd, port) = UnixStream::pair().unwrap();
+        let (mut host, holder, relaying) = chain(port);
+        drop(guestd);
+        assert!(!holder.join().unwrap());
+        relaying.join().unwrap();
+        assert_eq!(host.read(&mut [0u8; 1]).unwrap(), 0);
+    }
+}
