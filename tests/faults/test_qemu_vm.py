@@ -15,6 +15,7 @@ import pytest
 
 from recess.drivers.qemu import QemuDriver, QemuVm, capture, disk, start
 from recess.drivers.qemu.keeper import read_pids
+from recess.drivers.qemu.memory import MemoryCapture
 from recess.errors import DriverFailed, GuestFailed, MissingTool, OutOfSpace, RecessError
 from recess.guestlink.link import ExecRequest
 from recess.machines.contract import RestoreParts, Vm
@@ -233,7 +234,7 @@ async def test_a_truly_full_disk(rig: QemuRig) -> None:
         assert not list(small.glob("*/disk*"))
 
 
-@pytest.mark.parametrize("after", ["_fill_target", "_take"])
+@pytest.mark.parametrize("after", ["prepare", "take", "collect"])
 async def test_a_cancelled_capture_leaves_the_machine_running(
     rig: QemuRig, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
@@ -245,7 +246,7 @@ async def test_a_cancelled_capture_leaves_the_machine_running(
         await asyncio.Event().wait()
 
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_take" if after == "_take" else "_prepare", hang)
+        patch.setattr(MemoryCapture, after, hang)
         task = asyncio.ensure_future(vm.capture(resume=False))
         await asyncio.wait_for(reached.wait(), 10)
         task.cancel()

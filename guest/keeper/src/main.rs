@@ -10,6 +10,7 @@
 mod bitmap;
 mod buffer;
 mod memory;
+mod remap;
 mod remote;
 mod request;
 mod serve;
@@ -225,6 +226,7 @@ fn start(options: Options) -> io::Result<Keeper> {
         prepared: None,
         tracker: None,
         copying: None,
+        guards: Vec::new(),
         reason: None,
     })
 }

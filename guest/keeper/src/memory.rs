@@ -234,7 +234,7 @@ impl Ram {
     }
 }
 
-fn bad(why: &str) -> io::Error {
+pub fn bad(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 

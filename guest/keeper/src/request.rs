@@ -10,6 +10,9 @@
 //!   inject COUNT + descriptor      ok                       put pages into the VM's memory
 //!
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
+//!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
+//!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
+//!   remap + fd                     ok                       map files of the VMM over its memory, privately
 //!   tracking                       ok way=WAY base=BASE     (way=none: not tracked)
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
 //!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
@@ -17,7 +20,9 @@
 //!   committed G BASE               ok                       capture G is stored as snapshot BASE
 //!
 //! BASE is a snapshot's name as the server has it, or `-`: the RAM file as it was. `user` asks for a userfaultfd without
-//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file.
+//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file; that of
+//! `remap` four u32 each: the VMM's descriptor, first page in that file, first page of the memory, count. SEGMENTS says
+//! where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
 //!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
 //! gone every client gets `dead END REASON`, a newline and the tail of the VMM's output; then the socket closes.
@@ -25,7 +30,7 @@
 /// Greatest length of a request in bytes.
 pub const REQUEST_LIMIT: usize = 256;
 
-use crate::track::Which;
+use crate::track::{Faults, Which};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -42,9 +47,11 @@ pub enum Request {
     Inject(usize),
     Track {
         base: String,
-        user_only: bool,
+        faults: Faults,
     },
     Tracking,
+    Guard,
+    Remap,
     PrepareTracked(Which),
     CaptureTracked(Which),
     Collect,
@@ -79,10 +86,17 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             .parse()
             .map(Request::Inject)
             .map_err(|_| "not a number of pages"),
-        ["track", base, which @ ("any" | "user")] => Ok(Request::Track {
+        ["track", base, faults] => Ok(Request::Track {
             base: base_name(base)?,
-            user_only: which == "user",
+            faults: match faults {
+                "any" => Faults::Any,
+                "user" => Faults::User,
+                "wait" => Faults::Wait,
+                _ => return Err("no such faults"),
+            },
         }),
+        ["guard"] => Ok(Request::Guard),
+        ["remap"] => Ok(Request::Remap),
         ["tracking"] => Ok(Request::Tracking),
         ["prepare", which] => Ok(Request::PrepareTracked(parse_which(which)?)),
         ["capture", which] => Ok(Request::CaptureTracked(parse_which(which)?)),
@@ -128,7 +142,7 @@ mod tests {
         assert_eq!(parse(b"inject 12"), Ok(Request::Inject(12)));
         let track = Request::Track {
             base: "snp_1".to_string(),
-            user_only: true,
+            faults: Faults::User,
         };
         assert_eq!(parse(b"track snp_1 user"), Ok(track));
         assert_eq!(

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use crate::buffer::Buffer;
 use crate::memory::Ram;
+use crate::remap;
 use crate::request::{self, Request, REQUEST_LIMIT};
 use crate::sys;
 use crate::tail::Tail;
-use crate::track::{Copying, Tracker};
+use crate::track::{Copying, Faults, Tracker};
 use crate::vmm::{End, Vmm};
 
 /// Connected clients at a time; the server needs one, a restarted one overlaps for a moment.
@@ -47,6 +48,8 @@ pub struct Keeper {
     pub prepared: Option<Buffer>,
     pub tracker: Option<Tracker>,
     pub copying: Option<Copying>,
+    /// Pipes of pagers that have not brought all pages yet.
+    pub guards: Vec<OwnedFd>,
     /// Why we ended the VMM, once we have.
     pub reason: Option<&'static str>,
 }
@@ -73,6 +76,9 @@ impl Keeper {
                 self.end("keeper was told to stop");
             }
             self.check_deadline();
+            if ready.guards {
+                self.check_guards();
+            }
             for at in (0..self.clients.len()).rev() {
                 if ready.clients.get(at) == Some(&true) && !self.serve(at) {
                     self.clients.swap_remove(at);
@@ -105,6 +111,8 @@ impl Keeper {
             watch(log),
             watch(console),
         ];
+        let first_guard = fds.len();
+        fds.extend(self.guards.iter().map(|pipe| watch(pipe.as_raw_fd())));
         let fixed = fds.len();
         fds.extend(self.clients.iter().map(|c| watch(c.as_raw_fd())));
         // SAFETY: the array is valid for its length. EINTR leaves all revents zero: one idle turn.
@@ -116,6 +124,7 @@ impl Keeper {
             vmm: hit[3],
             log: hit[4],
             console: hit[5],
+            guards: hit[first_guard..fixed].contains(&true),
             clients: hit[fixed..].to_vec(),
         }
     }
@@ -202,13 +211,18 @@ impl Keeper {
         let stop = self.stop();
         let tracker = self.tracker.as_mut();
         let text = match request {
-            Request::Track { base, user_only } => {
+            Request::Track { base, faults } => return self.track(&base, faults, fd),
+            Request::Guard => {
+                let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                sys::set_nonblocking(&pipe)?;
+                self.guards.push(pipe);
+                "ok".to_string()
+            }
+            Request::Remap => {
                 self.untracked()?;
-                let known = fd.map_or(Ok(Vec::new()), |fd| read_ranges(fd, self.ram.pages))?;
-                let tracker = Tracker::start(&self.ram, &base, &known, user_only)?;
-                let text = format!("ok way={}", tracker.way());
-                self.tracker = Some(tracker);
-                text
+                let list = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                remap::remap(&self.ram, &read_numbers(list, self.ram.pages)?)?;
+                "ok".to_string()
             }
             Request::PrepareTracked(which) => {
                 self.copying = None;
@@ -241,6 +255,47 @@ impl Keeper {
             },
         };
         Ok((text, None))
+    }
+
+    fn track(&mut self, base: &str, faults: Faults, fd: Option<OwnedFd>) -> Answer {
+        self.untracked()?;
+        let known = fd.map_or(Ok(Vec::new()), |fd| read_ranges(fd, self.ram.pages))?;
+        let tracker = Tracker::start(&self.ram, base, &known, faults)?;
+        let mut text = format!("ok way={}", tracker.way());
+        let mut pager = None;
+        if faults == Faults::Wait {
+            let at = self.ram.segments()?.iter();
+            let at: Vec<String> = at
+                .map(|s| format!("{:x}:{}:{}", s.address, s.first_page, s.pages))
+                .collect();
+            text = format!("{text} at={}", at.join(","));
+            pager = Some(tracker.pager_fd()?);
+        }
+        self.tracker = Some(tracker);
+        Ok((text, pager))
+    }
+
+    /// A pager that says something has put every page there; one that is gone before has left the VM with pages that
+    /// nobody will ever bring.
+    fn check_guards(&mut self) {
+        let mut broken = false;
+        self.guards.retain(|pipe| {
+            let mut word = [0u8; 16];
+            match sys::read_now(pipe, &mut word) {
+                Ok(None) => true,
+                Ok(Some(count)) => {
+                    broken |= count == 0;
+                    false
+                }
+                Err(_) => {
+                    broken = true;
+                    false
+                }
+            }
+        });
+        if broken {
+            self.end("its pager died");
+        }
     }
 
     /// Plain pagemap lies once pages are protected.
@@ -314,6 +369,7 @@ struct Ready {
     vmm: bool,
     log: bool,
     console: bool,
+    guards: bool,
     clients: Vec<bool>,
 }
 
@@ -329,20 +385,31 @@ fn not_tracked() -> io::Error {
     invalid("the VM's writes are not tracked")
 }
 
-/// Pairs of u32 (little endian): first page and count, all inside the memory.
-fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
+/// Numbers (u32 little endian), at most four for each page of the memory.
+fn read_numbers(fd: OwnedFd, pages: usize) -> io::Result<Vec<u32>> {
     let mut raw = Vec::new();
+    let limit = 16 * pages as u64;
     let file = std::fs::File::from(fd);
-    let limit = 8 * pages as u64;
     file.take(limit + 1).read_to_end(&mut raw)?;
-    if raw.len() as u64 > limit || raw.len() % 8 != 0 {
+    if raw.len() as u64 > limit || raw.len() % 4 != 0 {
+        return Err(invalid("the list has an odd size"));
+    }
+    let words = raw.chunks_exact(4);
+    Ok(words
+        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+        .collect())
+}
+
+/// Pairs: first page and count, all inside the memory.
+fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
+    let numbers = read_numbers(fd, pages)?;
+    let ranges: Vec<(u32, u32)> = numbers
+        .chunks_exact(2)
+        .map(|pair| (pair[0], pair[1]))
+        .collect();
+    if numbers.len() % 2 != 0 {
         return Err(invalid("the list of ranges has an odd size"));
     }
-    let number = |word: &[u8]| u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-    let ranges: Vec<(u32, u32)> = raw
-        .chunks_exact(8)
-        .map(|pair| (number(pair), number(&pair[4..])))
-        .collect();
     let inside = |&(first, count): &(u32, u32)| first as usize + count as usize <= pages;
     if ranges.iter().all(inside) {
         Ok(ranges)

@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use crate::bitmap::Bitmap;
 use crate::buffer::Buffer;
@@ -32,6 +33,17 @@ pub enum Which {
     Delta,
     /// All that may differ from the RAM file.
     All,
+}
+
+/// Whose page faults count, and what becomes of the known ranges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Faults {
+    /// Whatever the rights allow; only writes are tracked.
+    Any,
+    /// Only the process's own, which needs no rights.
+    User,
+    /// The kernel's too, and the known ranges are absent.
+    Wait,
 }
 
 pub struct Tracker {
@@ -57,12 +69,13 @@ pub struct Copying {
 
 impl Tracker {
     /// Track every write from now on. To be called before the guest runs. `base`: the snapshot whose memory this is,
-    /// or `-`; `known`: ranges (first page, count) that differ from the RAM file without having been written.
+    /// or `-`; `known`: ranges (first page, count) that differ from the RAM file without having been written. With
+    /// `Faults::Wait` their pages are absent from now on: whoever touches one waits for a pager (`pager_fd`).
     pub fn start(
         ram: &Ram,
         base: &str,
         known: &[(u32, u32)],
-        user_only: bool,
+        faults: Faults,
     ) -> io::Result<Tracker> {
         let segments = ram.segments()?;
         let mut ever = Bitmap::new(ram.pages);
@@ -78,7 +91,13 @@ impl Tracker {
         for &(first, count) in known {
             ever.add(first as usize, count as usize);
         }
-        let uffd = Uffd::open(ram.pid, user_only)?;
+        let uffd = Uffd::open(ram.pid, faults == Faults::User)?;
+        if faults == Faults::Wait && !uffd.kernel_faults {
+            // QEMU reads disks into guest memory by system calls: those would fail on an absent page.
+            return Err(io::Error::other(
+                "no right to catch the kernel's own page faults",
+            ));
+        }
         let tracker = Tracker {
             uffd,
             pagemap: File::open(format!("/proc/{}/pagemap", ram.pid))?,
@@ -95,10 +114,33 @@ impl Tracker {
                 .register(segment.address, bytes, uffd::WRITES)?;
             tracker.uffd.protect(segment.address, bytes)?;
         }
+        if faults == Faults::Wait {
+            for &(first, count) in known {
+                tracker.register_absent(segments, first as usize, count as usize)?;
+            }
+        }
         // The first look shows whether this kernel can scan at all, before anybody relies on it.
         let mut tracker = tracker;
         tracker.scan(ram)?;
         Ok(tracker)
+    }
+
+    fn register_absent(&self, segments: &[Segment], first: usize, count: usize) -> io::Result<()> {
+        for segment in segments {
+            let from = first.max(segment.first_page);
+            let to = (first + count).min(segment.first_page + segment.pages);
+            if from < to {
+                let address = segment.address + ((from - segment.first_page) * PAGE) as u64;
+                let bytes = ((to - from) * PAGE) as u64;
+                self.uffd.register(address, bytes, uffd::ABSENT)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What a pager needs to serve absent pages.
+    pub fn pager_fd(&self) -> io::Result<OwnedFd> {
+        self.uffd.fd.try_clone()
     }
 
     /// How it came about, in one word: `kernel` sees the kernel's own accesses too, `user` only needs no rights.
@@ -241,7 +283,7 @@ impl Copying {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
     use std::path::{Path, PathBuf};
 
@@ -285,6 +327,7 @@ mod tests {
                 let pid = libc::fork();
                 if pid == 0 {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    keep_only(order_read.as_raw_fd(), done_write.as_raw_fd());
                     let mut told = [0u8; 2];
                     while libc::read(order_read.as_raw_fd(), told.as_mut_ptr().cast(), 2) == 2 {
                         *map.cast::<u8>().add(told[0] as usize * PAGE) = told[1];
@@ -333,6 +376,15 @@ mod tests {
         }
     }
 
+    /// A forked child must not hold the pipes of tests that run beside this one.
+    unsafe fn keep_only(one: libc::c_int, other: libc::c_int) {
+        for fd in 3..256 {
+            if fd != one && fd != other {
+                libc::close(fd);
+            }
+        }
+    }
+
     fn go() -> io::Result<()> {
         Ok(())
     }
@@ -363,7 +415,7 @@ mod tests {
     fn a_capture_holds_what_was_written_since_the_base() {
         let (writer, ram) = Writer::start("since", libc::MAP_PRIVATE);
         writer.write(3, 30); // before it is tracked: private
-        let mut tracker = Tracker::start(&ram, "-", &[(100, 2)], false).unwrap();
+        let mut tracker = Tracker::start(&ram, "-", &[(100, 2)], Faults::Any).unwrap();
         writer.write(5, 50);
         writer.write(200, 60);
         let all = [(3, 30), (5, 50), (100, 0), (101, 0), (200, 60)];
@@ -387,7 +439,7 @@ mod tests {
     #[test]
     fn what_is_written_between_the_rounds_is_of_the_last_instant() {
         let (writer, ram) = Writer::start("rounds", libc::MAP_PRIVATE);
-        let mut tracker = Tracker::start(&ram, "-", &[], true).unwrap();
+        let mut tracker = Tracker::start(&ram, "-", &[], Faults::User).unwrap();
         assert_eq!(tracker.way(), "user");
         for page in [10, 20, 30] {
             writer.write(page, page);
@@ -409,7 +461,7 @@ mod tests {
     #[test]
     fn shared_memory_counts_what_its_file_holds() {
         let (writer, ram) = Writer::start("shared", libc::MAP_SHARED);
-        let mut tracker = Tracker::start(&ram, "-", &[], false).unwrap();
+        let mut tracker = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
         assert_eq!(take(&mut tracker, &ram, Which::All).len(), 16);
         writer.write(40, 4);
         assert_eq!(take(&mut tracker, &ram, Which::Delta), [(40, 4)]);
@@ -419,7 +471,7 @@ mod tests {
     #[test]
     fn the_deadline_stops_a_copy_and_nothing_is_lost() {
         let (writer, ram) = Writer::start("deadline", libc::MAP_PRIVATE);
-        let mut tracker = Tracker::start(&ram, "-", &[], false).unwrap();
+        let mut tracker = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
         writer.write(1, 1);
         let late = || Err(io::Error::from(io::ErrorKind::TimedOut));
         assert!(tracker.capture(&ram, Which::Delta, None, &late).is_err());
@@ -434,6 +486,7 @@ mod tests {
         let tracer = unsafe {
             let tracer = libc::fork();
             if tracer == 0 {
+                keep_only(told.as_raw_fd(), told.as_raw_fd());
                 let ret = libc::ptrace(libc::PTRACE_SEIZE, writer.pid, 0usize, 0usize);
                 libc::write(told.as_raw_fd(), [ret as u8].as_ptr().cast(), 1);
                 libc::pause();
@@ -444,13 +497,13 @@ mod tests {
         // SAFETY: the buffer is valid.
         unsafe { libc::read(tell.as_raw_fd(), seized.as_mut_ptr().cast(), 1) };
         assert_eq!(seized, [0]);
-        let error = Tracker::start(&ram, "-", &[], false).err().unwrap();
+        let error = Tracker::start(&ram, "-", &[], Faults::Any).err().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         // SAFETY: our own child.
         unsafe {
             libc::kill(tracer, libc::SIGKILL);
             libc::waitpid(tracer, std::ptr::null_mut(), 0);
         }
-        assert!(Tracker::start(&ram, "-", &[], false).is_ok());
+        assert!(Tracker::start(&ram, "-", &[], Faults::Any).is_ok());
     }
 }

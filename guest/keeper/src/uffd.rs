@@ -27,8 +27,10 @@ const MINOR_SHMEM: u64 = 1 << 10;
 const MISSING_SHMEM: u64 = 1 << 5;
 const USER_MODE_ONLY: u64 = 1;
 
-/// Mode of a registration: writes are noted.
+/// Modes of a registration. Writes are noted.
 pub const WRITES: u64 = 2;
+/// And absent pages wait until somebody puts them there, also where the mapped file has some.
+pub const ABSENT: u64 = 1 | 4 | WRITES;
 
 const WRITTEN: u64 = 2;
 const PROTECT_MATCHING: u64 = 1;
