@@ -388,6 +388,22 @@ class DriverSuite:
         finally:
             await fourth.kill()
 
+    async def test_what_runs_or_is_paused_is_not_stalled(self, vm: Vm) -> None:
+        """A stall is the host's doing; going on without one changes nothing, and the wait for one ends with the VM."""
+        waiting = asyncio.ensure_future(vm.wait_stalled())
+        assert await vm.stalled() == ""
+        await vm.pause()
+        assert await vm.stalled() == ""
+        await vm.go_on()
+        with pytest.raises(RecessError):
+            await vm.link.ping(timeout_s=0.3)
+        await vm.unpause()
+        assert await shell(vm.link, "echo awake") == "awake"
+        assert not waiting.done()
+        await vm.kill()
+        with pytest.raises(RecessError):
+            await asyncio.wait_for(waiting, 10)
+
     async def test_only_a_template_is_exported(self, vm: Vm, rig: Rig) -> None:
         """A machine in use cannot become a template."""
         with pytest.raises(IllegalState):

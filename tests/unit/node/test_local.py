@@ -13,7 +13,8 @@ import pytest
 
 from recess.broker import OpenGate
 from recess.config import Config, load_config
-from recess.errors import BadInput, HomeLocked, Incompatible, NotFound, Refused
+from recess.drivers.fake import FakeDriver
+from recess.errors import BadInput, HomeLocked, Incompatible, MissingTool, NotFound, Refused
 from recess.guestlink.link import ExecRequest
 from recess.node.gate import NodeGate
 from recess.node.local import LocalNode, make_folders
@@ -148,3 +149,19 @@ async def test_the_gate_fails_closed_for_sessions_until_they_are_there():
     assert not waiting.done()
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_doctor_looks_at_the_driver_anew(config, monkeypatch):
+    asked = []
+
+    async def gone(self, *, fresh=False):
+        asked.append(fresh)
+        raise MissingTool("no QEMU here any more", hint="install it")
+
+    monkeypatch.setattr(FakeDriver, "probe", gone)
+    node = await LocalNode.open(config)
+    report = await node.doctor()
+    assert asked == [True]
+    assert (report["ok"], report["level"]) == (False, "none")
+    assert report["checks"][-1]["hint"] == "install it"
+    await node.close()
