@@ -202,6 +202,14 @@ mod tests {
         let mut child = echo();
         let pid = child.id() as libc::pid_t;
         for round in 0..50u8 {
+            let mut back = [0];
+            child.stdin.as_mut().unwrap().write_all(&[99]).unwrap(); // an answer: it is loaded whole
+            child
+                .stdout
+                .as_mut()
+                .unwrap()
+                .read_exact(&mut back)
+                .unwrap();
             let calls = [
                 [libc::SYS_getpid as u64, 0, 0, 0, 0, 0, 0],
                 [libc::SYS_close as u64, 999, 0, 0, 0, 0, 0],

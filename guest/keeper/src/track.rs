@@ -328,6 +328,7 @@ mod tests {
                 if pid == 0 {
                     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                     keep_only(order_read.as_raw_fd(), done_write.as_raw_fd());
+                    libc::write(done_write.as_raw_fd(), [0u8].as_ptr().cast(), 1);
                     let mut told = [0u8; 2];
                     while libc::read(order_read.as_raw_fd(), told.as_mut_ptr().cast(), 2) == 2 {
                         *map.cast::<u8>().add(told[0] as usize * PAGE) = told[1];
@@ -336,6 +337,11 @@ mod tests {
                     libc::_exit(0);
                 }
                 libc::munmap(map, PAGES * PAGE);
+                let mut ready = [0u8];
+                assert_eq!(
+                    libc::read(done.as_raw_fd(), ready.as_mut_ptr().cast(), 1),
+                    1
+                );
                 pid
             };
             let ram = Ram::new(pid, &path).unwrap();
