@@ -24,6 +24,7 @@ from recess.testing.blob_faults import FaultProxy
 from recess.testing.blob_server import s3_server
 from recess.testing.crash import crashing
 from recess.testing.machine_room import SMALL
+from tests.unit.snapshots.test_archive import no_files
 from tests.unit.snapshots.test_shared import GRACE, write
 from tests.unit.snapshots.test_transfer import World, quiet
 
@@ -87,7 +88,9 @@ def test_a_crash_while_an_archive_is_taken_in(world, tmp_path, point):
     archive = b"".join(archive_pieces(world.blobs, announce(world.blobs, world.second, "")))
 
     def take():
-        return Import(target, ArchiveReader(io.BytesIO(archive).read), tmp_path, lambda: 1 << 40).run(tell=quiet)
+        return Import(target, ArchiveReader(io.BytesIO(archive).read), tmp_path, lambda: 1 << 40, no_files).run(
+            tell=quiet
+        )
 
     with crashing(point):
         take()

@@ -39,10 +39,11 @@ def home(tmp_path, images_dir):
     """A maker of homes that share images and nothing else; all must be clean of processes at the end."""
     places = []
 
-    def make(name, **overrides):
+    def make(name, with_images=True, **overrides):
         folder = tmp_path / name
         folder.mkdir(mode=0o700)
-        (folder / "images").symlink_to(images_dir)
+        if with_images:
+            (folder / "images").symlink_to(images_dir)
         base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
         run_dir = base / f"recess-x-{secrets.token_hex(4)}"
         places.append((run_dir, folder))
@@ -88,20 +89,21 @@ async def at_work(node):
     return await python(node, "dev", ASK)
 
 
-async def test_one_file_brings_a_machine_to_another_home(home, tmp_path):
+async def test_one_file_brings_a_machine_to_a_home_that_has_nothing(home, tmp_path):
     archive = tmp_path / "machine.tar"
     async with opened(home("a")) as a:
         nonce = await at_work(a)
         row = await a.machines.snapshot("dev", name="travel:v1")
-        head, size, _ = await a.transfers.announce("travel:v1")
+        head, size, _ = await a.transfers.announce("travel:v1", with_image=True)
         with archive.open("wb") as file:
             for piece in a.transfers.pieces(head, 0):
                 file.write(piece)
         assert archive.stat().st_size == size
-    async with opened(home("b")) as b:
+    async with opened(home("b", with_images=False)) as b:  # nothing was ever built there
         with archive.open("rb") as file:
             done = await b.transfers.take_in(file.read, name="", trust=False)
-        assert done["snapshot"] == row.id
+        assert (done["snapshot"], done["missing"]) == (row.id, "")
+        assert not list((b.config.blobs_dir / "files").glob("*"))
         machine, report = await b.machines.restore("travel:v1", name="arrived")
         assert report.rung == 2
         assert await python(b, machine.id, ASK) == nonce

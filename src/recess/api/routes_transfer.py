@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -13,6 +14,7 @@ from starlette.routing import Route
 from recess.api.context import context_of
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.errors import BadInput
+from recess.snapshots.archive_v1 import Announcement
 
 
 class BodyReader:
@@ -48,10 +50,14 @@ class BodyReader:
 async def push_snapshot(request: Request) -> Response:
     """POST /v1/snapshots/REF/push."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"remote", "check"}, "body")
-    remote, check = field(body, "remote", str, ""), field(body, "check", bool, False)
-    ref = str(request.path_params["ref"])
-    return await with_progress(request, ctx.hub, lambda: ctx.node.transfers.push(ref, remote, check=check), 200)
+    reject_unknown(body, {"remote", "check", "with_image"}, "body")
+    remote, ref = field(body, "remote", str, ""), str(request.path_params["ref"])
+    check, with_image = field(body, "check", bool, False), field(body, "with_image", bool, False)
+
+    async def work() -> dict[str, Any]:
+        return await ctx.node.transfers.push(ref, remote, check=check, with_image=with_image)
+
+    return await with_progress(request, ctx.hub, work, 200)
 
 
 async def pull_snapshot(request: Request) -> Response:
@@ -65,19 +71,25 @@ async def pull_snapshot(request: Request) -> Response:
 
 
 async def describe_archive(request: Request) -> Response:
-    """GET /v1/snapshots/REF/archive: size and tag of the file that an export would be."""
-    head, size, tag = await context_of(request).node.transfers.announce(str(request.path_params["ref"]))
+    """GET /v1/snapshots/REF/archive?image=1: size and tag of the file that an export would be."""
+    head, size, tag = await _announce(request)
     return JSONResponse({"snapshot": head.snapshot_id, "name": head.name, "bytes": size, "tag": tag})
 
 
+async def _announce(request: Request) -> tuple[Announcement, int, str]:
+    with_image = request.query_params.get("image") == "1"
+    transfers = context_of(request).node.transfers
+    return await transfers.announce(str(request.path_params["ref"]), with_image=with_image)
+
+
 async def export_snapshot(request: Request) -> Response:
-    """GET /v1/snapshots/REF/export?offset=N."""
+    """GET /v1/snapshots/REF/export?offset=N&image=1."""
     transfers = context_of(request).node.transfers
     try:
         offset = int(request.query_params.get("offset", "0"))
     except ValueError as exc:
         raise BadInput("offset: a number is needed") from exc
-    head, size, tag = await transfers.announce(str(request.path_params["ref"]))
+    head, size, tag = await _announce(request)
     if not 0 <= offset <= size:
         raise BadInput(f"offset: from 0 to {size}")
     # The length is sent first, so that a client notices an archive that breaks off because a blob is damaged.

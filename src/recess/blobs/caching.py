@@ -39,14 +39,25 @@ class CacheState:
 
 
 class CachingBlobs:
-    """`remote` with copies in `local`. `whole_max_bytes`: larger blobs are read by ranges and not kept (0: all are)."""
+    """`remote` with copies in `local`, of the keys that `kept` names.
+
+    `whole_max_bytes`: larger blobs are read by ranges and not kept (0: all are).
+    """
 
     def __init__(
-        self, remote: BlobStore, local: LocalBlobs, check: Check, *, max_bytes: int, whole_max_bytes: int
+        self,
+        remote: BlobStore,
+        local: LocalBlobs,
+        check: Check,
+        *,
+        max_bytes: int,
+        whole_max_bytes: int,
+        kept: Callable[[str], bool] = lambda _key: True,
     ) -> None:
         self._remote = remote
         self._local = local
         self._check = check
+        self._kept = kept
         self._max_bytes = max_bytes
         self._whole_max_bytes = min(whole_max_bytes, max_bytes)
         self._lock = threading.Lock()
@@ -89,7 +100,8 @@ class CachingBlobs:
 
     def _copy(self, key: str) -> bool:
         """See that there is a copy; False if the blob is not to be kept or cannot be. Raises NotFound, Corrupt, ..."""
-        check_key(key)
+        if not self._kept(check_key(key)):
+            return False
         if self._hit(key):
             return True
         if key in self._too_large:
@@ -162,7 +174,7 @@ class CachingBlobs:
         """See `BlobStore.put`: durable when the remote store has it; what was new is kept here, too."""
         added = self._remote.put(key, data)
         size = sum(view.nbytes for view in pieces(data))
-        if added and size <= self._whole_max_bytes:
+        if added and size <= self._whole_max_bytes and self._kept(key):
             self._keep(key, size, lambda: iter(pieces(data)))
         return added
 

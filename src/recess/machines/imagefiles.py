@@ -11,6 +11,7 @@ from pathlib import Path
 from recess.errors import NotFound
 from recess.images import BootFiles as KernelFiles
 from recess.images import FilePages, ImageStore, clone_sparse, ensure_blank_disk, ensure_boot_files, kernels
+from recess.images.portable import KERNEL, find_file
 from recess.machines.contract import BootFiles
 from recess.machines.parts import Progress
 from recess.snapshots.contract import PageSource
@@ -50,10 +51,10 @@ class StoredImages:
 
     async def boot_files_by_hash(self, root_hash: str, kernel_hash: str, initrd_hash: str) -> BootFiles:
         """Return exactly these files; the initial root is only needed to boot, so it may be gone."""
-        kernel = self._dir / "kernel" / kernel_hash / "vmlinux"
+        kernel = find_file(self._dir, KERNEL, kernel_hash)
         initrd = self._dir / "initrd" / initrd_hash / "initrd.cpio"
         root = await asyncio.to_thread(self._store.root, root_hash)
-        if not kernel.is_file():
+        if kernel is None:
             raise NotFound(f"no kernel {kernel_hash[:12]} on this node", kind="kernel", ref=kernel_hash)
         return BootFiles(kernel, kernel_hash, initrd, initrd_hash, root, root_hash)
 

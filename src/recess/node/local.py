@@ -132,9 +132,10 @@ class LocalNode:
         def free_bytes() -> int:
             return shutil.disk_usage(config.blobs_dir).free
 
-        transfers = Transfers(config, catalog, store, clock, progress, free_bytes)
+        files = make_images(config, chosen.driver, progress)
+        transfers = Transfers(config, catalog, store, files, clock, progress, free_bytes)
         parts = Parts(
-            driver=chosen.driver, store=store, images=make_images(config, chosen.driver, progress), catalog=catalog,
+            driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find,
         )  # fmt: skip

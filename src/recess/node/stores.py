@@ -18,6 +18,7 @@ from recess.blobs import BlobStore, CachingBlobs, LocalBlobs, MeteredBlobs, Retr
 from recess.config import Config
 from recess.errors import BadInput, Corrupt
 from recess.snapshots.blobcheck import checked_pieces
+from recess.snapshots.keys import id_of
 from recess.snapshots.shared import SharedStore
 from recess.snapshots.store import Store
 from recess.units import GIB
@@ -49,6 +50,7 @@ def open_store(config: Config) -> Opened:
         checked_pieces,
         max_bytes=config.store_cache_bytes,
         whole_max_bytes=WHOLE_BYTES_MAX,
+        kept=lambda key: id_of(key) is not None,  # not image files: they are read once, and unpacked elsewhere
     )
     shared = SharedStore(
         cache, home_id(config.home), cache=cache, frame_bytes=config.frame_bytes, level=config.zstd_level

@@ -21,8 +21,9 @@ from recess.clock import Clock
 from recess.config import Config
 from recess.errors import BadInput, NotFound, RecessError, Refused
 from recess.machines.arrivals import add_foreign, asks_for, foreign_record
-from recess.machines.parts import Progress
+from recess.machines.parts import ImageFiles, Progress
 from recess.node.stores import home_id, open_blobs
+from recess.node.travelfiles import TravelFiles, check_file
 from recess.snapshots.archive import Import, announce, archive_bytes, archive_pieces
 from recess.snapshots.archive_v1 import Announcement, ArchiveReader, Read, encode_announcement
 from recess.snapshots.keys import SNAPSHOT
@@ -30,12 +31,14 @@ from recess.snapshots.shared import RefKeepingBlobs, Refs, SharedStore
 from recess.snapshots.store import Store
 from recess.snapshots.transfer import TransferReport, check_there, closure, copy_snapshot
 
+PACKED_KEPT_S = 86400.0
+
 
 class Transfers:
     """The gate between this node's store and others."""
 
     def __init__(
-        self, config: Config, catalog: Catalog, store: Store, clock: Clock, progress: Progress,
+        self, config: Config, catalog: Catalog, store: Store, images: ImageFiles, clock: Clock, progress: Progress,
         free_bytes: Callable[[], int],
     ) -> None:  # fmt: skip
         self._config = config
@@ -44,21 +47,25 @@ class Transfers:
         self._clock = clock
         self._progress = progress
         self._free_bytes = free_bytes
+        self._files = TravelFiles(config.images_dir, images, progress)
 
     # --- push and pull -------------------------------------------------------------------------------------------
 
-    async def push(self, ref: str, address: str, *, check: bool) -> dict[str, Any]:
-        """Copy a snapshot to another store, where it can be found by its id and its name. `check`: read it all back.
+    async def push(self, ref: str, address: str, *, check: bool, with_image: bool = False) -> dict[str, Any]:
+        """Copy a snapshot to another store, where it can be found by its id and its name. `check`: read it all back;
+        `with_image`: the root image and the kernel go along.
 
         Raises NotFound, BadInput, Unavailable, Corrupt, OutOfSpace.
         """
         row = await self._catalog.snapshots.get(ref)
         where = self._address(address)
-        report, checked = await asyncio.to_thread(self._push, row, where, check)
+        report, checked = await asyncio.to_thread(self._push, row, where, check, with_image)
         return {"snapshot": row.id, "name": row.name, "remote": where, "checked_bytes": checked, **asdict(report)}
 
-    def _push(self, row: SnapshotRecord, where: str, check: bool) -> tuple[TransferReport, int]:
+    def _push(self, row: SnapshotRecord, where: str, check: bool, with_image: bool) -> tuple[TransferReport, int]:
         remote, refs = self._remote(where)
+        if with_image:
+            self._files.pack(self._store.manifest(row.id), remote)
         if where == self._config.store:  # it is there already: what is left is to publish its name
             items = closure(self._store.blobs, row.id)
             report = TransferReport(0, 0, len(items), sum(item.size_bytes for item in items))
@@ -78,13 +85,19 @@ class Transfers:
         await self._prove(snapshot_id, trust=True)  # the store was named by this node's owner
         known_as = "" if ref.startswith(f"{SNAPSHOT}_") else ref
         called = await self._add(snapshot_id, "pulled", report.bytes_sent, name, known_as)
-        return {"snapshot": snapshot_id, "name": called, "remote": where, **asdict(report)}
+        missing = await self._lacks(snapshot_id)
+        return {"snapshot": snapshot_id, "name": called, "remote": where, "missing": missing, **asdict(report)}
+
+    async def _lacks(self, snapshot_id: str) -> str:
+        return await self._files.missing(await asyncio.to_thread(self._store.manifest, snapshot_id))
 
     def _pull(self, ref: str, where: str) -> tuple[str, TransferReport]:
         remote, refs = self._remote(where)
         snapshot_id = _find(remote, refs, ref)
         with self._store.holding(item.key for item in closure(remote, snapshot_id)):
-            return snapshot_id, copy_snapshot(remote, self._store.blobs, snapshot_id, tell=self._progress)
+            report = copy_snapshot(remote, self._store.blobs, snapshot_id, tell=self._progress)
+            self._files.unpack(self._store.manifest(snapshot_id), remote)
+            return snapshot_id, report
 
     async def _prove(self, snapshot_id: str, *, trust: bool) -> list[str]:
         """Read everything as a restore would, and see what it asks for; what does not hold is not kept.
@@ -124,11 +137,23 @@ class Transfers:
 
     # --- export and import ---------------------------------------------------------------------------------------
 
-    async def announce(self, ref: str) -> tuple[Announcement, int, str]:
-        """Return what an archive would hold, its size, and a tag that tells one archive's bytes from another's."""
+    async def announce(self, ref: str, *, with_image: bool = False) -> tuple[Announcement, int, str]:
+        """Return what an archive would hold, its size, and a tag that tells one archive's bytes from another's.
+
+        With the image the packed files are kept in the store for a day: their size must be known before they are sent.
+        """
         row = await self._catalog.snapshots.get(ref)
-        head = await asyncio.to_thread(announce, self._store.blobs, row.id, row.name)
+        head = await asyncio.to_thread(self._announce, row, with_image)
         return head, archive_bytes(head), blake3(encode_announcement(head)).hexdigest(16)
+
+    def _announce(self, row: SnapshotRecord, with_image: bool) -> Announcement:
+        blobs = self._store.blobs
+        if not isinstance(self._store, SharedStore):
+            before_s = self._clock.wall_s() - PACKED_KEPT_S
+            for old in [info.key for info in blobs.list_blobs("files/") if info.modified_s < before_s]:
+                blobs.delete(old)
+        files = self._files.pack(self._store.manifest(row.id), blobs) if with_image else []
+        return announce(blobs, row.id, row.name, files)
 
     def pieces(self, head: Announcement, start: int) -> Iterator[bytes]:
         """Yield the archive from a byte on. Blocks: for a thread."""
@@ -142,12 +167,19 @@ class Transfers:
         head, report = await asyncio.to_thread(self._take_in, read)
         asks = await self._prove(head.snapshot_id, trust=trust)
         called = await self._add(head.snapshot_id, "imported", report.bytes_sent, name, _legal(head.name))
-        return {"snapshot": head.snapshot_id, "name": called, "asks_for": asks, **asdict(report)}
+        missing = await self._lacks(head.snapshot_id)
+        return {"snapshot": head.snapshot_id, "name": called, "asks_for": asks, "missing": missing, **asdict(report)}
 
     def _take_in(self, read: Read) -> tuple[Announcement, TransferReport]:
-        work = Import(self._store.blobs, ArchiveReader(read), self._config.home, self._free_bytes)
+        blobs = self._store.blobs
+        work = Import(blobs, ArchiveReader(read), self._config.home, self._free_bytes, check_file)
         with self._store.holding(item.key for item in work.announcement.items):
-            return work.announcement, work.run(tell=self._progress)
+            report = work.run(tell=self._progress)
+            self._files.unpack(self._store.manifest(work.announcement.snapshot_id), blobs)
+        if not isinstance(self._store, SharedStore):  # there others may want them
+            for item in work.announcement.files.values():
+                blobs.delete(item.key)
+        return work.announcement, report
 
     # --- a shared store ------------------------------------------------------------------------------------------
 
@@ -164,7 +196,8 @@ class Transfers:
     def _hold_found(self, store: SharedStore, ref: str) -> str:
         snapshot_id = store.find(ref)
         store.refs.hold(snapshot_id)  # first: from now on no home's collector takes it ...
-        store.manifest(snapshot_id)  # ... and then see whether one just had: NotFound
+        manifest = store.manifest(snapshot_id)  # ... and then see whether one just had: NotFound
+        self._files.unpack(manifest, store.blobs)
         return snapshot_id
 
 

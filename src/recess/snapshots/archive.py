@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from recess.blobs import BlobStore
@@ -18,15 +18,21 @@ from recess.crashpoints import crash_point
 from recess.errors import Corrupt, NotFound, OutOfSpace
 from recess.snapshots.archive_v1 import Announcement, ArchiveReader, layout
 from recess.snapshots.blobcheck import checked_pieces
+from recess.snapshots.keys import FILE_KEY, file_key
 from recess.snapshots.transfer import Item, Tell, TransferReport, checked_blob, closure, present
 
 PIECE_BYTES = 1 << 20
+CheckFile = Callable[[Iterator[bytes], str], None]
 _INCOMPLETE = "this archive cannot be imported: it does not hold what its manifest names"
 
 
-def announce(blobs: BlobStore, snapshot_id: str, name: str) -> Announcement:
-    """Return the head of a snapshot's archive. Raises NotFound, Corrupt."""
-    return Announcement(snapshot_id, name, tuple(closure(blobs, snapshot_id)))
+def announce(blobs: BlobStore, snapshot_id: str, name: str, files: Sequence[str] = ()) -> Announcement:
+    """Return the head of a snapshot's archive; `files`: hashes of packed image files in the store, to go with it.
+
+    Raises NotFound, Corrupt.
+    """
+    first = [Item(file_key(digest), blobs.stat(file_key(digest)).size_bytes) for digest in files]
+    return Announcement(snapshot_id, name, (*first, *closure(blobs, snapshot_id)))
 
 
 def archive_bytes(announcement: Announcement) -> int:
@@ -38,7 +44,8 @@ def archive_pieces(blobs: BlobStore, announcement: Announcement, *, start: int =
     """Yield the archive from byte `start` on.
 
     A blob that is given whole is checked on the way out (Corrupt breaks the archive off before its end); the rest of a
-    blob at whose middle `start` lies is not, since its hash is that of all of it: the importer checks it.
+    blob at whose middle `start` lies is not, nor is an image file: their hashes are of all of it, or of what it unpacks
+    to. The importer checks them.
     """
     at = 0
     for segment in layout(announcement):
@@ -48,7 +55,7 @@ def archive_pieces(blobs: BlobStore, announcement: Announcement, *, start: int =
             continue
         if segment.item is None:
             yield segment.data[skip:]
-        elif not skip:
+        elif not skip and FILE_KEY.fullmatch(segment.item.key) is None:
             yield from checked_blob(blobs, segment.item)
         else:
             for offset in range(skip, segment.size_bytes, PIECE_BYTES):
@@ -56,13 +63,24 @@ def archive_pieces(blobs: BlobStore, announcement: Announcement, *, start: int =
 
 
 class Import:
-    """One archive on its way into a store. `spool`: a folder for one blob at a time; `free_bytes`: of the store's disk."""
+    """One archive on its way into a store. `spool`: a folder for one blob at a time; `free_bytes`: of the store's disk.
 
-    def __init__(self, blobs: BlobStore, reader: ArchiveReader, spool: Path, free_bytes: Callable[[], int]) -> None:
+    `check_file`: reads a packed image file and raises Corrupt unless its content has this hash.
+    """
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        reader: ArchiveReader,
+        spool: Path,
+        free_bytes: Callable[[], int],
+        check_file: CheckFile,
+    ) -> None:
         self._blobs = blobs
         self._reader = reader
         self._spool = spool
         self._free_bytes = free_bytes
+        self._check_file = check_file
         self.announcement = reader.announcement
 
     def run(self, *, tell: Tell) -> TransferReport:
@@ -93,7 +111,7 @@ class Import:
             crash_point("import.after_manifest")
         try:
             needed = set(closure(self._blobs, self.announcement.snapshot_id))
-            if needed != set(self.announcement.items):
+            if needed != set(self.announcement.items) - set(self.announcement.files.values()):
                 raise Corrupt(_INCOMPLETE)
         except Exception as exc:
             if commit in missing:
@@ -122,4 +140,9 @@ class Import:
                 for offset in range(0, item.size_bytes, PIECE_BYTES):
                     yield read(offset, min(PIECE_BYTES, item.size_bytes - offset))
 
+            match = FILE_KEY.fullmatch(item.key)
+            if match is not None:
+                self._check_file(spooled(), match[1])
+                self._blobs.put_stream(item.key, spooled)
+                return
             self._blobs.put_stream(item.key, lambda: checked_pieces(item.key, item.size_bytes, read, spooled()))

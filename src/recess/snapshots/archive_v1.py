@@ -1,6 +1,7 @@
 """Version 1 of the snapshot archive: one file that holds a snapshot and its template. An uncompressed POSIX tar:
 
     recess-snapshot.json           what follows, in order and size (canonical JSON, below)
+    files/src_<hash>.zst           the root image and the kernel, packed; only if they were asked for
     layers/lyr_<hash>.zst  pagemaps/pmp_<hash>.zst  vmstates/vms_<hash>.zst
     manifests/snp_<hash>.json      the template's after its files, the snapshot's own last: it is the commit
 
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from recess.errors import Corrupt, Incompatible, Unsupported
-from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of
+from recess.snapshots.keys import FILE_KEY, SNAPSHOT, id_of, is_id, key_of
 from recess.snapshots.manifest_v1 import FILES_MAX
 from recess.snapshots.transfer import TEMPLATES_MAX, Item
 
@@ -50,6 +51,12 @@ class Announcement:
     def total_bytes(self) -> int:
         """Content of all members."""
         return sum(item.size_bytes for item in self.items)
+
+    @property
+    def files(self) -> dict[str, Item]:
+        """The image files among the members, by the hash of their content."""
+        found = ((FILE_KEY.fullmatch(item.key), item) for item in self.items)
+        return {match[1]: item for match, item in found if match is not None}
 
 
 def encode_announcement(announcement: Announcement) -> bytes:
@@ -94,7 +101,7 @@ def decode_announcement(data: bytes) -> Announcement:
 def _item(member: object) -> Item:
     match member:
         case [str(key), int(size)] if not isinstance(size, bool) and 0 <= size <= MEMBER_BYTES_MAX:
-            if id_of(key) is not None:
+            if id_of(key) is not None or FILE_KEY.fullmatch(key):
                 return Item(key, size)
     raise _corrupt("it announces a file that no snapshot has")
 

@@ -22,6 +22,16 @@ FOLDERS = tuple(f"{folder}/" for folder in _FOLDERS.values())
 _ID = re.compile(r"(snp|lyr|pmp|vms)_([0-9a-f]{64})")
 
 
+FILE_KEY = re.compile(r"files/src_([0-9a-f]{64})")
+"""The key of an image file (a root, a kernel) that travels with a snapshot; the hash is that of its content, unpacked.
+No snapshot refers to it by this key, and no sweep touches it."""
+
+
+def file_key(digest_hex: str) -> str:
+    """Return the key of a packed image file."""
+    return f"files/src_{digest_hex}"
+
+
 def make_id(prefix: str, digest_hex: str) -> str:
     """Return the id of a thing of this kind with this hash."""
     return f"{prefix}_{digest_hex}"

@@ -77,6 +77,17 @@ def test_a_smaller_bound_holds_at_the_next_start(make, remote):
     assert make(max_bytes=9 * KIB).state.bytes <= 9 * KIB
 
 
+def test_only_what_is_to_be_kept_is(remote, tmp_path):
+    cache = CachingBlobs(
+        remote, LocalBlobs(tmp_path), refuse, max_bytes=KIB, whole_max_bytes=KIB, kept=lambda key: key.startswith("a/")
+    )
+    cache.put("b/k", b"put here")
+    remote.put("b/other", b"read here")
+    assert cache.get("b/k", max_bytes=100) == b"put here"
+    assert cache.get_range("b/other", 0, 4) == b"read"
+    assert cache.state.blobs == 0
+
+
 def test_a_large_blob_is_read_by_ranges(make, remote):
     remote.put("big", bytes(60 * KIB))
     cache = make()

@@ -40,8 +40,12 @@ def archive(world):
     return b"".join(archive_pieces(world.blobs, announce(world.blobs, world.second, "base:v1")))
 
 
+def no_files(pieces, digest):
+    raise AssertionError("there is no image file in it")
+
+
 def take_in(data, blobs, tmp_path, *, free=PLENTY):
-    work = Import(blobs, ArchiveReader(io.BytesIO(data).read), tmp_path, lambda: free)
+    work = Import(blobs, ArchiveReader(io.BytesIO(data).read), tmp_path, lambda: free, no_files)
     return work.run(tell=quiet)
 
 

@@ -18,15 +18,18 @@ from recess.units import MIB, format_bytes
 TELL_EVERY_BYTES = 64 * MIB
 _REMOTE = "A bucket (s3://BUCKET/PREFIX, gs://, az://) or an absolute folder; default: RECESS_REMOTE."
 
+_WITH_IMAGE = "Its root image and kernel, too: for a node that has not exactly these."
+
 
 @click.command("push")
 @click.option("--remote", default="", metavar="URL", help=_REMOTE)
 @click.option("--check", is_flag=True, help="Read everything back from there and check it.")
+@click.option("--with-image", is_flag=True, help=_WITH_IMAGE)
 @click.argument("ref")
 @verb
-def push(inv: Invocation, ref: str, remote: str, check: bool) -> None:
+def push(inv: Invocation, ref: str, remote: str, check: bool, with_image: bool) -> None:
     """Copy a snapshot to a remote store; only what is missing there travels."""
-    body = {"remote": _absolute(remote), "check": check}
+    body = {"remote": _absolute(remote), "check": check, "with_image": with_image}
     done = inv.server.call_with_progress("POST", f"/v1/snapshots/{ref}/push", body, inv.out.progress)
     inv.out.progress(_moved(done, "sent", "there"))
     inv.out.data(done, done["snapshot"])
@@ -42,7 +45,14 @@ def pull(inv: Invocation, ref: str, remote: str, name: str) -> None:
     body = {"ref": ref, "remote": _absolute(remote), "name": name}
     done = inv.server.call_with_progress("POST", "/v1/snapshot-pulls", body, inv.out.progress)
     inv.out.progress(_moved(done, "came", "here"))
+    _tell_missing(inv, done)
     inv.out.data(done, done["snapshot"])
+
+
+def _tell_missing(inv: Invocation, done: dict[str, Any]) -> None:
+    if done["missing"]:
+        inv.out.progress(f"cannot be restored here yet: {done['missing']}")
+        inv.out.progress("  hint: send it again, --with-image")
 
 
 def _absolute(remote: str) -> str:
@@ -56,19 +66,21 @@ def _moved(done: dict[str, Any], went: str, where: str) -> str:
 
 
 @click.command("export")
+@click.option("--with-image", is_flag=True, help=_WITH_IMAGE)
 @click.argument("ref")
 @click.argument("file")
 @verb
-def export(inv: Invocation, ref: str, file: str) -> None:
+def export(inv: Invocation, ref: str, file: str, with_image: bool) -> None:
     """Write a snapshot and its template to FILE ("-": stdout), a tar that `import` reads anywhere.
 
     An export that broke off goes on where it was.
     """
-    about = inv.server.call("GET", f"/v1/snapshots/{ref}/archive")
+    image = {"image": "1" if with_image else "0"}
+    about = inv.server.call("GET", f"/v1/snapshots/{ref}/archive", query=image)
     path = f"/v1/snapshots/{about['snapshot']}/export"
     on_bytes = _teller(inv, int(about["bytes"]))
     if file == "-":
-        download(inv.server, path, sys.stdout.buffer, query={}, on_bytes=on_bytes)
+        download(inv.server, path, sys.stdout.buffer, query=image, on_bytes=on_bytes)
         sys.stdout.buffer.flush()
         return
     target = Path(file)
@@ -78,7 +90,7 @@ def export(inv: Invocation, ref: str, file: str) -> None:
             have = out.tell()
             if have:
                 inv.out.progress(f"going on after {format_bytes(have)}")
-            download(inv.server, path, out, query={"offset": str(have)}, on_bytes=lambda n: on_bytes(have + n))
+            download(inv.server, path, out, query={**image, "offset": str(have)}, on_bytes=lambda n: on_bytes(have + n))
         part.replace(target)
     except OSError as exc:
         if exc.errno == 28:
@@ -105,6 +117,7 @@ def import_(inv: Invocation, file: str, name: str, trust: bool) -> None:
         except OSError as exc:
             raise BadInput(f"cannot read {file}: {exc.strerror}") from exc
     inv.out.progress(_moved(done, "new", "here"))
+    _tell_missing(inv, done)
     inv.out.data(done, done["snapshot"])
 
 
