@@ -73,7 +73,7 @@ async def answer(log: ContextLog, row: SessionRow, ref: str, text: str) -> Appen
     if asked.body.get("show") is not True:
         body["hidden"] = True  # the code that asked says to the model what is to be said
     try:
-        return await log.append_inbox(row.id, Draft("answer", body, ref=ref, key=f"answer/{ref}"))
+        return await log.append_inbox(row.id, Draft("answer", body, ref=ref, key=f"answer/{asked.turn}/{ref}"))
     except KeyReused as exc:
         raise KeyReused(f"question {ref} was answered before, otherwise", hint="the first answer stands") from exc
 

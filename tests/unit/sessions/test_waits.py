@@ -94,6 +94,8 @@ async def me(s):
                 while not (SHARED / "go-on").exists():
                     await asyncio.sleep(0.01)
                 await s.say("went on")
+        elif word == "named":
+            await s.say("so " + await s.ask("which?", ref="mine"))
         elif word == "team":
             reports = await asyncio.gather(s.spawn("worker", "part a"), s.spawn("worker", "part b"))
             await s.say(" and ".join(r.text + " " + r.status for r in reports))
@@ -172,6 +174,17 @@ async def test_answers_are_checked_and_the_first_one_stands(tmp_path):
         with pytest.raises(NotFound):
             await w.sessions.answer(s, question.ref, "red")
         assert [m["text"] for m in messages(await w.entries(s))] == ["ask show", "red", "you said red"]
+
+
+async def test_a_name_of_ones_own_may_be_used_again_in_another_turn(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        for turn in (1, 2):
+            await w.sessions.send(s, "named")
+            await w.until(s, "ask", count=turn)
+            await w.sessions.answer(s, "mine", "this")
+            await w.until(s, "turn.end", count=turn)
+        assert texts(await w.entries(s)) == ["so this", "so this"]
 
 
 async def test_a_message_that_comes_while_a_question_is_open_waits_its_turn(tmp_path):
