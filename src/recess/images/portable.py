@@ -35,9 +35,14 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 _PLACES = {ROOT: ("roots", "root.erofs"), KERNEL: ("kernels-from-elsewhere", "vmlinux")}
 
 
+def is_hash(digest: str) -> bool:
+    """Tell whether this can be the hash of a file: what a manifest from elsewhere names may be anything, even a path."""
+    return _HEX.fullmatch(digest) is not None
+
+
 def find_file(images_dir: Path, kind: str, digest: str) -> Path | None:
     """Return the file of this kind (ROOT, KERNEL) and content on this node, or None."""
-    if not _HEX.fullmatch(digest):
+    if not is_hash(digest):
         return None
     folder, name = _PLACES[kind]
     places = [images_dir / folder / digest / name, images_dir / "kernel" / digest / "vmlinux"]
@@ -85,7 +90,7 @@ def install(images_dir: Path, kind: str, digest: str, source: Callable[[], Itera
     found = find_file(images_dir, kind, digest)
     if found is not None:
         return found
-    if not _HEX.fullmatch(digest):
+    if not is_hash(digest):
         raise NotFound(f"not the hash of an image file: {digest[:80]!r}", kind=kind, ref=digest[:80])
     folder, name = _PLACES[kind]
     with build_dir(images_dir) as work:

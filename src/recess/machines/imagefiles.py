@@ -11,7 +11,7 @@ from pathlib import Path
 from recess.errors import NotFound
 from recess.images import BootFiles as KernelFiles
 from recess.images import FilePages, ImageStore, clone_sparse, ensure_blank_disk, ensure_boot_files, kernels
-from recess.images.portable import KERNEL, find_file
+from recess.images.portable import KERNEL, find_file, is_hash
 from recess.machines.contract import BootFiles
 from recess.machines.parts import Progress
 from recess.snapshots.contract import PageSource
@@ -52,6 +52,10 @@ class StoredImages:
     async def boot_files_by_hash(self, root_hash: str, kernel_hash: str, initrd_hash: str) -> BootFiles:
         """Return exactly these files; the initial root is only needed to boot, so it may be gone."""
         kernel = find_file(self._dir, KERNEL, kernel_hash)
+        if not is_hash(initrd_hash):
+            raise NotFound(
+                f"not the hash of an initial root: {initrd_hash[:80]!r}", kind="initrd", ref=initrd_hash[:80]
+            )
         initrd = self._dir / "initrd" / initrd_hash / "initrd.cpio"
         root = await asyncio.to_thread(self._store.root, root_hash)
         if kernel is None:

@@ -16,7 +16,7 @@ from recess.errors import NotFound
 from recess.images.portable import KERNEL, ROOT, find_file, install, packed, unpacked
 from recess.machines.parts import ImageFiles, Progress
 from recess.machines.templates import manifest_vm
-from recess.snapshots.keys import file_key
+from recess.snapshots.keys import FILE_KEY, file_key
 
 
 class TravelFiles:
@@ -55,8 +55,10 @@ class TravelFiles:
     def unpack(self, manifest: Mapping[str, Any], source: BlobStore) -> None:
         """Put in place what this node lacks and a store holds. Raises Corrupt, OutOfSpace, Unavailable."""
         for digest, kind in self.needed(manifest).items():
-            key = file_key(digest) if find_file(self._dir, kind, digest) is None else ""
-            if key and source.exists(key):
+            key = file_key(digest)
+            if FILE_KEY.fullmatch(key) is None or find_file(self._dir, kind, digest) is not None:
+                continue  # a manifest from elsewhere may name anything
+            if source.exists(key):
                 self._progress(f"unpacking the {kind}")
                 size = source.stat(key).size_bytes
                 install(self._dir, kind, digest, partial(read_pieces, source, key, size))
