@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from recess.blobs import MemoryBlobs
+from recess.blobs import LocalBlobs, MemoryBlobs
 from recess.catalog import SCHEMA, Catalog
 from recess.clock import SystemClock
 from recess.db import Database
@@ -48,6 +48,17 @@ class Room:
         assert await job.wait() == 0, out
         return out.decode()
 
+    @property
+    def store(self) -> Store:
+        """The snapshot store."""
+        assert isinstance(self.parts.store, Store)
+        return self.parts.store
+
+    def lose_store(self) -> None:
+        """Forget what the store held in memory (pins of writes), as the death of its process does."""
+        self.store.close()
+        self.parts = replace(self.parts, store=Store(self.store._blobs))
+
     def fill_disk(self, full: bool) -> None:
         """Let the disk that blobs are on be full, or have room again."""
         self.blobs.capacity_bytes = 0 if full else None
@@ -77,13 +88,15 @@ class Room:
 
 
 @asynccontextmanager
-async def machine_room(folder: Path, programs: Mapping[str, Program] | None = None) -> AsyncIterator[Room]:
-    """Open a room below `folder` and close it with everything in it."""
+async def machine_room(
+    folder: Path, programs: Mapping[str, Program] | None = None, *, local_blobs: bool = False
+) -> AsyncIterator[Room]:
+    """Open a room below `folder` and close it with everything in it. `local_blobs`: on the disk, not in memory."""
     lines: list[str] = []
     host = FakeHost()
     driver = FakeDriver(host=host, programs=programs)
     blobs = MemoryBlobs()
-    store = Store(blobs)
+    store = Store(LocalBlobs(folder / "blobs") if local_blobs else blobs)
     db = Database.open(folder / "recess.db", [SCHEMA])
     parts = Parts(
         driver=driver, store=store, images=FakeImages(), catalog=Catalog(db), clock=SystemClock(),
@@ -98,4 +111,4 @@ async def machine_room(folder: Path, programs: Mapping[str, Program] | None = No
         for vm in list(host.vms.values()):
             await vm.kill()
         await db.close()
-        store.close()
+        room.store.close()
