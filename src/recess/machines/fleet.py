@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import IllegalState, RecessError
+from recess.errors import IllegalState, OutOfSpace, RecessError
 from recess.guestlink.link import GuestLink
 from recess.machines import keptdisk
 from recess.machines.contract import Vm
@@ -331,13 +331,15 @@ class Fleet:
         try:
             await self._serve_again(record, live)
         except RecessError as exc:
+            if await live.vm.stalled():
+                raise OutOfSpace(f"machine {record.name} stalled again") from exc
             # Aside: this runs in a task that ends with the VM.
             self.aside(self.fail(live, f"it stalled, and could not be taken over: {exc.message}"))
 
     async def _serve_again(self, record: MachineRecord, live: Live) -> None:
         keptdisk.drop(self._parts.directory(record.id))  # of an earlier end: it runs, so that is over
+        await live.vm.unpause()  # of a VM that was paused there is no link before
         self.starter.let_out(live)
-        await live.vm.unpause()
         if record.state == PAUSED:
             # The server may have died between the vCPUs and the row: bring it to exactly the state the row names.
             await live.link.freeze(timeout_s=5.0)

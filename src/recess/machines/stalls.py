@@ -47,8 +47,8 @@ class Stalls:
         while True:
             try:
                 await self._stand(live, live.stalled or await live.vm.wait_stalled())
-            except Timeout:
-                await self._parts.clock.sleep(LOOK_EVERY_S)  # a host that is that busy is asked again
+            except (Timeout, OutOfSpace):
+                await self._parts.clock.sleep(LOOK_EVERY_S)  # a host that is that busy is asked again; it is still so
             except RecessError:
                 return  # the monitor went with the VM: its watcher tells the rest
 
@@ -56,25 +56,19 @@ class Stalls:
         began = self._parts.clock.monotonic_s()
         live.stalled = reason  # first of all: who asks for its link is told at once
         self._say(f"machine {live.id} stands still: {reason}; it goes on by itself once there is room")
-        try:
-            while not await self._tried(live):
-                await self._parts.clock.sleep(LOOK_EVERY_S)
-        except Timeout:
-            raise  # still so: the next round goes on with it
-        except BaseException:
-            live.stalled = ""
-            raise
-        live.stalled = ""
+        while not await self._tried(live):
+            await self._parts.clock.sleep(LOOK_EVERY_S)
         still = self._parts.clock.monotonic_s() - began
         live.drift_s += still
-        self._say(f"machine {live.id} goes on after {format_duration(still)}")
-        revive, live.revive = live.revive, None
-        if revive is not None:
-            await revive()
+        if live.revive is not None:
+            await live.revive()
+            live.revive = None
         elif live.thaw is not None and live.paused_since == 0.0:
             with contextlib.suppress(RecessError):  # then the next wake-up sets its clock: the drift is noted
                 await live.link.thaw(live.thaw())
                 live.drift_s = 0.0
+        live.stalled = ""
+        self._say(f"machine {live.id} goes on after {format_duration(still)}")
 
     async def _tried(self, live: Live) -> bool:
         """Let a VM go on if there is room; True when it did and did not stall again at once."""
