@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Any
 
 import click
 
 from recess.cli.common import Invocation, new_key, parse_pairs, verb
+from recess.cli.entry_lines import render
 from recess.cli.output import ago
 from recess.sdk.transport import Json, Transport
 
@@ -87,29 +87,6 @@ def follow(server: Transport, ref: str, after: int) -> Any:
                 yield data
             elif event == "end":
                 return
-
-
-def render(entry: Json) -> str:
-    """Return one entry as a line for people."""
-    body = entry["body"]
-    text = ""
-    match entry["kind"]:
-        case "user" | "assistant" | "system":
-            calls = ", ".join(c["name"] for c in body.get("tool_calls") or [])
-            text = str(body.get("text", "")) + (f" [calls {calls}]" if calls else "")
-        case "tool.start":
-            text = f"{body.get('name')}({json.dumps(body.get('arguments'))[:200]})"
-        case "tool.result":
-            text = str(body.get("output", ""))[:300]
-        case "ask":
-            choices = " | ".join(body.get("choices") or ())
-            text = f"{entry['ref']}: {body.get('text')}" + (f" [{choices}]" if choices else "")
-        case "answer":
-            text = f"{entry['ref']}: {body.get('text')}"
-        case _:
-            text = json.dumps(body)[:300]
-    text = text.rstrip().replace("\n", "\n" + " " * 24)
-    return f"{entry['position']:>6}  {entry['kind']:<14}  {text}"
 
 
 @session.command("cancel")
