@@ -11,6 +11,7 @@ that the next one ends, and the disk.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -121,30 +122,28 @@ class ColdBoot:
 
     async def _boot_files(self, spec: MachineSpec, vm: Mapping[str, Any] | None) -> tuple[BootFiles, str]:
         """Return what to boot with, and what is to be said about it. Raises NotFound when no root is left."""
-        images = self._parts.images
         try:
-            now = await images.boot_files(spec.image)
+            now = await self._parts.images.boot_files(spec.image)
         except NotFound:
             if vm is None:
                 raise
-            return await images.boot_files_by_hash(str(vm["root"]), str(vm["kernel"]), str(vm["initrd"])), ""
+            return await self._templates.boot_files(vm), ""
         if vm is not None and vm.get("root") == now.root_hash:
             return now, ""
-        try:
-            if vm is not None:
-                old = await images.boot_files_by_hash(str(vm["root"]), now.kernel_hash, now.initrd_hash)
+        if vm is not None:
+            with contextlib.suppress(NotFound):
+                todays = {**vm, "kernel": now.kernel_hash, "initrd": now.initrd_hash}
+                old = await self._templates.boot_files(todays)
                 return replace(now, root=old.root, root_hash=old.root_hash), ""
-        except NotFound:
-            pass
         return now, f"its root is the image {spec.image} as it is now"
 
     async def _boot(
         self, record: MachineRecord, spec: MachineSpec, boot: BootFiles, *, epoch: int, why: str
     ) -> tuple[MachineRecord, ResumeReport]:
         began = time.monotonic()
-        ground = bare_template(vm_spec(spec, boot), await self._parts.images.sources(boot))
         crash_point("machines.before_cold_boot")
         try:
+            ground = bare_template(vm_spec(spec, boot), await self._parts.images.sources(boot))
             record, _, timings = await self._launcher.launch(record, cold_origin(ground), epoch=epoch, status=why)
         except UNDO:
             keptdisk.clear(self._parts.directory(record.id))  # a failed boot leaves the caller's disk

@@ -153,7 +153,7 @@ class Templates:
             return known
         manifest = await asyncio.to_thread(self._parts.store.manifest, template_id)
         vm = manifest_vm(manifest)
-        boot = await self._boot_files(vm)
+        boot = await self.boot_files(vm)
         async with self._lock(template_id):
             return await self._load(template_id, vm_from_json(vm, boot))
 
@@ -166,7 +166,7 @@ class Templates:
             return await self.by_id(template_id)
         if not isinstance(vm, Mapping):
             raise Corrupt("it names neither a template nor its VM")
-        boot = await self._boot_files(vm)
+        boot = await self.boot_files(vm)
         return bare_template(vm_from_json(vm, boot), await self._parts.images.sources(boot))
 
     def loaded(self, template_id: str) -> Template | None:
@@ -174,7 +174,8 @@ class Templates:
         known = self._loaded.get(template_id)
         return known if known is not None and self._cached(template_id, known.spec) else None
 
-    async def _boot_files(self, vm: Mapping[str, Any]) -> BootFiles:
+    async def boot_files(self, vm: Mapping[str, Any]) -> BootFiles:
+        """Return the files that a VM's description (as `vm_json`) names. Raises Corrupt, NotFound."""
         try:
             root, kernel, initrd = (str(vm[name]) for name in ("root", "kernel", "initrd"))
         except KeyError as exc:
