@@ -157,9 +157,18 @@ class Desk:
         """Write down what a session that is put away still has to do: the messages that wait, and when to wake."""
         await self.save_meta(queued=list(self.inbox.queue) or "", due="" if due is None else due)
 
-    async def _keep_inbox(self, **changes: Any) -> None:
+    async def sleep_on(self, before: SessionRow) -> None:
+        """Let a frozen session be: note the messages that wait, give the lease back. `before`: its row before the claim. What
+        comes in meanwhile is after `consumed`, and found by whoever looks next."""
+        changes: dict[str, Any] = {}
+        if before.meta.get("machine_epoch") == before.epoch:
+            changes["machine_epoch"] = self.epoch  # nobody else has driven the machine in between
+        await self._keep_inbox(changes)
+        await self._log.release(self.session, self.epoch, state=before.state)
+
+    async def _keep_inbox(self, notes: Mapping[str, Any] | None = None, **changes: Any) -> None:
         row = await self._log.get(self.session)
-        meta = merged(row.meta, {"queued": list(self.inbox.queue) or ""})
+        meta = merged(row.meta, {**(notes or {}), "queued": list(self.inbox.queue) or ""})
         await self._log.update(self.session, self.epoch, consumed=self.inbox.seen, meta=meta, **changes)
 
     async def save_meta(self, **changes: Any) -> None:

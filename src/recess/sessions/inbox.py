@@ -52,6 +52,14 @@ def arrive(inbox: Inbox, entry: Entry, facts: TurnFacts) -> Inbox:
     return inbox
 
 
+def nothing_new(inbox: Inbox, facts: TurnFacts, *, consumed: int, due: float | None, now: float) -> bool:
+    """Tell whether a session that was put away in the middle of a turn need not be woken for what came after `consumed`:
+    messages that wait for their own turn, while its agent waits for something else."""
+    waits = facts.open and not facts.cut and bool(facts.asks or facts.spawned or facts.timers)
+    heard = any(one.position > consumed for one in facts.answers.values())
+    return waits and not heard and not inbox.cancel and not inbox.steers and (due is None or due > now)
+
+
 def restored(consumed: int, queued: Iterable[int], facts: TurnFacts) -> Inbox:
     """Return the inbox of a session that is taken up: `queued` are messages up to `consumed` that had to wait when it was
     put away. One whose turn has begun since (the crash came before the row said so) is not among them."""

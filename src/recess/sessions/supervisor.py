@@ -22,6 +22,7 @@ from recess.sessions.decisions import Act, View, decide, upgrade_target
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.facts import TurnFacts
+from recess.sessions.inbox import nothing_new
 from recess.sessions.lease import Lease, LeaseGate, wait_event
 from recess.sessions.machine_hand import MachineHand
 from recess.sessions.protocol import Request
@@ -95,7 +96,11 @@ class Supervisor:
         `failure`; the log is then the truth and the next run starts from it."""
         try:
             await self._claim()
-            await self.wake()
+            if self._may_sleep_on():
+                await self.held_desk.sleep_on(self.held_row)
+                self.stopping = True
+            else:
+                await self.wake()
             while not self.stopping:
                 await self._run_commands()
                 if not self.stopping:
@@ -128,6 +133,17 @@ class Supervisor:
         self.hand.machine_id = str(row.meta.get("machine", ""))
         self._renewer = asyncio.create_task(self._keep_lease(self.lease), name=f"lease-{self.session}")
 
+    def _may_sleep_on(self) -> bool:
+        """Whether what woke a frozen session is no reason to bring its machine up. Who gave a command wants it up."""
+        desk, row = self.held_desk, self.held_row
+        if row.state != "frozen" or self._commands:
+            return False
+        due = row.meta.get("due")
+        return nothing_new(
+            desk.inbox, desk.facts, consumed=row.consumed, due=due if isinstance(due, int | float) else None,
+            now=self.deps.clock.wall_s(),
+        )  # fmt: skip
+
     async def _keep_lease(self, lease: Lease) -> None:
         """Renew at a third of the lease. When that fails until the lease's end, the machine is ended by our own clock."""
         deps = self.deps
@@ -148,7 +164,9 @@ class Supervisor:
 
     def _fenced(self, why: Fenced) -> None:
         """The log refuses us, or the lease's end has come: stop at once. The gate closes here and now; the VM is ended
-        by the actor."""
+        by the actor. Once the lease was given back, a late line of the agent is refused too, and that is all."""
+        if self.stopping:
+            return
         if self.lease is not None:
             self.lease.lost = True
         self.failure = why

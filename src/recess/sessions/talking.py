@@ -88,6 +88,6 @@ async def cancel(log: ContextLog, row: SessionRow, *, reason: str, turn: int | N
     if turn is not None and turn != facts.turn:
         raise IllegalState(f"turn {turn} is not at work: the newest is {facts.turn}")
     body: dict[str, Any] = {"reason": reason[:REASON_MAX]} if reason else {}
-    if turn is not None:
-        body["turn"] = turn
+    if facts.open:
+        body["turn"] = facts.turn  # a stop that comes too late for this turn stops no other
     return await log.append_inbox(row.id, Draft("cancel", body, key=key or new_id("msg")))

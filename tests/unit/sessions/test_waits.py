@@ -191,18 +191,47 @@ async def test_a_message_that_comes_while_a_question_is_open_waits_its_turn(tmp_
     async with world() as w:
         s = await started(w, tmp_path)
         question = await frozen_asking(w, s, "ask")
-        await w.sessions.send(s, "hello", key="m2")
-        await w.until(s, "machine.restore", count=2)
-        await w.until_state(s, "frozen")  # it woke the session, which found nothing to do yet
+        for n in (2, 3):
+            await w.sessions.send(s, "hello", key=f"m{n}")
+            await w.sessions.settled(s)
         row = await w.log.get(s)
+        assert (row.state, row.owner) == ("frozen", "")
         assert row.meta["queued"] == [e.position for e in await w.entries(s, "user")][1:]
+        assert kinds(await w.entries(s)).count("machine.restore") == 1  # no machine was brought up for them
         await w.crash_server()
         assert await w.sessions.recover() == []
         await w.sessions.answer(s, question.ref, "red")
-        await w.until(s, "turn.end", count=2)
+        await w.until(s, "turn.end", count=3)
         log = await w.entries(s)
-        assert texts(log) == ["you said red", "hello"]
+        assert texts(log) == ["you said red", "hello", "hello"]
         assert same_process(log)
+        assert "queued" not in (await w.log.get(s)).meta
+
+
+async def test_a_session_that_only_waits_is_brought_up_when_that_is_asked_for(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        question = await frozen_asking(w, s, "ask")
+        await w.sessions.send(s, "hello", key="m2")
+        assert (await w.sessions.resume(s)).state == "running"
+        await w.until_state(s, "frozen")
+        await w.sessions.answer(s, question.ref, "red")
+        await w.until(s, "turn.end", count=2)
+        assert texts(await w.entries(s)) == ["you said red", "hello"]
+
+
+@pytest.mark.parametrize("mode", ["steer", "interrupt"])
+async def test_a_message_into_a_turn_that_waits_reaches_it(tmp_path, mode):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        question = await frozen_asking(w, s, "ask")
+        await w.sessions.send(s, "hello", key="m2", mode=mode)
+        await w.until(s, "machine.restore", count=2)
+        if mode == "steer":
+            await w.sessions.answer(s, question.ref, "red")
+        await w.until(s, "turn.end", count=2)
+        statuses = [e.body["status"] for e in await w.entries(s, "turn.end")]
+        assert statuses == (["done", "done"] if mode == "steer" else ["cancelled", "done"])
 
 
 async def test_a_question_times_out_by_the_hosts_clock(tmp_path):
