@@ -294,3 +294,16 @@ async def test_a_full_store_disk_during_the_unpacking_is_said(room, monkeypatch)
     with pytest.raises(OutOfSpace):
         await room.manager.bring_back("m1", rungs=(4,))
     assert (await room.manager.get("m1")).state == "suspended"
+
+
+async def test_one_that_exited_and_was_brought_back_at_once_is_not_ended_by_its_earlier_exit(room):
+    row = await room.manager.create(
+        replace(SMALL, argv=("sh", "-c", "test -e /root/once && sleep 1000; echo > /root/once"))
+    )
+    while (await room.manager.get(row.id)).state != "exited":
+        await asyncio.sleep(0.001)
+    assert (await room.manager.bring_back(row.id)).rung == 4
+    vm = room.host.vms[row.id]
+    await asyncio.wait(list(room.manager.fleet._aside), timeout=5)
+    assert room.host.vms[row.id] is vm
+    assert (await room.manager.get(row.id)).state == "running"

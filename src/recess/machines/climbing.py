@@ -56,7 +56,7 @@ class Climber:
                 state=record.state, move="bring back",
             )  # fmt: skip
         reasons: list[str] = []
-        first: RecessError | None = None
+        failures: list[RecessError] = []
         for step in steps:
             try:
                 return await self._step(record, step, "; ".join(reasons), epoch)
@@ -64,11 +64,10 @@ class Climber:
                 if not falls(exc):
                     _point_down(exc, step, steps, reasons)
                     raise
-                first = first or exc
+                failures.append(exc)
                 reasons.append(_failed(step, exc))
-        assert first is not None  # noqa: S101 - there was a step, and none returned
-        first.details["reasons"] = reasons
-        raise first
+        failures[0].details["reasons"] = reasons
+        raise failures[0]
 
     def _remains(self, record: MachineRecord, snapshots: Sequence[str], own_disk: bool) -> Remains:
         wanted = tuple(dict.fromkeys(snapshots)) or ((record.snapshot,) if record.snapshot else ())

@@ -187,7 +187,9 @@ class Fleet:
             async with asyncio.timeout(self.linger_s):
                 await live.gone.wait()
         async with self.lock(machine_id):
-            if not live.spec.remove_on_exit and live.id in self._live:
+            if self._live.get(machine_id, live) is not live:
+                return  # it was brought back meanwhile, and has another VM
+            if not live.spec.remove_on_exit and not live.gone.is_set():
                 await self.settle(live)
             await self.end(machine_id, "its main process ended", keep_disk=not live.spec.remove_on_exit)
             if live.spec.remove_on_exit and row.state == EXITED:
