@@ -24,7 +24,6 @@ HOLDS_MAX = 64
 WAITS_MAX = 64
 ACCEPT_S = 30.0
 
-
 Spawn = Callable[[Desk, Request], Awaitable[dict[str, Any]]]
 
 

@@ -172,14 +172,16 @@ async def put_away(sup: Supervisor) -> None:
     paused, desk, deps = sup.state == "parked", sup.held_desk, sup.deps
     if not paused:
         await sup.agent.event("suspend", {}, ack_s=deps.settings.hook_s)
+        if sup.job.alive and sup.agent.at == "work":
+            return  # it has begun something meanwhile: look again
     why = "suspend" if sup.suspend_wanted else "wait" if desk.facts.open else "idle"
     try:
         await desk.keep_waits(
             next_due(desk.facts, [one.refs for one in sup.agent.waits().values()]) if desk.facts.open else None
         )
         frozen = await freeze(
-            deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at, why=why,
-            paused=paused,
+            deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why=why, paused=paused,
+            at="next" if paused else sup.agent.at,  # only an agent that waits for its turn is parked
         )  # fmt: skip
     except Fenced:
         raise

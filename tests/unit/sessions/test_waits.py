@@ -107,6 +107,15 @@ async def me(s):
         await s.note(nonce=nonce)
 """
 
+BUSY_HOOK = """
+@me.on_suspend
+async def suspended(info):
+    if not (SHARED / "model-h").exists():
+        asyncio.ensure_future(SESSION[0].stream(slow_model("h")))
+        while not (SHARED / "model-h").exists():
+            await asyncio.sleep(0.01)
+"""
+
 WORKER = """
 from recess_agent import agent
 
@@ -414,6 +423,22 @@ async def test_a_model_call_beside_a_question_is_no_rest(tmp_path):
         await w.sessions.answer(s, question.ref, "yes")
         await w.until(s, "turn.end")
         assert texts(await w.entries(s)) == ["thought", "thought and yes"]
+
+
+async def test_work_that_begins_while_it_is_being_put_away_is_not_frozen_over(tmp_path):
+    async with world() as w:
+        await w.sessions.deploy("me", {"agent.py": AGENT + BUSY_HOOK}, {"env": {"SHARED": str(tmp_path)}})
+        s = (await w.sessions.start("me")).id
+        await w.sessions.send(s, "ask")
+        await appears(tmp_path / "model-h")
+        assert await still_running(w, s)
+        assert "machine.snapshot" not in kinds(await w.entries(s))
+        (tmp_path / "go-h").touch()
+        await w.until_state(s, "frozen")
+        (question,) = await w.sessions.questions(s)
+        await w.sessions.answer(s, question.ref, "red")
+        await w.until(s, "turn.end")
+        assert same_process(await w.entries(s))
 
 
 async def test_a_wait_that_was_given_up_is_no_rest(tmp_path):
