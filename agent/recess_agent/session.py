@@ -62,6 +62,7 @@ class Session:
         self._done = 0
         self._turn: Turn | None = None
         self._models = 0  # model calls at work
+        self._parts = 0  # replies begun in this turn: the number of the next one, if the log does not know more
         self._shown = 0  # how far the turn's model has read the log
         self._waits: Waits | None = None
         self._runs: Runs | None = None
@@ -79,7 +80,7 @@ class Session:
             except SessionClosed:
                 return
             turn = self._turn = Turn(data)
-            self._shown = 0
+            self._shown = self._parts = 0
             waits = self._waits = Waits(turn.number, self._wire.request, self._append, turn.stop)
             self._runs = Runs(turn.number, self._app.tools, self._append, waits, turn.stop)
             await self._runs.settle(data.get("pending") or [])
@@ -133,7 +134,7 @@ class Session:
         kept as a partial reply and the exception goes on to you. In a turn that is cancelled you get what came so far,
         without tool calls, and `reply.cancelled`: a loop that runs until there are none then ends by itself.
         """
-        turn, part = self.turn, self._mirror.next_part(self.turn.number)
+        turn, part = self.turn, self._take_part()
         collector = Collector()
         pump = DeltaPump(self._wire.post, turn.number, part)
         self._at_model(1)
@@ -163,7 +164,7 @@ class Session:
 
     async def say(self, text: str) -> None:
         """Append an answer that no model wrote."""
-        part = self._mirror.next_part(self.turn.number)
+        part = self._take_part()
         await self._append("assistant", {"text": text, "tool_calls": [], "part": part})
 
     async def note(self, **data: Any) -> None:
@@ -234,6 +235,12 @@ class Session:
             yield
         finally:
             await self._wire.request("release", token=token)
+
+    def _take_part(self) -> int:
+        """Return the number of a reply that begins; two at once have two."""
+        part = max(self._mirror.next_part(self.turn.number), self._parts)
+        self._parts = part + 1
+        return part
 
     def _at_model(self, change: int) -> None:
         """Tell the host when the first model call begins and the last one ends: beside one, a wait is no rest."""

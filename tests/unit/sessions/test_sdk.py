@@ -61,6 +61,9 @@ async def me(s):
             calls = [{"id": "x", "name": "nap", "arguments": {"name": "a"}}, {"id": "x", "name": "nap", "arguments": {"name": "b"}}]
             reply = await s.stream(answer(calls))
             await s.say(" ".join(await s.run_tools(reply, parallel=True)))
+        elif turn.text == "at once":
+            replies = await asyncio.gather(s.stream(slow("left")), s.stream(slow("right")), s.say("between"))
+            await s.say(replies[0].text + " " + replies[1].text)
         elif turn.text == "wrong":
             calls = [{"id": "1", "name": "broken", "arguments": "{}"}, {"id": "2", "name": "nothing", "arguments": {}},
                      {"id": "3", "name": "nap", "arguments": "{no json"}]
@@ -162,6 +165,14 @@ async def test_parallel_tools_with_equal_ids(tmp_path):
         log = await w.say(s, "parallel", turn=1)
         assert texts(log)[-1] == "napped a napped b"
         assert sorted(e.ref for e in log if e.kind == "tool.result") == ["x", "x~2"]
+
+
+async def test_replies_at_once_are_two_replies(tmp_path):
+    async with world() as w:
+        s = await started(w, tmp_path)
+        log = await w.say(s, "at once", turn=1)
+        said = {e.body["part"]: e.body["text"] for e in log if e.kind == "assistant"}
+        assert said == {0: "left", 1: "right", 2: "between", 3: "left right"}
 
 
 async def test_tool_failures_are_results(tmp_path):
