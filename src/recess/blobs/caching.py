@@ -78,9 +78,13 @@ class CachingBlobs:
 
     def drop(self, key: str) -> bool:
         """Forget the copy of a blob, because it turned out damaged; False if there was none. It is fetched anew."""
+        self._forget(key)
+        return self._local.delete(key)
+
+    def _forget(self, key: str) -> None:
+        """There is no copy any more: it made room for others, or somebody emptied the folder."""
         with self._lock:
             self._held_bytes -= self._held.pop(key, 0)
-        return self._local.delete(key)
 
     def missing_bytes(self, sizes: Sequence[tuple[str, int]]) -> int:
         """Return how many bytes of these (key, size) are not here: what a reader of them all would wait for."""
@@ -154,6 +158,7 @@ class CachingBlobs:
             if key not in self._held:
                 self._held[key] = size
                 self._held_bytes += size
+        self._make_room(0)  # others may have come in meanwhile
         return True
 
     def _make_room(self, size: int) -> None:
@@ -189,8 +194,10 @@ class CachingBlobs:
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """See `BlobStore.get`."""
         if self._copy(key):
-            with contextlib.suppress(NotFound):  # it had to make room a moment ago
+            try:
                 return self._local.get(key, max_bytes=max_bytes)
+            except NotFound:
+                self._forget(key)
         return self._remote.get(key, max_bytes=max_bytes)
 
     def get_range(self, key: str, offset: int, length: int) -> bytes:
@@ -200,8 +207,10 @@ class CachingBlobs:
     def get_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
         """See `BlobStore.get_ranges`."""
         if self._copy(key):
-            with contextlib.suppress(NotFound):
+            try:
                 return self._local.get_ranges(key, ranges)
+            except NotFound:
+                self._forget(key)
         return self._remote.get_ranges(key, ranges)
 
     def stat(self, key: str) -> BlobInfo:

@@ -19,7 +19,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from itertools import chain
@@ -52,9 +52,9 @@ class RemoteSettings:
 
     endpoint: str = ""
     region: str = ""
-    access_key_id: str = ""
-    secret_access_key: str = ""
-    session_token: str = ""
+    access_key_id: str = field(default="", repr=False)
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
     timeout_s: float = 60.0  # for one whole request
     connect_timeout_s: float = 5.0
 

@@ -8,6 +8,7 @@ Nothing is asked of a bucket here: a node starts, and runs the machines it has, 
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -86,7 +87,10 @@ def home_id(home: Path) -> str:
     path = home / _HOME_ID
     if not path.exists():
         temp = home / f".{_HOME_ID}.{secrets.token_hex(4)}"
-        temp.write_text(secrets.token_hex(8) + "\n")
+        with temp.open("x") as file:
+            file.write(secrets.token_hex(8) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a home that forgot its id would never let go of what it refers to
         temp.replace(path)
     found = path.read_text().strip()
     if len(found) != 16 or not all(c in "0123456789abcdef" for c in found):

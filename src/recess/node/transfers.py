@@ -7,8 +7,10 @@ row. What fails before the row leaves blobs that nothing names. All of it may be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -64,6 +66,7 @@ class Transfers:
 
     def _push(self, row: SnapshotRecord, where: str, check: bool, with_image: bool) -> tuple[TransferReport, int]:
         remote, refs = self._remote(where)
+        refs.hold(row.id)  # first: its manifest may be there, from another home that is about to let go of it
         if with_image:
             self._files.pack(self._store.manifest(row.id), remote)
         if where == self._config.store:  # it is there already: what is left is to publish its name
@@ -71,7 +74,6 @@ class Transfers:
             report = TransferReport(0, 0, len(items), sum(item.size_bytes for item in items))
         else:
             report = copy_snapshot(self._store.blobs, RefKeepingBlobs(remote, refs), row.id, tell=self._progress)
-        refs.hold(row.id)  # also if its manifest was there, from another home
         if row.name:
             refs.give_name(row.name, row.id, self._clock.wall_s())
         return report, check_there(remote, row.id) if check else 0
@@ -92,6 +94,8 @@ class Transfers:
         return await self._files.missing(await asyncio.to_thread(self._store.manifest, snapshot_id))
 
     def _pull(self, ref: str, where: str) -> tuple[str, TransferReport]:
+        if where.startswith("/") and not Path(where).is_dir():
+            raise NotFound(f"no such folder: {where}", kind="store", ref=where)
         remote, refs = self._remote(where)
         snapshot_id = _find(remote, refs, ref)
         with self._store.holding(item.key for item in closure(remote, snapshot_id)):
@@ -115,7 +119,10 @@ class Transfers:
                 )  # fmt: skip
         except RecessError:
             if await self._catalog.snapshots.find(snapshot_id) is None:
-                await asyncio.to_thread(self._store.discard, snapshot_id)
+                with suppress(
+                    RecessError
+                ):  # what cannot be removed now is the collector's; the first error is the news
+                    await asyncio.to_thread(self._store.discard, snapshot_id)
             raise
         return asks
 
@@ -130,10 +137,16 @@ class Transfers:
         return remote, Refs(remote, home_id(self._config.home))
 
     async def _add(self, snapshot_id: str, how: str, new_bytes: int, name: str, known_as: str) -> str:
-        manifest = await asyncio.to_thread(self._store.manifest, snapshot_id)
+        manifest = await asyncio.to_thread(self._hold, snapshot_id)
         record = foreign_record(manifest, snapshot_id, how, new_bytes)
         now = self._clock.wall_s()
         return await add_foreign(self._catalog, record, wanted=name, known_as=known_as, now=now)
+
+    def _hold(self, snapshot_id: str) -> Mapping[str, Any]:
+        """Return the manifest; from now on no home's collector takes it (NotFound: one just had)."""
+        if isinstance(self._store, SharedStore):
+            self._store.refs.hold(snapshot_id)
+        return self._store.manifest(snapshot_id)
 
     # --- export and import ---------------------------------------------------------------------------------------
 
@@ -188,17 +201,14 @@ class Transfers:
         store = self._store
         if not isinstance(store, SharedStore):
             raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
-        snapshot_id = await asyncio.to_thread(self._hold_found, store, ref)
+        snapshot_id = await asyncio.to_thread(store.find, ref)
+        await asyncio.to_thread(self._unpack_found, snapshot_id)
         self._progress(f"{ref} is another home's: found in {self._config.store}")
         await self._add(snapshot_id, "found", 0, "", "" if ref.startswith(f"{SNAPSHOT}_") else ref)
         return await self._catalog.snapshots.get(snapshot_id)
 
-    def _hold_found(self, store: SharedStore, ref: str) -> str:
-        snapshot_id = store.find(ref)
-        store.refs.hold(snapshot_id)  # first: from now on no home's collector takes it ...
-        manifest = store.manifest(snapshot_id)  # ... and then see whether one just had: NotFound
-        self._files.unpack(manifest, store.blobs)
-        return snapshot_id
+    def _unpack_found(self, snapshot_id: str) -> None:
+        self._files.unpack(self._hold(snapshot_id), self._store.blobs)
 
 
 def _find(remote: BlobStore, refs: Refs, ref: str) -> str:

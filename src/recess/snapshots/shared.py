@@ -55,11 +55,14 @@ class Refs:
     def _key(self, snapshot_id: str) -> str:
         return f"refs/{self.owner}/{snapshot_id}"
 
-    def drop_dead(self, live: Iterable[str], *, before_s: float) -> int:
-        """Drop own references older than a wall time to what is not among `live`; return how many."""
-        keep = {self._key(snapshot_id) for snapshot_id in live}
-        old = [i.key for i in self._blobs.list_blobs(f"refs/{self.owner}/") if i.modified_s < before_s]
-        return sum(self._blobs.delete(key) for key in old if key not in keep)
+    def bring_up_to_date(self, live: Iterable[str], wanted: Iterable[str], *, before_s: float) -> int:
+        """Refer to all of `live`; drop own references, older than a wall time, to what is in neither; return how many."""
+        needed = {self._key(snapshot_id) for snapshot_id in live}
+        keep = needed.union(self._key(snapshot_id) for snapshot_id in wanted)
+        found = {info.key: info.modified_s for info in self._blobs.list_blobs(f"refs/{self.owner}/")}
+        for key in sorted(needed - found.keys()):  # nothing loses them; but if anything did, others would delete
+            self._blobs.put(key, b"")
+        return sum(self._blobs.delete(key) for key, at in found.items() if key not in keep and at < before_s)
 
     def of_others(self) -> list[str]:
         """Return the ids of the snapshots that other homes refer to."""
@@ -169,7 +172,8 @@ class SharedStore(Store):
         Their references are listed after the wish to delete was formed and before anything is: a manifest whose
         reference comes later than this listing is younger than the grace period.
         """
-        self.refs.drop_dead([*live_ids, *wanted], before_s=now - grace_s)
+        wanted = list(wanted)
+        self.refs.bring_up_to_date(live_ids, wanted, before_s=now - grace_s)
         counts = super().collect(live_ids, grace_s=grace_s, now=now, wanted=[*wanted, *self.refs.of_others()])
         self.refs.drop_names(before_s=now - grace_s)
         return counts

@@ -85,8 +85,7 @@ def copy_snapshot(source: BlobStore, target: BlobStore, snapshot_id: str, *, tel
     its grace period. Raises NotFound, Corrupt (names the blob, at either end), OutOfSpace, Unavailable.
     """
     items = closure(source, snapshot_id)
-    there = [item for item in items if present(target, item)]
-    todo = [item for item in items if item not in set(there)]
+    todo = [item for item in items if not present(target, item)]
     sent: dict[Item, None] = {}
     for number, item in enumerate(todo, 1):
         if item == items[-1]:

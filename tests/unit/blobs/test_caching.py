@@ -77,6 +77,17 @@ def test_a_smaller_bound_holds_at_the_next_start(make, remote):
     assert make(max_bytes=9 * KIB).state.bytes <= 9 * KIB
 
 
+def test_a_folder_that_somebody_emptied(make, remote):
+    remote.put("k", b"x" * KIB)
+    cache = make()
+    cache.get("k", max_bytes=KIB)
+    cache._local.delete("k")
+    assert cache.get("k", max_bytes=KIB) == b"x" * KIB
+    assert cache.state.bytes == 0
+    assert cache.get_range("k", 0, 1) == b"x"
+    assert cache.state.bytes == KIB
+
+
 def test_only_what_is_to_be_kept_is(remote, tmp_path):
     cache = CachingBlobs(
         remote, LocalBlobs(tmp_path), refuse, max_bytes=KIB, whole_max_bytes=KIB, kept=lambda key: key.startswith("a/")

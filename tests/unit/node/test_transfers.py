@@ -88,19 +88,22 @@ async def test_a_stranger_takes_nobodys_name_machine_or_session(tmp_path):
 
 
 async def test_who_may_reach_out_must_be_trusted(tmp_path):
-    spec = replace(SMALL, allow=("example.org",), routes={"llm": "https://llm.example"})
+    spec = replace(
+        SMALL, allow=("example.org",), routes={"llm": "https://llm.example"},
+        ports=(("0.0.0.0", 0, 80), ("127.0.0.1", 0, 81)),
+    )  # fmt: skip
     async with home(tmp_path, "a") as a, home(tmp_path, "b") as b:
         row = await made(a, spec=spec)
         data = await exported(a, row.id)
         with pytest.raises(Refused) as caught:
             await take_in(b, data)
         assert caught.value.details["asks_for"] == [
-            "reach example.org", "use the secret 'llm' at https://llm.example",
+            "reach example.org", "use the secret 'llm' at https://llm.example", "listen on 0.0.0.0",
         ]  # fmt: skip
         assert await b.machines.list_snapshots() == []
         assert not LocalBlobs(tmp_path / "b" / "blobs").exists(key_of(row.id))
         done = await take_in(b, data, trust=True)
-        assert len(done["asks_for"]) == 2
+        assert len(done["asks_for"]) == 3
         await b.machines.restore(row.id)
 
 
@@ -149,6 +152,9 @@ async def test_a_folder_is_a_remote_store(tmp_path):
         assert (await b.machines.get_snapshot("mine:v9")).id == (await b.machines.get_snapshot("base:v1")).id
         with pytest.raises(NotFound):
             await b.transfers.pull("base:v2", there, name="")
+        with pytest.raises(NotFound, match="folder"):
+            await b.transfers.pull("base:v1", str(tmp_path / "mistyped"), name="")
+        assert not (tmp_path / "mistyped").exists()
         with pytest.raises(BadInput):
             await b.transfers.push("mine:v9", "", check=False)
 

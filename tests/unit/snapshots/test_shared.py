@@ -101,6 +101,15 @@ def test_the_reference_is_there_before_the_manifest(homes, clock, blobs):
     assert sweep(b, clock, [])["files"] > 0  # the crash left files, and no manifest
 
 
+def test_a_lost_reference_comes_back_with_the_next_sweep(homes, clock, blobs):
+    a, b = homes
+    mine = write(a, 1)
+    blobs.delete(f"refs/{A}/{mine}")
+    sweep(a, clock, [mine])
+    sweep(b, clock, [])
+    assert a.verify(mine)
+
+
 def test_a_reference_to_nothing_harms_nobody(homes, clock):
     a, b = homes
     mine = write(a, 1)
