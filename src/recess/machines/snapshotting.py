@@ -93,18 +93,20 @@ class SnapshotTaker:
     ) -> SnapshotRow:
         """Write a capture durably, then its row together with the machine's (`state`, newest snapshot)."""
         clock, catalog = self._parts.clock, self._parts.catalog
+        # What the capture counts from, whatever became of it since; else what its pages may be compared with.
+        parent = taken.capture.parent or live.parent
         meta = snapshot_meta(
             taken,
             spec={"vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id},
             log_position=log_position, epoch=epoch, session=record.session, machine=record.id, why=why,
-            origin={"parent": live.parent, "name": name}, created=clock.wall_s(),
+            origin={"parent": parent, "name": name}, created=clock.wall_s(),
         )  # fmt: skip
-        report = await store_capture(self._parts.store, live, taken, meta, parent=live.parent)
+        report = await store_capture(self._parts.store, live, taken, meta, parent=parent)
         costs = figures(taken, report, clock.monotonic_s() - taken.began)
         costs = {**costs, "output": {str(k): v for k, v in self._fleet.starter.logged(record.id).items()}}
         row = SnapshotRecord(
             id=report.snapshot_id, name=name, machine=record.id, created=meta.created, session=record.session,
-            log_position=log_position, epoch=epoch, why=why, template=live.template.id, parent=live.parent,
+            log_position=log_position, epoch=epoch, why=why, template=live.template.id, parent=parent,
             figures=costs,
         )  # fmt: skip
 

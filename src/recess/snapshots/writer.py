@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.blobs import BlobStore
-from recess.errors import BadInput
+from recess.errors import BadInput, NotFound
 from recess.frames import SeekableFile, WorkPool, build_seekable
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, first_equal, look_up, take, words
 from recess.snapshots.contract import PageData, PageSource, RawPart, SnapshotMeta, TemplatePages, WriteReport
@@ -113,6 +113,9 @@ class SnapshotWriter:
             kept_layers: list[FileV1] = []
             if parent is not None:
                 publication.hold(key_of(ref) for ref in parent.manifest.files())
+                # A manifest goes before its files: if it is still there, none of them went before they were held.
+                if not self._blobs.exists(key_of(parent_id)):
+                    raise NotFound(f"no such snapshot: {parent_id}", kind="snapshot", ref=parent_id)
                 _check_parent(raws, parent, template)
                 kept_layers = self._compare_with_parent(parts, parent)
             self._compare_with_sources(parts, sources)

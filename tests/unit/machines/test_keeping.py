@@ -318,3 +318,24 @@ async def test_tidying_prunes_and_sweeps(room, dev):
     assert counts["pruned"] == 2
     assert counts["bytes"] > 0
     assert room.manager.keeping.policy == replace(Keeping(), keep_last=1, retention_s=0.0)
+
+
+async def test_a_capture_is_stored_over_what_it_counts_from_or_not_at_all(room, dev):
+    """The snapshot that a tracked capture counts from is removed while the capture waits to be stored."""
+    (one,) = await snapshots(room, 1)
+    room.host.vms[dev.id].poke(POKE_FIRST + 9, b"new")
+    real, removed = room.manager._taker.store, []
+
+    async def slow(record, live, taken, **more):
+        if not removed:
+            removed.append(taken.capture.parent)
+            await room.manager.keeping.remove(one.id, force=True)
+        return await real(record, live, taken, **more)
+
+    room.manager._taker.store = slow
+    two = await room.manager.snapshot("dev")
+    assert removed == [one.id if room.driver.capabilities.dirty_tracking else ""]
+    await room.manager.verify_snapshot(two.id)
+    child, _ = await room.manager.restore(two.id, name="child")
+    assert room.host.vms[child.id].poked == room.host.vms[dev.id].poked
+    assert (await room.sh("child", "cat /root/f0")).startswith("0x")

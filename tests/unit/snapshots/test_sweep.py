@@ -244,3 +244,27 @@ def test_the_bodies_of_the_log_are_never_swept(tmp_path):
         store.discard(put(store, 1))
         assert {digest: bodies.get(digest, 70_000) for digest in kept} == kept
     store.close()
+
+
+@pytest.mark.parametrize("how", ["discard", "collect"])
+def test_a_parent_that_goes_while_it_is_being_read_is_not_built_on(blobs, how):
+    """Between the child's look at the manifest and its hold on the files: the write fails, and nothing refers to nothing."""
+    store = Store(blobs)
+    one = put(store, 1)
+    at = now(blobs)
+    blobs.age(2 * HOUR)
+    real_get = blobs.get
+
+    def get_then_lose(key, *, max_bytes):
+        data = real_get(key, max_bytes=max_bytes)
+        if key == f"manifests/{one}":
+            blobs.get = real_get
+            counts = store.discard(one) if how == "discard" else store.collect([], grace_s=HOUR, now=at)
+            assert counts["files"] > 0
+        return data
+
+    blobs.get = get_then_lose
+    with pytest.raises(NotFound):
+        put(store, 2, parent_id=one)
+    assert keys(blobs) == set()
+    store.close()
