@@ -68,14 +68,14 @@ class BringBack:
         began = time.monotonic()
         # What lingers after an exit. Its disk is kept until the snapshot has been brought back: that may fail.
         await self._fleet.end(record.id, "it comes back from a snapshot", keep_disk=True)
-        origin, _, _ = await self._stored.open(row.id)
+        origin, _, _ = await self._stored.open(row.id, early=True)
         skip = {int(k): int(v) for k, v in dict(row.figures.get("output", {})).items()}
         own = row.machine == record.id
         why = "; ".join(word for word in (before, _why(record, row, origin)) if word)
         record, _, timings = await self._launcher.launch(
             record, origin, epoch=epoch, skip=skip if own else None, status=why
         )
-        return record, self._report(row, origin, timings, began, why)
+        return record, await self._report(row, origin, timings, began, why)
 
     async def restore_new(
         self, row: SnapshotRow, *, name: str, session: str, epoch: int
@@ -83,7 +83,7 @@ class BringBack:
         """Make a new machine from a snapshot. Raises Unsupported for one that was taken without guestd's consent."""
         _check_forkable(row)
         began = time.monotonic()
-        origin, spec, _ = await self._stored.open(row.id)
+        origin, spec, _ = await self._stored.open(row.id, early=True)
         note = {"origin": {"snapshot": row.id, "machine": row.machine}}
         record = await self._launcher.claim(child_spec(spec), name=name, session=session, meta=note)
         async with self._fleet.lock(record.id):
@@ -92,15 +92,17 @@ class BringBack:
             except UNDO:
                 await self._launcher.abandon(record)
                 raise
-        return record, self._report(row, origin, timings, began, f"restored from {row.name or row.id[:16]}")
+        return record, await self._report(row, origin, timings, began, f"restored from {row.name or row.id[:16]}")
 
-    def _report(
+    async def _report(
         self, row: SnapshotRow, origin: Origin, timings: Mapping[str, float], began: float, why: str
     ) -> ResumeReport:
+        seconds = time.monotonic() - began
+        origin = await origin.settled()
         rung = REMOTE_RUNG if origin.fetched_bytes else LOCAL_RUNG
         return ResumeReport(
-            rung, why, time.monotonic() - began, snapshot=row.id, log_position=row.log_position,
-            bytes_read=origin.bytes_read, timings_s=timings,
+            rung, why, seconds, snapshot=row.id, log_position=row.log_position,
+            bytes_read=origin.bytes_read, timings_s={**origin.timings_s, **timings},
         )  # fmt: skip
 
     # --- fork --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Memory is an array of 4 KiB pages by guest RAM offset; a disk is an array of 4 K
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ class Capabilities:
     dirty_tracking: bool = False  # exact changes since the last capture; else changes against the template
     network_full: bool = False
     own_kernel: bool = True
+    own_disk: bool = True  # files are on a disk that boots again without the memory; else they are lost with it
+    early_start: bool = False  # begins a restore while the parts are still being read (`RestoreParts.rest`)
     isolation: str = "vm"  # vm | sandbox | none
 
 
@@ -138,11 +141,45 @@ class Capture:
             self.resources.pop().close()
 
 
+class LazyMemory(Protocol):
+    """A machine's memory that comes while it runs, brought by a process of its own (a pager).
+
+    Used once: `ranges`, then `serve` or `read_all`; `close` at the end in any case.
+    """
+
+    async def ranges(self) -> int:
+        """Return a descriptor, the caller's, with the runs of absent pages: u32 first page, u32 count, little endian.
+        Raises DriverFailed, Timeout."""
+        ...
+
+    async def serve(
+        self, uffd: int, pipe: int, segments: Sequence[tuple[int, int, int]], first: Sequence[int] = ()
+    ) -> None:
+        """Answer the faults of this userfaultfd from now on; returns when it does. `segments`: (address in the process,
+        first page, pages). The pager says a word on `pipe` when every page is there; if that closes without a word the
+        machine must be ended. `first`: pages to bring before they are asked for. Raises DriverFailed, Timeout."""
+        ...
+
+    async def read_all(self) -> PageSet:
+        """Return all pages, for a host that cannot serve faults. Raises as a store's read does."""
+        ...
+
+    def about(self) -> Mapping[str, Any]:
+        """Say how far it is, for people."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of the pager; one that serves goes on. May be called twice."""
+        ...
+
+
 @dataclass(frozen=True)
 class RestoreParts:
     """What a driver needs to bring a machine back over its template (or over zeros when `template` is None).
 
     `snapshot` names the stored snapshot that this is, if it is one: what is captured next may count from it.
+    With `rest`, memory, disk and device state are still being read: they are in what it returns (or raises, say
+    Corrupt). Only a driver whose capabilities say `early_start` is given such parts.
     """
 
     template: TemplateRef | None
@@ -150,6 +187,14 @@ class RestoreParts:
     disk: PageSet
     vmstate: bytes
     snapshot: str = ""
+    rest: asyncio.Future[RestoreParts] | None = None
+    read_s: float = 0.0  # how long reading them took
+    lazy: LazyMemory | None = None  # instead of `memory`, which is empty then
+    choice: str = ""  # how the memory comes and why, in words
+
+    async def whole(self) -> RestoreParts:
+        """Return the parts with everything in them; may be called again."""
+        return self if self.rest is None else await asyncio.shield(self.rest)
 
 
 @dataclass(frozen=True)

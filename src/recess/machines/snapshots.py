@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from recess.errors import Incompatible, NotFound
 from recess.machines.contract import RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
-from recess.machines.parts import Parts
+from recess.machines.parts import NO_PAGES, Parts
 from recess.machines.records import damaged_snapshot, manifest_machine, snapshot_row
 from recess.machines.service import MachineSpec, SnapshotRow
 from recess.machines.starting import Origin
-from recess.machines.templates import Templates, fingerprint_json
+from recess.machines.templates import Template, Templates, fingerprint_json
 from recess.snapshots.compat import can_restore
 
 
@@ -42,8 +43,11 @@ class StoredSnapshots:
                 raise
             return snapshot_row(await self._parts.find_elsewhere(ref))
 
-    async def open(self, snapshot_id: str) -> tuple[Origin, MachineSpec, Mapping[str, Any]]:
-        """Return what a restore needs: origin, machine spec, manifest. Raises Corrupt, NotFound, Incompatible."""
+    async def open(self, snapshot_id: str, *, early: bool = False) -> tuple[Origin, MachineSpec, Mapping[str, Any]]:
+        """Return what a restore needs: origin, machine spec, manifest. Raises Corrupt, NotFound, Incompatible.
+
+        With `early`, and a driver that can begin meanwhile, the pages are still being read when this returns.
+        """
         began = time.monotonic()
         manifest = await asyncio.to_thread(self._parts.store.manifest, snapshot_id)
         machine, spec = manifest_machine(manifest, snapshot_id), manifest["spec"]
@@ -55,18 +59,27 @@ class StoredSnapshots:
                 f"snapshot {snapshot_id[:16]} cannot be restored here: {reasons[0]}",
                 hint="restore it where it was taken; a session goes on from its log", reasons=reasons,
             )  # fmt: skip
-        opened = time.monotonic()
+        afar = await asyncio.to_thread(self._parts.store.fetch_bytes, snapshot_id)
+        rest = asyncio.ensure_future(self._read(snapshot_id, template))
+        rest.add_done_callback(_look_at)  # a restore that fails before it needs the pages never awaits them
+        coming = RestoreParts(template.ref, NO_PAGES, NO_PAGES, b"", snapshot_id, rest)
+        origin = Origin(
+            template, coming, snapshot_id, timings_s={"manifest": time.monotonic() - began}, fetched_bytes=afar
+        )
+        if not (early and self._parts.driver.capabilities.early_start):
+            origin = await origin.settled()
+        return origin, machine, manifest
+
+    async def _read(self, snapshot_id: str, template: Template) -> RestoreParts:
+        began = time.monotonic()
         store = self._parts.store
-        afar = await asyncio.to_thread(store.fetch_bytes, snapshot_id)
         memory, disk, vmstate = await asyncio.gather(
             asyncio.to_thread(store.overlay, snapshot_id, MEMORY, template=template.pages, sources=template.sources),
             asyncio.to_thread(store.overlay, snapshot_id, DISK, template=template.pages, sources=template.sources),
             asyncio.to_thread(store.vmstate, snapshot_id),
         )
         parts = RestoreParts(template.ref, to_pages(memory), to_pages(disk), vmstate, snapshot_id)
-        timings = {"manifest": opened - began, "read": time.monotonic() - opened}
-        origin = Origin(template, parts, snapshot_id, parts.memory.data.nbytes + parts.disk.data.nbytes, timings, afar)
-        return origin, machine, manifest
+        return replace(parts, read_s=time.monotonic() - began)
 
     async def verify(self, ref: str) -> Mapping[str, Any]:
         """Re-hash everything a snapshot and its template consist of. Raises Corrupt naming the blob."""
@@ -75,3 +88,8 @@ class StoredSnapshots:
         if row.template:
             out["template"] = dict(await asyncio.to_thread(self._parts.store.verify, row.template))
         return out
+
+
+def _look_at(reading: asyncio.Future[RestoreParts]) -> None:
+    if not reading.cancelled():
+        reading.exception()

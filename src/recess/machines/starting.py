@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from recess.broker import build_policy
 from recess.catalog.machines import MachineRecord
@@ -42,6 +42,12 @@ class Origin:
     timings_s: Mapping[str, float] = field(default_factory=dict)
     fetched_bytes: int = 0  # what had to come from a remote store first
     cold: bool = False  # booted from the disk that lies in its folder: `parts` holds nothing
+
+    async def settled(self) -> Origin:
+        """Return the origin with all its parts read, and what that took."""
+        whole = await self.parts.whole()
+        read = whole.memory.data.nbytes + whole.disk.data.nbytes
+        return replace(self, parts=whole, bytes_read=read, timings_s={**self.timings_s, "read": whole.read_s})
 
 
 def template_origin(template: Template) -> Origin:

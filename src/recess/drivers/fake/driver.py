@@ -310,7 +310,7 @@ class FakeDriver:
     def __init__(self, *, host: FakeHost | None = None, programs: Mapping[str, Program] | None = None) -> None:
         self.name = "fake"
         self.capabilities = Capabilities(
-            snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, own_kernel=False
+            snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, own_kernel=False, early_start=True
         )
         self.host = host if host is not None else FakeHost()
         self.programs = standard_programs() | dict(programs or {})
@@ -358,6 +358,7 @@ class FakeDriver:
             base_memory = _read_pages(parts.template.ram, spec.memory_bytes // PAGE_BYTES)
             base_disk = _read_pages(parts.template.disk, spec.disk_bytes // PAGE_BYTES)
         self.host.maybe_die("restore")
+        parts = await parts.whole()
         if not parts.vmstate.startswith(_VMSTATE):
             raise DriverFailed("fake VMM: the device state is not ours")
         memory = base_memory | as_pages(parts.memory)

@@ -31,7 +31,9 @@ class QemuDriver:
     """
 
     name = "qemu"
-    capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True)
+    capabilities = Capabilities(
+        snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, lazy_memory=True, early_start=True
+    )
 
     def __init__(
         self,

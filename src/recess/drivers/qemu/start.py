@@ -21,6 +21,7 @@ from pathlib import Path
 from recess.drivers.qemu import disk
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.argv import command, kernel_command_line
+from recess.drivers.qemu.bringing import bring_memory
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
 from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.host import HostFacts
@@ -144,12 +145,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
     async with _starting(place, journal, keep_disk=False) as begin:
         disk_fd, pages_fd = await in_thread(_create_files, layout, spec, journal, template)
         try:
-            filling = asyncio.ensure_future(
-                all_of(
-                    in_thread(_fill_disk, layout, journal, disk_fd, parts.disk),
-                    in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)),
-                )
-            )
+            filling = asyncio.ensure_future(_fill(layout, journal, disk_fd, pages_fd, parts))
             try:
                 steps.mark("prepare")
                 vm = await begin(argv)
@@ -157,23 +153,35 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
             except BaseException:
                 await asyncio.gather(filling, return_exceptions=True)
                 raise
-            await filling
+            parts = await filling
             steps.mark("fill")
-            if parts.memory.count:
-                async with vm.explain("restore"):
-                    await vm.keeper.inject(pages_fd, parts.memory.count)
+            async with vm.explain("restore"):
+                await bring_memory(vm, parts, pages_fd, mode=place.page_tracking)
         finally:
             os.close(disk_fd)
             os.close(pages_fd)
-        steps.mark("inject")
+        steps.mark("memory")
         async with vm.explain("restore"):
-            vm.tracking = await begin_tracking(vm.keeper, parts.snapshot, mode=place.page_tracking)
-            steps.mark("track")
             await track_disk(vm.qmp)
             await load_state(vm.qmp, parts.vmstate)
         steps.mark("incoming")
         await _run(vm, steps)
         return _started(vm, steps)
+
+
+async def _fill(layout: Layout, journal: Journal, disk_fd: int, pages_fd: int, parts: RestoreParts) -> RestoreParts:
+    """Fill the disk and lay the pages out for the keeper; return the parts, whole."""
+    base = asyncio.ensure_future(in_thread(_fill_base, layout, journal, disk_fd))
+    try:
+        parts = await parts.whole()
+    finally:
+        await asyncio.wait([base])
+    base.result()
+    await all_of(
+        in_thread(_fill_disk, layout, disk_fd, parts.disk),
+        in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)),
+    )
+    return parts
 
 
 def _check_template(ram: Path, base_disk: Path, spec: VmSpec) -> None:
@@ -198,12 +206,16 @@ def _create_files(layout: Layout, spec: VmSpec, journal: Journal, template: Temp
     return disk.create_sparse(layout.disk, spec.disk_bytes), os.memfd_create("recess-inject", os.MFD_CLOEXEC)
 
 
-def _fill_disk(layout: Layout, journal: Journal, target: int, blocks: PageSet) -> None:
-    """Write the template's disk and the restored blocks, and keep the latter apart for the captures to come."""
+def _fill_base(layout: Layout, journal: Journal, target: int) -> None:
+    """Write the template's disk."""
     if journal.base == "template":
         disk.copy_data(Path(journal.disk_base), target)
     else:
         os.close(disk.create_sparse(layout.disk_base, journal.spec.disk_bytes))
+
+
+def _fill_disk(layout: Layout, target: int, blocks: PageSet) -> None:
+    """Write the restored blocks, and keep them apart for the captures to come."""
     indices, data = disk.as_arrays(blocks)
     disk.write_pages(target, indices, data)
     if len(indices):
