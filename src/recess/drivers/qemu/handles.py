@@ -18,7 +18,7 @@ from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.memory import UNTRACKED, Tracking
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.errors import DriverFailed, RecessError
-from recess.machines.contract import Fingerprint
+from recess.machines.contract import Fingerprint, LazyMemory
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,6 +54,8 @@ class Handles:
     qmp: Qmp
     timings_s: dict[str, float] = field(default_factory=dict)
     tracking: Tracking = UNTRACKED
+    memory: str = ""  # how it was brought back, in words
+    lazy: LazyMemory | None = None
 
     @contextlib.asynccontextmanager
     async def explain(self, what: str) -> AsyncIterator[None]:
@@ -74,6 +76,8 @@ class Handles:
 
     async def close(self) -> None:
         """Drop every connection; the VM goes on."""
+        if self.lazy is not None:
+            await self.lazy.close()
         await self.port.close()
         await self.qmp.close()
         self.keeper.close()

@@ -167,6 +167,24 @@ class Keeper:
         text, _ = await self._ask(f"track {base or _NO_BASE} {'user' if user_only else 'any'}", known)
         return text.removeprefix("way=")
 
+    async def track_absent(self, base: str, ranges: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Like `track`, and the pages of `ranges` are absent from now on: whoever touches one waits for a pager.
+
+        Returns the userfaultfd, and where the memory is: (address, first page, pages).
+        """
+        text, fd = await self._ask(f"track {base or _NO_BASE} wait", ranges)
+        if fd is None:
+            raise DriverFailed(f"the keeper sent no userfaultfd: {text}")
+        found = []
+        for word in text.partition("at=")[2].split(","):
+            address, first, pages = word.split(":")
+            found.append((int(address, 16), int(first), int(pages)))
+        return fd, found
+
+    async def guard(self, pipe: int) -> None:
+        """Have the VM ended if the other end of this pipe closes before a word was said there."""
+        await self._ask("guard", pipe)
+
     async def tracking(self) -> tuple[str, str]:
         """Return how the VM is tracked (kernel, user, none), and the base."""
         text, _ = await self._ask("tracking")

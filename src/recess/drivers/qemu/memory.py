@@ -18,6 +18,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu.journal import Journal
 from recess.drivers.qemu.keeper import Keeper
 from recess.errors import DriverFailed, OutOfSpace, RecessError
+from recess.machines.contract import LazyMemory
 
 NONE = "none"
 _MODES = {
@@ -60,6 +61,29 @@ async def begin_tracking(keeper: Keeper, base: str, *, mode: str, known: int | N
             raise
         return Tracking(NONE, f"this host cannot: {exc.message}")
     return Tracking(way, _MODES.get(way, way), base)
+
+
+async def begin_lazy(keeper: Keeper, base: str, lazy: LazyMemory) -> Tracking:
+    """Track a VM that has not run yet, and have its memory brought by a pager. Not `exact` if this host cannot: nothing
+    has changed then. Raises DriverFailed, Timeout (the VM must be ended: some of its pages may be absent)."""
+    ranges = await lazy.ranges()
+    try:
+        uffd, segments = await keeper.track_absent(base, ranges)
+    except DriverFailed as exc:
+        if keeper.death.done() or keeper.gone.done():
+            raise
+        return Tracking(NONE, f"this host cannot: {exc.message}")
+    finally:
+        os.close(ranges)
+    watched, pipe = os.pipe()
+    try:
+        # First the guard, then the pager: from the moment it could fail somebody looks.
+        await keeper.guard(watched)
+        await lazy.serve(uffd, pipe, segments)
+    finally:
+        for fd in (uffd, watched, pipe):
+            os.close(fd)
+    return Tracking("kernel", _MODES["kernel"], base)
 
 
 async def find_tracking(keeper: Keeper) -> Tracking:

@@ -75,8 +75,10 @@ class QemuVm:
 
     def about_memory(self) -> Mapping[str, str]:
         """Say how its changes are known, and why so."""
-        tracking = self._handles.tracking
-        return {"tracking": tracking.way, "tracking_why": tracking.why, "base": tracking.base}
+        vm = self._handles
+        pager = {} if vm.lazy is None else {f"pager_{key}": str(value) for key, value in vm.lazy.about().items()}
+        tracking = {"tracking": vm.tracking.way, "tracking_why": vm.tracking.why, "base": vm.tracking.base}
+        return {"memory": vm.memory, **tracking, **pager}
 
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave a template's files."""

@@ -1,0 +1,184 @@
+"""Pages on demand, on a real userfaultfd of this very process; the book and the choice as pure functions."""
+
+import ctypes
+import fcntl
+import mmap
+import os
+import struct
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recess.errors import Corrupt
+from recess.paging import Facts, FaultServer, Piece, Segment, Uffd, choose, make_book
+from recess.paging.book import gaps_of, runs_of
+
+PAGE = 4096
+PAGES = 64
+PER_GROUP = 4
+USERFAULTFD, USER_ONLY = 323, 1
+API, REGISTER = 0xC018AA3F, 0xC020AA00
+
+
+class Memory:
+    """Anonymous memory of this process whose pages wait for a handler."""
+
+    def __init__(self):
+        self.map = mmap.mmap(-1, PAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.array = np.frombuffer(self.map, np.uint8).reshape(PAGES, PAGE)
+        self.address = self.array.ctypes.data
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.fd = libc.syscall(USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK | USER_ONLY)
+        assert self.fd >= 0, os.strerror(ctypes.get_errno())
+        fcntl.ioctl(self.fd, API, bytearray(struct.pack("<QQQ", 0xAA, 0, 0)))
+        fcntl.ioctl(self.fd, REGISTER, bytearray(struct.pack("<QQQQ", self.address, PAGES * PAGE, 1, 0)))
+
+    def uffd(self):
+        # two segments that lie the other way round in memory than in the guest
+        half = PAGES // 2
+        low, high = Segment(self.address, half, half), Segment(self.address + half * PAGE, 0, half)
+        return Uffd(self.fd, [low, high], protect=False)
+
+    def guest(self):
+        """The memory in the guest's order. Touching it faults."""
+        return np.concatenate((self.array[PAGES // 2 :], self.array[: PAGES // 2]))
+
+    def first_byte(self, page):
+        """Touch a page. By a foreign function: it lets go of the interpreter's lock, which the handler needs."""
+        byte = ctypes.create_string_buffer(1)
+        ctypes.memmove(byte, self.address + (page + PAGES // 2) % PAGES * PAGE, 1)
+        return byte.raw[0]
+
+    def close(self):
+        os.close(self.fd)
+
+
+@pytest.fixture
+def memory():
+    memory = Memory()
+    yield memory
+    memory.close()
+
+
+class Library:
+    def __init__(self, bad=None):
+        self.bad = bad
+        self.fetched = []
+        self.lock = threading.Lock()
+
+    def fetch(self, group):
+        if group == self.bad:
+            raise Corrupt("frame does not match its hash", blob="lyr_x")
+        with self.lock:
+            self.fetched.append(group)
+        first = group * PER_GROUP
+        return [Piece(first, content(first, PER_GROUP))], 100
+
+
+def content(first, count):
+    pages = np.zeros((count, PAGE), np.uint8)
+    pages[:] = (np.arange(first, first + count) + 1)[:, None]
+    return pages
+
+
+def whole_book():
+    pages = np.arange(PAGES, dtype=np.uint32)
+    return make_book(pages, (pages // PER_GROUP).astype(np.int32), PAGES // PER_GROUP)
+
+
+def test_a_touched_page_is_brought_first_and_the_rest_behind(memory):
+    library = Library()
+    server = FaultServer(memory.uffd(), whole_book(), library, fill_after_s=0.3)
+    done = threading.Thread(target=server.run)
+    done.start()
+    assert memory.first_byte(50) == 51
+    assert memory.first_byte(3) == 4
+    assert memory.first_byte(49) == 50  # of the same group: it is there already
+    done.join(20)
+    assert not done.is_alive()
+    assert library.fetched[:2] == [12, 0]
+    assert sorted(library.fetched) == list(range(PAGES // PER_GROUP))  # each once
+    assert (memory.guest() == content(0, PAGES)).all()
+    report = server.report
+    assert (report.touched, report.faults, report.fault_bytes) == ([12, 0], 2, 200)
+    assert (report.groups, report.bytes_read) == (16, 1600)
+    assert 0 < report.first_s < report.filled_s
+
+
+def test_many_touch_at_once_while_it_fills(memory):
+    server = FaultServer(memory.uffd(), whole_book(), Library(), fill_after_s=0.0)
+    found = {}
+
+    def touch(numbers):
+        for number in numbers:
+            found[number] = memory.first_byte(number)
+
+    threads = [threading.Thread(target=touch, args=(range(start, PAGES, 4),)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    server.run()
+    for thread in threads:
+        thread.join(20)
+    assert found == {number: number + 1 for number in range(PAGES)}
+
+
+def test_what_is_wanted_first_comes_first(memory):
+    library = Library()
+    FaultServer(memory.uffd(), whole_book(), library, fill_after_s=0.0, first=[9, 2]).run()
+    assert library.fetched[:2] == [9, 2]
+    assert len(library.fetched) == 16
+
+
+def test_a_damaged_group_ends_it_and_nothing_is_made_up(memory):
+    library = Library(bad=7)
+    with pytest.raises(Corrupt):
+        FaultServer(memory.uffd(), whole_book(), library, fill_after_s=0.0).run()
+    assert 7 not in library.fetched
+
+
+def test_pages_that_are_there_already_stay(memory):
+    uffd = memory.uffd()
+    uffd.put(4, content(90, 1))
+    uffd.put(2, content(2, 4))
+    assert [memory.first_byte(page) for page in (2, 3, 4, 5)] == [3, 4, 91, 6]
+
+
+@given(st.sets(st.integers(0, 300)), st.integers(1, 20), st.integers(1, 40))
+def test_gaps_join_runs_and_bound_their_number(numbers, gap_max, runs_max):
+    pages = np.array(sorted(numbers), np.uint32)
+    gaps = gaps_of(pages, gap_max=gap_max, runs_max=runs_max)
+    assert not numbers & set(gaps.tolist())
+    joined = np.union1d(pages, gaps).astype(np.uint32)
+    assert len(runs_of(joined)[0]) <= max(runs_max, 1)
+    book = make_book(joined, np.zeros(len(joined), np.int32), 1)
+    listed = [
+        p for first, count in np.frombuffer(book.ranges(), "<u4").reshape(-1, 2) for p in range(first, first + count)
+    ]
+    assert listed == joined.tolist()
+    assert all(book.group_of(page) == 0 for page in listed)
+    assert book.group_of(301) is None
+
+
+FACTS = Facts(pages=1 << 18, over_template=True, driver_can=True, pager_there=True)
+
+
+@pytest.mark.parametrize(
+    ("facts", "way", "word"),
+    [
+        (FACTS, "lazy", "1024 MiB"),
+        (replace(FACTS, pages=100), "inject", "only"),
+        (replace(FACTS, pages=100, wanted="lazy"), "lazy", "configuration"),
+        (replace(FACTS, wanted="inject"), "inject", "configuration"),
+        (replace(FACTS, driver_can=False), "inject", "driver"),
+        (replace(FACTS, pager_there=False), "inject", "pager"),
+        (replace(FACTS, over_template=False, wanted="lazy"), "inject", "template"),
+    ],
+)
+def test_how_memory_is_brought_back(facts, way, word):
+    choice = choose(facts)
+    assert choice.way == way
+    assert word in choice.why
