@@ -42,6 +42,23 @@ async def test_server_dies_and_the_tool_ends_before_the_next_server(tmp_path):
         assert kinds(log).count("turn.start") == 1
 
 
+async def test_a_stream_that_comes_while_nobody_serves_finds_the_next_server_soon(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        machine = w.machines.machines[await machine_of(w, s)]
+        await w.sessions.abandon()
+        before = machine.accepted
+        async with asyncio.timeout(10):
+            while machine.accepted < before + 2:  # it came, was sent away, and came again
+                await asyncio.sleep(0.01)
+        (tmp_path / "go-a").touch()
+        w.new_server()
+        await w.sessions.recover()
+        await w.until(s, "turn.end", timeout_s=10)
+        assert kinds(await w.entries(s)).count("turn.start") == 1
+
+
 async def test_machine_dies_in_a_local_tool(tmp_path):
     async with coder_world(tmp_path) as (w, s):
         await w.say(s, "hi", turn=1)

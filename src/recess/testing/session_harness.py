@@ -34,6 +34,7 @@ class ProcessMachine:
     server: asyncio.Server | None = None
     handlers: dict[str, IncomingHandler] = field(default_factory=dict)
     streams: set[SocketStream] = field(default_factory=set)
+    accepted: int = 0  # streams so far
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
     epoch: int = 0
@@ -297,6 +298,7 @@ class ProcessMachines:
     async def _listen(self, machine: ProcessMachine) -> None:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             stream = SocketStream(reader, writer)
+            machine.accepted += 1
             handler = machine.handlers.get("session")
             if handler is None or machine.row.state != "running":
                 await stream.close()
