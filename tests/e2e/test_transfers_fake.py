@@ -3,9 +3,11 @@
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 
 import pytest
 
@@ -27,11 +29,12 @@ def bucket(server):
 def home(tmp_path, server):
     """A maker of homes: `home("a", RECESS_STORE=...)` returns what runs a command there."""
     made = []
+    runs = tempfile.mkdtemp(prefix="rt-")  # short: a unix socket's path is; and gone with the test
 
     def make(name, **more):
         env = {
             "PATH": os.environ["PATH"], "HOME": str(tmp_path), "RECESS_HOME": str(tmp_path / name),
-            "RECESS_DRIVER": "fake", "PYTHONPATH": os.pathsep.join(sys.path), "AWS_ENDPOINT_URL": server.endpoint,
+            "RECESS_DRIVER": "fake", "RECESS_RUN_DIR": f"{runs}/{name}", "PYTHONPATH": os.pathsep.join(sys.path), "AWS_ENDPOINT_URL": server.endpoint,
             "AWS_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", **more,
         }  # fmt: skip
 
@@ -50,6 +53,7 @@ def home(tmp_path, server):
     yield make
     for run in made:
         run("down", "--all", expect=None)
+    shutil.rmtree(runs)
 
 
 def data(done):

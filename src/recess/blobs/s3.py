@@ -34,7 +34,9 @@ from recess.blobs.ranges import Joined, join_ranges
 from recess.errors import BadInput, Corrupt, NotFound, OutOfSpace, RecessError, Unavailable
 
 SCHEMES = ("s3", "gs", "az")
-WHOLE_BYTES = 16 << 20  # a stream up to this size is one conditional put; a longer one is uploaded in parts
+WHOLE_BYTES = 16 << 20  # a blob up to this size is one conditional put; a larger one is uploaded in parts
+PART_BYTES = 8 << 20
+PARTS_AT_ONCE = 4
 LIST_PAGE = 1000  # objects in one page of a listing: the most that S3 gives
 READS_AT_ONCE = 8
 _TMP = ".tmp/"
@@ -115,10 +117,12 @@ class S3Blobs:
         """See `BlobStore.put`."""
         check_key(key)
         views = pieces(data) or [memoryview(b"")]
+        if sum(view.nbytes for view in views) > WHOLE_BYTES:
+            return self._put_long(key, iter(views))
         return self._add(key, lambda: obstore.put(self._store, key, views, mode="create", use_multipart=False))
 
     def put_stream(self, key: str, source: PieceSource) -> bool:
-        """See `BlobStore.put_stream`: in memory up to WHOLE_BYTES, beyond that in parts to a temporary object."""
+        """See `BlobStore.put_stream`. What is in memory at a time: WHOLE_BYTES, or PARTS_AT_ONCE parts."""
         check_key(key)
         iterator = source()
         head: list[Bytes] = []
@@ -130,11 +134,15 @@ class S3Blobs:
                 break
         else:
             return self.put(key, head)
+        return self._put_long(key, chain(head, iterator))
+
+    def _put_long(self, key: str, source: Iterator[Bytes]) -> bool:
+        """Upload in parts, each a request with a time limit of its own, then give it its name if that is free."""
         if self.touch(key):
             return False
         temp = _TMP + secrets.token_hex(12)
         try:
-            self._upload(key, temp, chain(head, iterator))
+            self._upload(key, temp, source)
             return self._add(key, lambda: obstore.copy(self._store, temp, key, overwrite=False))
         finally:
             with contextlib.suppress(BaseError, FileNotFoundError):  # what stays is removed by `clean`
@@ -154,7 +162,15 @@ class S3Blobs:
 
         try:
             self._call(
-                key, lambda: obstore.put(self._store, temp, watched(), use_multipart=True, chunk_size=WHOLE_BYTES)
+                key,
+                lambda: obstore.put(
+                    self._store,
+                    temp,
+                    watched(),
+                    use_multipart=True,
+                    chunk_size=PART_BYTES,
+                    max_concurrency=PARTS_AT_ONCE,
+                ),
             )
         except RecessError:
             if failure:

@@ -81,6 +81,13 @@ class BlobStoreSuite:
         assert [info.key for info in blobs.list_blobs()] == ["s/long"]
         assert b"".join(read_pieces(blobs, "s/long", 21 << 20, piece_bytes=(4 << 20) + 1)) == piece * 21
 
+    def test_a_large_blob_is_stored_whole(self, blobs: BlobStore) -> None:
+        data = bytes(range(251)) * 80_000  # 20 MB
+        assert blobs.put("large", [data[:7], data[7:]]) is True
+        assert blobs.put("large", data + b"x") is False
+        assert blobs.get("large", max_bytes=len(data)) == data
+        assert [info.key for info in blobs.list_blobs()] == ["large"]
+
     @pytest.mark.parametrize("pieces", [1, 20])
     def test_a_stream_that_fails_stores_nothing(self, blobs: BlobStore, pieces: int) -> None:
         def source() -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,8 @@ def export(inv: Invocation, ref: str, file: str, with_image: bool) -> None:
             if have:
                 inv.out.progress(f"going on after {format_bytes(have)}")
             download(inv.server, path, out, query={**image, "offset": str(have)}, on_bytes=lambda n: on_bytes(have + n))
+            out.flush()
+            os.fsync(out.fileno())
         part.replace(target)
     except OSError as exc:
         if exc.errno == 28:
