@@ -132,7 +132,6 @@ def compare_processes(left: Mapping[tuple[int, str], str], right: Mapping[tuple[
 async def look_at(link: GuestLink) -> GuestState:
     """Read a guest's files and processes. Raises GuestFailed, Timeout, BadInput (more files than FILES_MAX)."""
     files: dict[str, FileStat] = {}
-    level = ["/"]
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def below(path: str) -> list[FileStat]:
@@ -142,13 +141,22 @@ async def look_at(link: GuestLink) -> GuestState:
             except NotFound:
                 return []  # a folder of a file system that went with the boot
 
-    while level:
-        found = [one for rows in await asyncio.gather(*map(below, level)) for one in rows]
-        files.update((one.path, one) for one in found)
+    waiting = ["/"]
+    while waiting:
+        batch, waiting = waiting[-_AT_ONCE:], waiting[:-_AT_ONCE]  # from the end: what waits stays short
+        for folder, rows in zip(batch, await asyncio.gather(*map(below, batch)), strict=True):
+            # A guest may say anything: only what is new and really below is taken, so the walk ends.
+            fresh = [one for one in rows if one.path not in files and _is_in(folder, one.path)]
+            files.update((one.path, one) for one in fresh)
+            waiting += [one.path for one in fresh if one.kind == "dir" and one.path not in SKIPPED]
         if len(files) > FILES_MAX:
             raise BadInput(f"the machine has more than {FILES_MAX} files: too many to compare")
-        level = [one.path for one in found if one.kind == "dir" and one.path not in SKIPPED]
     return GuestState(files, await _processes(link, room))
+
+
+def _is_in(folder: str, path: str) -> bool:
+    parent, _, name = path.rpartition("/")
+    return parent == folder.rstrip("/") and name not in ("", ".", "..")
 
 
 async def _processes(link: GuestLink, room: asyncio.Semaphore) -> dict[tuple[int, str], str]:

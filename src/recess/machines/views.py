@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from recess.catalog.snapshots import SnapshotRecord
+from recess.db import Row, Tx
 from recess.errors import RecessError
 from recess.machines.keeping import SnapshotKeeping
 from recess.machines.parts import Parts
@@ -63,9 +64,8 @@ class SnapshotViews:
         records = {one.id: one for one in await catalog.snapshots.readable()}
         names, holds = await catalog.snapshots.names(), await self._keeping.holds()
         ids = await catalog.snapshots.all_ids()
-        templates = {one.manifest: one for one in await catalog.templates.list_all()}
-        machines = {one.id: one for one in await catalog.machines.list_all()}
-        newest = {one.snapshot: f"machine {one.name}" for one in machines.values() if one.snapshot}
+        templates, machines = await catalog.db.read(_others)
+        newest = {str(one["snapshot"]): f"machine {one['name'] or one['id']}" for one in machines.values()}
         shapes = await asyncio.to_thread(self._parts.store.shapes, [*ids, *templates])
         parents = tree_parents(shapes, {one.id: one.parent for one in records.values()})
         bytes_of = shares(shapes, parents)
@@ -78,11 +78,11 @@ class SnapshotViews:
                 "needed_by": [one for one in needed if one],
             }  # fmt: skip
             if ref in templates:
-                node |= {"image": templates[ref].image, "created": templates[ref].created, "machine_name": ""}
+                node |= {"image": templates[ref]["image"], "created": templates[ref]["created"], "machine_name": ""}
             elif record is not None:
                 holder = machines.get(record.machine)
                 node |= {
-                    "machine": record.machine, "machine_name": holder.name if holder else "", "why": record.why,
+                    "machine": record.machine, "machine_name": holder["name"] if holder else "", "why": record.why,
                     "session": record.session, "created": record.created, "expires": record.expires,
                     "log_position": record.log_position,
                 }  # fmt: skip
@@ -123,6 +123,13 @@ class SnapshotViews:
             return [f"its manifest lacks {exc}"]
         except RecessError as exc:
             return [f"what it stands on is not here: {exc.message}"]
+
+
+def _others(tx: Tx) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Return templates by manifest and machines by id, as they lie there: other columns may be damaged."""
+    templates = tx.execute("SELECT manifest, image, created FROM catalog_template")
+    machines = tx.execute("SELECT id, name, snapshot FROM catalog_machine")
+    return {str(row["manifest"]): row for row in templates}, {str(row["id"]): row for row in machines}
 
 
 def _row(record: SnapshotRecord, names: Mapping[str, Sequence[str]], reasons: list[str]) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recess.errors import BadInput, NotFound
 from recess.guestlink.link import FileStat
 from recess.machines.comparing import (
     PageDiff,
     compare_files,
     compare_pages,
     compare_processes,
+    look_at,
     parse_process,
 )
 from recess.machines.contract import PageSet
@@ -86,3 +89,32 @@ def test_what_a_broken_restore_looks_like():
     assert "template's" in judge(replace(good, reverted=120), good)
     assert "disk" in judge(good, replace(good, changed=8_000))
     assert judge(replace(good, listed=100_000, changed=1_900), good) == ""
+
+
+class LyingGuest:
+    """A guest whose listings go round in circles, leave their folder and never end."""
+
+    def __init__(self, endless):
+        self.endless = endless
+        self.asked = 0
+
+    async def list_dir(self, path):
+        self.asked += 1
+        if path == "/proc":
+            raise NotFound("no /proc")
+        rows = [stat("/", "dir"), stat("/etc", "dir"), stat("/elsewhere/x", "dir"), stat(path + "x/../y", "dir")]
+        if self.endless:
+            rows += [stat(f"{path.rstrip('/')}/{n}", "dir") for n in range(10_000)]
+        return rows
+
+    async def jobs(self):
+        return []
+
+
+async def test_a_guest_that_lies_cannot_keep_us_walking():
+    found = await look_at(LyingGuest(endless=False))
+    assert set(found.files) == {"/etc"}
+    guest = LyingGuest(endless=True)
+    with pytest.raises(BadInput, match="too many"):
+        await look_at(guest)
+    assert guest.asked < 200

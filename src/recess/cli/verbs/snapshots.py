@@ -91,7 +91,9 @@ def _diff_lines(found: Mapping[str, Any]) -> list[str]:
     for what in ("files", "processes"):
         changes = found[what] or {}
         for kind, mark in (("added", "+"), ("removed", "-"), ("changed", "~")):
-            lines += [f"{mark} {what[:4]} {name}" for name in changes.get(kind, [])]
+            # Names are the guest's: what a terminal would act on is shown, not sent.
+            shown = [name if name.isprintable() else repr(name) for name in changes.get(kind, [])]
+            lines += [f"{mark} {what[:4]} {name}" for name in shown]
     if found["why_no_files"]:
         lines.append(f"files and processes: {found['why_no_files']}")
     for part in ("memory", "disk"):
