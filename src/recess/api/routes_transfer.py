@@ -104,7 +104,7 @@ async def import_snapshot(request: Request) -> Response:
     try:
         done = await transfers.take_in(body.read, name=query.get("name", ""), trust=query.get("trust") == "1")
     finally:
-        with suppress(RuntimeError):  # the stream was read to its end
+        with suppress(RuntimeError):  # of a request that was cancelled the thread still reads
             await body.drain()
     return JSONResponse(done, status_code=201)
 
