@@ -161,12 +161,16 @@ class Transfers:
 
     def _announce(self, row: SnapshotRecord, with_image: bool) -> Announcement:
         blobs = self._store.blobs
-        if not isinstance(self._store, SharedStore):
+        self._drop_old_packed(blobs)
+        files = self._files.pack(self._store.manifest(row.id), blobs) if with_image else []
+        return announce(blobs, row.id, row.name, files)
+
+    def _drop_old_packed(self, blobs: BlobStore) -> None:
+        """Remove packed image files that an export, or an import that broke off, left in this home a day ago."""
+        if not isinstance(self._store, SharedStore):  # there others may want them
             before_s = self._clock.wall_s() - PACKED_KEPT_S
             for old in [info.key for info in blobs.list_blobs("files/") if info.modified_s < before_s]:
                 blobs.delete(old)
-        files = self._files.pack(self._store.manifest(row.id), blobs) if with_image else []
-        return announce(blobs, row.id, row.name, files)
 
     def pieces(self, head: Announcement, start: int) -> Iterator[bytes]:
         """Yield the archive from a byte on. Blocks: for a thread."""
@@ -185,6 +189,7 @@ class Transfers:
 
     def _take_in(self, read: Read) -> tuple[Announcement, TransferReport]:
         blobs = self._store.blobs
+        self._drop_old_packed(blobs)
         work = Import(blobs, ArchiveReader(read), self._config.home, self._free_bytes, check_file)
         with self._store.holding(item.key for item in work.announcement.items):
             report = work.run(tell=self._progress)
