@@ -22,7 +22,7 @@ from recess.catalog.snapshots import delete_in as delete_snapshot_in
 from recess.catalog.snapshots import update_in as update_snapshot_in
 from recess.crashpoints import crash_point
 from recess.db import Tx
-from recess.errors import BadInput, Corrupt, HasDependents, NotFound, OutOfSpace, RecessError
+from recess.errors import BadInput, Corrupt, HasDependents, Incompatible, NotFound, OutOfSpace, RecessError
 from recess.machines.fleet import Fleet
 from recess.machines.parts import Parts
 from recess.machines.retention import (
@@ -261,8 +261,8 @@ class SnapshotKeeping:
         """Sweep blobs that nothing needs and that are older than the grace period.
 
         Needed is what any row names, readable or not, every template, and what machines, sessions and, within the
-        retention, their logs refer to, if it is still there. Raises Corrupt, NotFound before anything is deleted when
-        a snapshot that has a row cannot be read: what it needs is unknown.
+        retention, their logs refer to, if it is still there. Raises Corrupt, NotFound, Incompatible, BadInput before anything is deleted
+        when a snapshot that has a row cannot be read: what it needs is unknown.
         """
         catalog, holds = self._parts.catalog, await self.holds()
 
@@ -280,7 +280,7 @@ class SnapshotKeeping:
             return await asyncio.to_thread(
                 lambda: self._parts.store.collect(live, grace_s=grace_s, now=now, wanted=wanted)
             )
-        except (Corrupt, NotFound) as exc:
+        except (Corrupt, NotFound, Incompatible, BadInput) as exc:
             exc.hint = exc.hint or "nothing was deleted; give a damaged snapshot up with recess snapshots rm ID --force"
             raise
 

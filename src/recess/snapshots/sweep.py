@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from recess.blobs import BlobInfo, BlobStore
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, HasDependents, Incompatible, NotFound
-from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
+from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, is_id, key_of
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import read_manifest
 
@@ -29,7 +29,7 @@ def mark(blobs: BlobStore, roots: Iterable[str], wanted: Iterable[str] = ()) -> 
     """
     marked: set[str] = set()
     needed = set(roots)
-    wishes = set(wanted) - needed
+    wishes = {ref for ref in wanted if is_id(ref, SNAPSHOT)} - needed  # what is no id cannot be there
     waiting = [*wishes, *needed]
     while waiting:
         snapshot_id = waiting.pop()

@@ -174,7 +174,7 @@ def test_what_is_only_wanted_is_kept_if_it_is_there(store, blobs):
     one, two = put(store, 1), put(store, 2)
     at = now(blobs)
     blobs.age(2 * HOUR)
-    store.collect([], wanted=[one, "snp_" + "0" * 64], grace_s=HOUR, now=at)
+    store.collect([], wanted=[one, "snp_" + "0" * 64, "", "rubbish"], grace_s=HOUR, now=at)
     assert store.list_ids() == [one]
     store.verify(one)
     with pytest.raises(NotFound):
