@@ -29,6 +29,7 @@ from recess.machines.scratch import scratch_vm
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.starting import Origin
 from recess.snapshots.contract import PageData
+from recess.units import PAGE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _compare(left: Origin, right: Origin) -> tuple[PageDiff, PageDiff]:
     mine, theirs = left.template.spec, right.template.spec
     if (mine.memory_bytes, mine.disk_bytes) != (theirs.memory_bytes, theirs.disk_bytes):
         raise BadInput("the snapshots are of machines with different memory or disk sizes: they cannot be compared")
-    sizes = {MEMORY: mine.memory_bytes // 4096, DISK: mine.disk_bytes // 4096}
+    sizes = {MEMORY: mine.memory_bytes // PAGE_BYTES, DISK: mine.disk_bytes // PAGE_BYTES}
     pairs = {MEMORY: (left.parts.memory, right.parts.memory), DISK: (left.parts.disk, right.parts.disk)}
     memory, disk = (
         compare_pages(*pairs[part], _base(left, part), _base(right, part), sizes[part]) for part in (MEMORY, DISK)

@@ -32,7 +32,7 @@ def ls(inv: Invocation) -> None:
             "called": ", ".join(row["names"]),
             "age": ago(row["created"]),
             "stored": format_bytes(int(row["figures"].get("new_bytes", 0))),
-            "here": "yes" if row["restorable"] else "no",
+            "here": _here(row),
         }
         for row in found
     ]
@@ -44,6 +44,13 @@ def ls(inv: Invocation) -> None:
         ("CREATED", "age"), ("STORED", "stored"), ("HERE", "here"),
     ]  # fmt: skip
     inv.out.table(rows, columns)
+
+
+def _here(row: Mapping[str, Any]) -> str:
+    if not row["restorable"]:
+        return "no"
+    checked = row["figures"].get("checked") or {"ok": True}
+    return "yes" if checked["ok"] else "failed its check"
 
 
 @snapshots.command("tree")
