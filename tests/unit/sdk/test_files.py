@@ -15,8 +15,8 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: "
 
 
 @contextlib.contextmanager
-def answering(answer, *, read=0):
-    """A server that takes one request (`read` bytes of it at least), gives these bytes and hangs up."""
+def answering(answer, *, whole=lambda body: True):
+    """A server that takes one request (until its body is `whole`), gives these bytes and hangs up."""
     taken = bytearray()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -24,7 +24,7 @@ def answering(answer, *, read=0):
             with contextlib.suppress(OSError):
                 connection, _ = listener.accept()
                 with connection:
-                    while b"\r\n\r\n" not in taken or len(taken) < read:
+                    while b"\r\n\r\n" not in taken or not whole(taken.partition(b"\r\n\r\n")[2]):
                         piece = connection.recv(1 << 16)
                         if not piece:
                             break
@@ -69,7 +69,11 @@ def test_an_error_is_typed():
 def test_a_file_is_sent_piece_by_piece(size):
     content = bytes(range(256)) * (3 << 12)
     seen = []
-    with answering(OK + b"8\r\n\r\n" + b'{"a": 1}', read=len(content)) as (transport, taken):
+
+    def whole(body):
+        return body.endswith(b"\r\n0\r\n\r\n") if size is None else len(body) == size
+
+    with answering(OK + b"8\r\n\r\n" + b'{"a": 1}', whole=whole) as (transport, taken):
         answer = upload(transport, "/x", io.BytesIO(content), size=size, query={}, on_bytes=seen.append)
     assert answer == {"a": 1}
     assert seen[:3] == [1 << 20, 2 << 20, 3 << 20]
