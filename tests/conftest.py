@@ -24,6 +24,7 @@ import pytest
 from recess.config import Config, load_config
 from recess.images import ImageStore, ensure_boot_files
 from recess.testing.guestlink_process import writable_cgroup
+from recess.testing.gvisor_rig import has_runsc
 from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
 
 _ALLOWED = Path(__file__).with_name("allowed_skips.txt")
@@ -165,6 +166,7 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 _CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
     "ordinary-user": lambda: os.geteuid() != 0,
+    "no-runsc": lambda: not has_runsc(),
     "no-cgroup": lambda: writable_cgroup() is None,
     "no-namespaces": lambda: not may_mount() and not has_namespaces(),
 }

@@ -174,6 +174,7 @@ build_guest() {
 provision() {
 	[[ $want == all ]] || return 0
 	"$venv/bin/python" tools/provision.py || exit 1
+	tools/runsc.sh || say "   runsc could not be installed; the gVisor driver is not available"
 }
 
 # Two at once would install over each other: the second waits. The lock is on this very file and goes with the process.

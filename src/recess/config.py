@@ -37,6 +37,7 @@ class Config:
     driver: str = "auto"
     qemu_bin: str = ""  # empty: qemu-system-x86_64 from PATH
     accelerator: str = "auto"  # auto | kvm | tcg
+    runsc_bin: str = ""  # empty: runsc from PATH
     kernel: str = "auto"  # auto (trimmed if built, else Debian's) | trimmed | debian | path of a kernel file
     page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
@@ -99,6 +100,7 @@ _ENV = {
     "driver": "RECESS_DRIVER",
     "qemu_bin": "RECESS_QEMU_BIN",
     "accelerator": "RECESS_ACCELERATOR",
+    "runsc_bin": "RECESS_RUNSC_BIN",
     "kernel": "RECESS_KERNEL",
     "page_tracking": "RECESS_PAGE_TRACKING",
     "bin_dir": "RECESS_BIN_DIR",

@@ -42,6 +42,10 @@ Without arguments, as PID 1 of a machine, guestd sets it up and serves its virti
 fn main() {
     sys::keep_heap();
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if args == ["--version"] {
+        println!("guestd {VERSION}");
+        return;
+    }
     if args == ["--sandbox"] || args == ["--relay"] {
         let ended = if args == ["--relay"] {
             sandbox::relay()
@@ -67,10 +71,6 @@ fn main() {
                 libc::pause();
             }
         }
-    }
-    if args == ["--version"] {
-        println!("guestd {VERSION}");
-        return;
     }
     if let Err(why) = process(&args) {
         eprintln!("guestd: {}", why.message);

@@ -22,6 +22,7 @@ use crate::sys;
 const RUN: &str = "/run/recess";
 const OWN: &str = "/run/recess/guestd";
 const DOOR: &str = "/run/recess/host.sock";
+const DOOR_WAIT_MS: u64 = 10_000;
 const PIECE: usize = 64 * 1024;
 
 /// Move guestd itself into the sandbox's memory (its file on the host may be another at the next restore), start the
@@ -69,9 +70,29 @@ fn hold(door: &UnixListener, port: &UnixStream) {
 
 /// The relay's whole life: standard input and output against the holder.
 pub fn relay() -> Outcome<()> {
-    let door = UnixStream::connect(DOOR).map_err(|e| Fail::io(DOOR, &e))?;
+    let door = reach(DOOR).map_err(|e| Fail::io(DOOR, &e))?;
     join(0, 1, door.as_raw_fd(), false);
     Ok(())
+}
+
+/// Connect; a sandbox that has just been started may not have its door yet.
+fn reach(path: &str) -> io::Result<UnixStream> {
+    let until = sys::monotonic_ms() + DOOR_WAIT_MS;
+    loop {
+        match UnixStream::connect(path) {
+            Err(e) if early(&e) && sys::monotonic_ms() < until => {
+                std::thread::sleep(std::time::Duration::from_millis(2)); // bounded; a file that appears is no event
+            }
+            result => return result,
+        }
+    }
+}
+
+fn early(e: &io::Error) -> bool {
+    matches!(
+        e.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
 }
 
 /// Copy host -> guest and guest -> host until the host's side has ended. As the holder (`keeps`) the guest's side stays:

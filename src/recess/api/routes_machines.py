@@ -56,7 +56,9 @@ async def get_machine(request: Request) -> Response:
     node = context_of(request).node
     machines = node.machines
     row = await machines.get(_ref(request))
-    out = {**machine_json(row), "kernel": await node.images.kernel(row.meta)}
+    out = machine_json(row)
+    if node.info()["capabilities"]["own_kernel"]:
+        out["kernel"] = await node.images.kernel(row.meta)
     if row.state == "running":
         out["stats"] = await machines.stats(row.id)
     return JSONResponse(out)

@@ -1,4 +1,4 @@
-"""A writer of cpio archives in the "newc" form, which the Linux kernel unpacks as its initial root.
+"""A writer, and reader of its own, of cpio archives in the "newc" form, which the Linux kernel unpacks as its initial root.
 
 Format: Documentation/driver-api/early-userspace/buffer-format.rst of the kernel. Deterministic: time 0, owner root,
 inode numbers by order. Knows nothing of what is inside.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import stat
 from dataclasses import dataclass
 
+from recess.errors import Corrupt
+
 _TRAILER = "TRAILER!!!"
+_HEAD_BYTES = 110
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,22 @@ def _record(inode: int, entry: Entry) -> bytes:
     numbers = [inode, entry.mode, 0, 0, links, 0, len(entry.data), 0, 0, *entry.rdev, len(name), 0]
     head = b"070701" + b"".join(b"%08x" % n for n in numbers) + name
     return head + bytes(-len(head) % 4) + entry.data + bytes(-len(entry.data) % 4)
+
+
+def read_file(data: bytes, path: str) -> bytes:
+    """Return a file's content out of an archive of ours. Raises Corrupt when it is not there or the archive is cut."""
+    at = 0
+    try:
+        while data[at : at + 6] == b"070701":
+            size, name_size = int(data[at + 54 : at + 62], 16), int(data[at + 94 : at + 102], 16)
+            start = at + -(-(_HEAD_BYTES + name_size) // 4) * 4
+            name = data[at + _HEAD_BYTES : at + _HEAD_BYTES + name_size - 1]
+            if name == path.encode() and start + size <= len(data):
+                return data[start : start + size]
+            at = start + -(-size // 4) * 4
+    except ValueError as exc:
+        raise Corrupt(f"the archive is damaged: {exc}") from exc
+    raise Corrupt(f"the archive holds no whole file {path!r}")
 
 
 def archive(entries: list[Entry]) -> bytes:

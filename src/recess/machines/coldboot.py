@@ -20,7 +20,7 @@ from typing import Any
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import Corrupt, Incompatible, NotFound
+from recess.errors import Corrupt, Incompatible, NotFound, Unsupported
 from recess.machines import keptdisk
 from recess.machines.contract import DISK_NAME, BootFiles
 from recess.machines.fleet import Fleet
@@ -50,6 +50,7 @@ class ColdBoot:
 
     async def own(self, record: MachineRecord, *, epoch: int, why: str) -> tuple[MachineRecord, ResumeReport]:
         """Boot from the disk that its last VM left. Raises NotFound, Corrupt, Incompatible, Unavailable, OutOfSpace."""
+        self._check_driver()
         spec = spec_from_json(record.spec, f"machine {record.id}")
         directory = self._parts.directory(record.id)
         if keptdisk.size_of(directory) != spec.disk_bytes:
@@ -82,6 +83,7 @@ class ColdBoot:
         self, record: MachineRecord, row: SnapshotRow, *, epoch: int, why: str
     ) -> tuple[MachineRecord, ResumeReport]:
         """Boot from the disk part of a snapshot; every frame of it is verified on the way. Raises as `own`."""
+        self._check_driver()
         spec = spec_from_json(record.spec, f"machine {record.id}")
         manifest = await asyncio.to_thread(self._parts.store.manifest, row.id)
         vm = manifest_vm(manifest)
@@ -98,6 +100,11 @@ class ColdBoot:
         why = _join(why, f"the disk of snapshot {row.id[:16]}", COLD_WHY, note)
         record, report = await self._boot(record, spec, boot, epoch=epoch, why=why)
         return record, replace(report, snapshot=row.id, log_position=row.log_position)
+
+    def _check_driver(self) -> None:
+        driver = self._parts.driver
+        if not driver.capabilities.own_disk:
+            raise Unsupported(f"the {driver.name} driver keeps files in memory: there is no disk to boot from")
 
     async def _unpack(self, snapshot_id: str, template_id: str, vm: Mapping[str, Any], directory: Path) -> None:
         """Write a snapshot's disk as a file. Its template's memory is not needed, and may be damaged."""

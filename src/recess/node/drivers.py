@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from recess.config import Config
 from recess.drivers.fake import FakeDriver, FakeImages
+from recess.drivers.gvisor import GvisorDriver
 from recess.drivers.qemu import QemuDriver
 from recess.errors import BadInput
 from recess.machines.contract import Driver
 from recess.machines.imagefiles import StoredImages
 from recess.machines.parts import ImageFiles, Progress
 
-KNOWN = ("auto", "qemu", "fake")
+KNOWN = ("auto", "qemu", "gvisor", "fake")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ def choose_driver(config: Config) -> Chosen:
         return Chosen(FakeDriver(), "the configuration names it")
     if config.driver == "qemu":
         return Chosen(QemuDriver(config), "the configuration names it")
+    if config.driver == "gvisor":
+        return Chosen(GvisorDriver(config), "the configuration names it")
     if config.driver == "auto":
         return Chosen(QemuDriver(config), "the strongest one there is for any Linux")
     raise BadInput(f"driver: unknown {config.driver!r}", hint=f"known: {', '.join(KNOWN)}")

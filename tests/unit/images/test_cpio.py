@@ -1,5 +1,8 @@
 import stat
 
+import pytest
+
+from recess.errors import Corrupt
 from recess.images import cpio
 
 
@@ -39,3 +42,16 @@ def _parse(data: bytes) -> dict[str, tuple[int, bytes]]:
             return found
         found[name] = (fields[1], data[start : start + fields[6]])
         at = (start + fields[6] + 3) // 4 * 4
+
+
+def test_a_file_is_read_back():
+    made = cpio.archive([cpio.directory("d"), cpio.file("d/a", b"x" * 5), cpio.file("init", b"elf" * 100)])
+    assert cpio.read_file(made, "init") == b"elf" * 100
+    assert cpio.read_file(made, "d/a") == b"x" * 5
+
+
+@pytest.mark.parametrize("cut", [0, 6, 50, 120, 240])
+def test_an_archive_that_is_cut_is_corrupt(cut):
+    made = cpio.archive([cpio.file("other", b"1" * 100), cpio.file("init", b"elf")])
+    with pytest.raises(Corrupt):
+        cpio.read_file(made[:cut], "init")
