@@ -3,7 +3,7 @@
 //! It has no thread and no state on disk but what `Home` names. Whatever goes wrong with a client is that client's
 //! affair; whatever goes wrong with the keeper itself ends it, and with it (PR_SET_PDEATHSIG) the VMM.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Seek};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -389,7 +389,8 @@ fn not_tracked() -> io::Error {
 fn read_numbers(fd: OwnedFd, pages: usize) -> io::Result<Vec<u32>> {
     let mut raw = Vec::new();
     let limit = 16 * pages as u64;
-    let file = std::fs::File::from(fd);
+    let mut file = std::fs::File::from(fd);
+    file.rewind()?; // whoever wrote it shares its position
     file.take(limit + 1).read_to_end(&mut raw)?;
     if raw.len() as u64 > limit || raw.len() % 4 != 0 {
         return Err(invalid("the list has an odd size"));

@@ -16,6 +16,7 @@ use std::os::fd::OwnedFd;
 use crate::bitmap::Bitmap;
 use crate::buffer::Buffer;
 use crate::memory::{file_pages, Ram, Segment, Stop};
+use crate::remote;
 use crate::sys::PAGE;
 use crate::uffd::{self, Uffd};
 
@@ -90,6 +91,9 @@ impl Tracker {
         }
         for &(first, count) in known {
             ever.add(first as usize, count as usize);
+        }
+        if faults == Faults::Wait {
+            forget_all(ram.pid, segments)?;
         }
         let uffd = Uffd::open(ram.pid, faults == Faults::User)?;
         if faults == Faults::Wait && !uffd.kernel_faults {
@@ -233,6 +237,30 @@ impl Tracker {
             self.since = self.fresh.clone();
             self.base = base.to_string();
         }
+    }
+}
+
+/// Drop what the VMM has touched of its memory at its start: such a page would be there, and nobody would ask for it.
+fn forget_all(pid: libc::pid_t, segments: &[Segment]) -> io::Result<()> {
+    let calls: Vec<remote::Call> = segments
+        .iter()
+        .map(|s| {
+            let number = libc::SYS_madvise as u64;
+            let length = (s.pages * PAGE) as u64;
+            [
+                number,
+                s.address,
+                length,
+                libc::MADV_DONTNEED as u64,
+                0,
+                0,
+                0,
+            ]
+        })
+        .collect();
+    match remote::system_calls(pid, &calls)?.iter().find(|&&r| r < 0) {
+        Some(error) => Err(io::Error::from_raw_os_error(-*error as i32)),
+        None => Ok(()),
     }
 }
 

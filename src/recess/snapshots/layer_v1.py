@@ -126,6 +126,19 @@ class LayerReader:
             raise self._corrupt("layer index does not name every slot")
         return found
 
+    @property
+    def pages_per_frame(self) -> int:
+        """How many pages a frame holds; the last one may hold fewer."""
+        return self._per_frame
+
+    def frame(self, number: int) -> PageData:
+        """Return the verified pages of one frame, in slot order. Raises Corrupt."""
+        return np.frombuffer(self._file.frame(number), np.uint8).reshape(-1, PAGE_BYTES)
+
+    def frame_bytes(self, number: int) -> int:
+        """Return how many stored bytes a frame has."""
+        return int(self._file.table.compressed[number])
+
     def frames_of(self, slots: NDArray[np.int64]) -> int:
         """Return how many frames hold these slots."""
         return len(np.unique(slots // self._per_frame))

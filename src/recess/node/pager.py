@@ -1,0 +1,123 @@
+"""The pager: a process of its own per lazily restored machine, and the nursery that they are forked from.
+
+The nursery is one small process per server, started before it is needed, with everything imported: a fork of it is
+there in a few milliseconds. It has one thread, so forking is safe, and it ends when its server does. A pager does not:
+it serves its machine until every page is there, server or not. Its life hangs on a pipe that the machine's keeper
+watches: it says "filled" there, or it is gone and the keeper ends the machine.
+
+    server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files"} + the pager's socket
+    pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs     or {"failed": text}
+    server -> pager     {"segments": [[address, first, pages]], "first": [pages]} + userfaultfd, pipe
+    pager -> server     {"serving": true}, and at the end {"filled": report}      or {"failed": text}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recess.blobs import BlobStore, LocalBlobs
+from recess.config import Config, load_config
+from recess.errors import RecessError
+from recess.node.pagereader import SnapshotPages
+from recess.node.stores import open_blobs
+from recess.paging import FaultServer, Report, Segment, Uffd
+
+MESSAGE_MAX = 65536
+FILLED = b"filled"
+
+
+def _blobs_of(config: Config) -> BlobStore:
+    return open_blobs(config.store, config) if config.store else LocalBlobs(config.blobs_dir)
+
+
+def _receive(sock: socket.socket, fds: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """Return one message and its descriptors; None when the other side is gone."""
+    data, got, _flags, _ = socket.recv_fds(sock, MESSAGE_MAX, fds, socket.MSG_CMSG_CLOEXEC)
+    return (json.loads(data) if data else None), got
+
+
+def _say(sock: socket.socket, message: dict[str, Any], fds: list[int] | None = None) -> None:
+    """Tell the server, if it is still there: a pager does its work without one, too."""
+    with contextlib.suppress(OSError):
+        socket.send_fds(sock, [json.dumps(message).encode()], fds or [], socket.MSG_NOSIGNAL)
+
+
+def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
+    """Be the pager of one machine. Returns when every page is there, or the machine is gone. Raises whatever fails."""
+    config = load_config(home=order["home"], **order["overrides"])
+    files = {digest: Path(path) for digest, path in order["files"].items()}
+    library = SnapshotPages(_blobs_of(config), order["snapshot"], order["part"], Path(order["template"]), files)
+    runs = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
+    try:
+        os.write(runs, library.book.ranges())
+        _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, [runs])
+    finally:
+        os.close(runs)
+    message, fds = _receive(sock, 2)
+    if message is None:
+        return
+    uffd, pipe = fds
+    segments = [Segment(*numbers) for numbers in message["segments"]]
+    groups = dict.fromkeys(g for page in message["first"] if (g := library.book.group_of(page)) is not None)
+    server = FaultServer(Uffd(uffd, segments), library.book, library, first=list(groups))
+    _say(sock, {"serving": True})
+    report = server.run()
+    os.write(pipe, FILLED)
+    _say(sock, {"filled": about(report, library)})
+
+
+def about(report: Report, library: SnapshotPages) -> dict[str, Any]:
+    """Return a report as JSON data. `touched`: the first page of each group that was asked for, in that order."""
+    touched = [int(library.first_page(group)) for group in report.touched]
+    return {**asdict(report), "touched": touched, "stored_bytes": library.stored_bytes}
+
+
+def _pager(sock: socket.socket, order: dict[str, Any]) -> int:
+    try:
+        serve_snapshot(sock, order)
+        return 0
+    except RecessError as exc:
+        _say(sock, {"failed": exc.message})
+    except Exception as exc:
+        _say(sock, {"failed": f"{type(exc).__name__}: {exc}"})
+    return 1
+
+
+def nursery(sock: socket.socket) -> None:
+    """Fork a pager for each order, until the server is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    _say(sock, {"nursery": os.getpid()})
+    while True:
+        order, fds = _receive(sock, 1)
+        if order is None:
+            return
+        pid = os.fork()
+        if pid == 0:
+            sock.close()
+            os.setsid()
+            code = 1
+            try:
+                with socket.socket(fileno=fds[0]) as own:
+                    code = _pager(own, order)
+            finally:
+                os._exit(code)
+        os.close(fds[0])
+
+
+def main() -> None:
+    """Entry point: the number of the socket's descriptor is the argument."""
+    with socket.socket(fileno=int(sys.argv[1])) as sock:
+        nursery(sock)
+
+
+if __name__ == "__main__":
+    main()

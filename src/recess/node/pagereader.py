@@ -1,0 +1,118 @@
+"""A stored snapshot as a library for the fault handler: frames of its layers, blocks of image files, template pages.
+
+It runs in a pager, a process of its own: it opens the snapshot for itself, and every frame it hands out was verified
+against its hash. It must know nothing of page faults.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recess.blobs import BlobStore
+from recess.errors import Corrupt
+from recess.frames import WorkPool
+from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book
+from recess.snapshots.keys import LAYER, make_id
+from recess.snapshots.layer_v1 import LayerReader
+from recess.snapshots.pagemap import KIND_LAYER
+from recess.snapshots.reader import OpenSnapshot
+from recess.units import PAGE_BYTES
+
+_RUN = 16  # pages of a group that is not a frame
+
+
+def map_pages(path: Path) -> Pages:
+    """Map a file as whole pages, read-only; a rest at its end is left out."""
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    whole = len(mapping) // PAGE_BYTES
+    return np.frombuffer(mapping, np.uint8, whole * PAGE_BYTES).reshape(-1, PAGE_BYTES)
+
+
+class SnapshotPages:
+    """One part of a snapshot. `template`: the file its gaps mean; `files`: files of blocks by hash.
+
+    Raises Corrupt, NotFound, Incompatible, Unavailable.
+    """
+
+    def __init__(
+        self, blobs: BlobStore, snapshot_id: str, part: str, template: Path, files: Mapping[str, Path]
+    ) -> None:
+        snapshot = OpenSnapshot(blobs, snapshot_id, WorkPool(1))
+        self._map = snapshot.page_map(part)
+        self._template = map_pages(template)
+        if len(self._template) != self._map.pages_total:
+            raise Corrupt(f"the template has {len(self._template)} pages, the snapshot {self._map.pages_total}")
+        self._layers: list[LayerReader | None] = []
+        self._blocks: list[Pages | None] = []
+        for source in self._map.sources:
+            digest = source.digest.hex()
+            is_layer = source.kind == KIND_LAYER
+            self._layers.append(snapshot.layer(make_id(LAYER, digest)) if is_layer else None)
+            self._blocks.append(None if is_layer else map_pages(files[digest]))
+        self._gaps = gaps_of(self._map.pages)
+        self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
+        self.book = self._make_book()
+
+    def _make_book(self) -> Book:
+        """Number the groups: frames by source, then runs of what is neither in a layer nor listed."""
+        listed, source = self._map.pages, self._map.source
+        key = np.full(len(listed), -1, np.int64)  # source and frame; or a stretch of _RUN pages
+        for number, layer in enumerate(self._layers, start=1):
+            mine = source == number
+            per_frame = _RUN if layer is None else layer.pages_per_frame
+            place = listed[mine] if layer is None else self._map.position[mine]
+            key[mine] = (number << 32) + place.astype(np.int64) // per_frame
+        zero = source == 0
+        key[zero] = listed[zero] // _RUN
+        pages = np.concatenate((listed, self._gaps))
+        keys = np.concatenate((key, -1 - self._gaps.astype(np.int64) // _RUN))
+        order = np.argsort(pages, kind="stable")
+        # In the order of the first page of each: the fill goes through memory from its beginning.
+        _, first, group = np.unique(keys[order], return_index=True, return_inverse=True)
+        rank = np.empty(len(first), np.int32)
+        rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
+        numbers = rank[group.reshape(-1)]
+        book = make_book(pages[order].astype(np.uint32), numbers, len(first))
+        by_group = np.argsort(numbers, kind="stable")
+        self._members = np.split(book.pages[by_group], np.cumsum(np.bincount(numbers, minlength=len(first)))[:-1])
+        return book
+
+    def fetch(self, group: int) -> tuple[list[Piece], int]:
+        """See `recess.paging.book.Library`."""
+        pages = self._members[group]
+        at = np.minimum(np.searchsorted(self._map.pages, pages), max(0, self._map.count - 1))
+        if not self._map.count or int(self._map.pages[at[0]]) != int(pages[0]):
+            return _pieces(pages, self._template[pages]), 0
+        number = int(self._map.source[at[0]])
+        if number == 0:
+            return _pieces(pages, np.zeros((len(pages), PAGE_BYTES), np.uint8)), 0
+        layer, position = self._layers[number - 1], self._map.position[at].astype(np.int64)
+        if layer is None:
+            return _pieces(pages, self._block_pages(number, position)), 0
+        frame = int(position[0]) // layer.pages_per_frame
+        data = layer.frame(frame)[position - frame * layer.pages_per_frame]
+        return _pieces(pages, data), layer.frame_bytes(frame)
+
+    def _block_pages(self, number: int, position: NDArray[np.int64]) -> Pages:
+        blocks = self._blocks[number - 1]
+        if blocks is None or int(position.max()) >= len(blocks):
+            raise Corrupt("the snapshot refers to blocks that its image file does not have")
+        return blocks[position]
+
+    def first_page(self, group: int) -> int:
+        """Return the lowest page of a group."""
+        return int(self._members[group][0])
+
+
+def _pieces(pages: Numbers, data: Pages) -> list[Piece]:
+    """Cut pages into neighbours; the data is contiguous."""
+    cuts = np.flatnonzero(np.diff(pages.astype(np.int64)) != 1) + 1
+    bounds = [0, *cuts.tolist(), len(pages)]
+    return [Piece(int(pages[a]), data[a:b]) for a, b in itertools.pairwise(bounds)]
