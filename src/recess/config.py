@@ -39,6 +39,7 @@ class Config:
     accelerator: str = "auto"  # auto | kvm | tcg
     runsc_bin: str = ""  # empty: runsc from PATH
     kernel: str = "auto"  # auto (trimmed if built, else Debian's) | trimmed | debian | path of a kernel file
+    lazy_memory: str = "auto"  # auto | lazy | inject: how a machine's memory is brought back (recess.paging.choice)
     page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
@@ -102,6 +103,7 @@ _ENV = {
     "accelerator": "RECESS_ACCELERATOR",
     "runsc_bin": "RECESS_RUNSC_BIN",
     "kernel": "RECESS_KERNEL",
+    "lazy_memory": "RECESS_LAZY_MEMORY",
     "page_tracking": "RECESS_PAGE_TRACKING",
     "bin_dir": "RECESS_BIN_DIR",
     "agent_dir": "RECESS_AGENT_DIR",

@@ -95,6 +95,7 @@ class Manager:
         record = await self._record(ref)
         live = self.fleet.need(record.id)
         out: dict[str, Any] = asdict(await live.vm.stats())
+        out["paging"] = dict(live.vm.about_memory())
         if live.paused_since == 0.0 and not live.stalled:
             try:
                 async with asyncio.timeout(STATS_S):

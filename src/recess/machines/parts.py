@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -13,11 +13,12 @@ from recess.catalog import Catalog
 from recess.catalog.snapshots import SnapshotRecord
 from recess.clock import Clock
 from recess.guestlink.link import IncomingHandler
-from recess.machines.contract import BootFiles, Driver, PageSet
+from recess.machines.contract import BootFiles, Driver, LazyMemory, PageSet
 from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
 
 Progress = Callable[[str], None]
+ReadAll = Callable[[], Awaitable[PageSet]]
 FindElsewhere = Callable[[str], Awaitable[SnapshotRecord]]  # ref -> its row, made on the way; raises NotFound
 
 UNDO = (Exception, asyncio.CancelledError)
@@ -44,6 +45,17 @@ class ImageFiles(Protocol):
 
     async def blank_disk(self, size_bytes: int, target: Path) -> None:
         """Put a formatted, empty writable disk at `target`."""
+        ...
+
+
+class MakePager(Protocol):
+    """Starts a pager for a part of a stored snapshot."""
+
+    def __call__(
+        self, snapshot: str, part: str, template: Path, files: Mapping[str, Path], read_all: ReadAll, /
+    ) -> Awaitable[LazyMemory]:
+        """Return one that is opening it. `template`: the part's file that gaps mean; `files`: image files by hash;
+        `read_all`: for a host that cannot serve faults. Raises Unavailable, Timeout."""
         ...
 
 
@@ -78,6 +90,8 @@ class Parts:
     progress: Progress = lambda _line: None
     keeping: Keeping = field(default_factory=Keeping)
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
+    make_pager: MakePager | None = None  # None: this node has none, and every page is read before a machine runs
+    lazy_memory: str = "auto"  # auto | lazy | inject (recess.paging.choice)
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
 
     def directory(self, machine_id: str) -> Path:

@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from recess.errors import Incompatible, NotFound
-from recess.machines.contract import RestoreParts
+from recess.errors import Incompatible, NotFound, Timeout, Unavailable
+from recess.machines.contract import LazyMemory, PageSet, RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
 from recess.machines.parts import NO_PAGES, Parts
 from recess.machines.records import damaged_snapshot, manifest_machine, snapshot_row
 from recess.machines.service import MachineSpec, SnapshotRow
 from recess.machines.starting import Origin
 from recess.machines.templates import Template, Templates, fingerprint_json
+from recess.paging.choice import INJECT, LAZY, Choice, Facts, choose
 from recess.snapshots.compat import can_restore
 
 
@@ -60,7 +61,7 @@ class StoredSnapshots:
                 hint="restore it where it was taken; a session goes on from its log", reasons=reasons,
             )  # fmt: skip
         afar = await asyncio.to_thread(self._parts.store.fetch_bytes, snapshot_id)
-        rest = asyncio.ensure_future(self._read(snapshot_id, template))
+        rest = asyncio.ensure_future(self._read(snapshot_id, template, manifest))
         rest.add_done_callback(_look_at)  # a restore that fails before it needs the pages never awaits them
         coming = RestoreParts(template.ref, NO_PAGES, NO_PAGES, b"", snapshot_id, rest)
         origin = Origin(
@@ -70,16 +71,47 @@ class StoredSnapshots:
             origin = await origin.settled()
         return origin, machine, manifest
 
-    async def _read(self, snapshot_id: str, template: Template) -> RestoreParts:
+    async def _read(self, snapshot_id: str, template: Template, manifest: Mapping[str, Any]) -> RestoreParts:
         began = time.monotonic()
         store = self._parts.store
-        memory, disk, vmstate = await asyncio.gather(
-            asyncio.to_thread(store.overlay, snapshot_id, MEMORY, template=template.pages, sources=template.sources),
-            asyncio.to_thread(store.overlay, snapshot_id, DISK, template=template.pages, sources=template.sources),
-            asyncio.to_thread(store.vmstate, snapshot_id),
+        choice = self._choose(template, manifest)
+
+        async def overlay(part: str) -> PageSet:
+            work = asyncio.to_thread(
+                store.overlay, snapshot_id, part, template=template.pages, sources=template.sources
+            )
+            return to_pages(await work)
+
+        async def memory() -> tuple[PageSet, LazyMemory | None, Choice]:
+            make = self._parts.make_pager
+            if choice.way == LAZY and make is not None and template.ref is not None:
+                boot = template.spec.boot
+                files = {boot.root_hash: boot.root, boot.kernel_hash: boot.kernel}
+                try:
+                    pager = await make(snapshot_id, MEMORY, template.ref.ram, files, partial(overlay, MEMORY))
+                    return NO_PAGES, pager, choice
+                except (Unavailable, Timeout) as exc:
+                    return await overlay(MEMORY), None, Choice(INJECT, exc.message)
+            return await overlay(MEMORY), None, choice
+
+        (pages, lazy, how), disk, vmstate = await asyncio.gather(
+            memory(), overlay(DISK), asyncio.to_thread(store.vmstate, snapshot_id)
         )
-        parts = RestoreParts(template.ref, to_pages(memory), to_pages(disk), vmstate, snapshot_id)
-        return replace(parts, read_s=time.monotonic() - began)
+        return RestoreParts(
+            template.ref, pages, disk, vmstate, snapshot_id,
+            read_s=time.monotonic() - began, lazy=lazy, choice=f"{how.way}: {how.why}",
+        )  # fmt: skip
+
+    def _choose(self, template: Template, manifest: Mapping[str, Any]) -> Choice:
+        memory = manifest["parts"].get(MEMORY, {})
+        facts = Facts(
+            pages=sum(int(memory.get(kind, 0)) for kind in ("zero", "block", "layer")),
+            over_template=template.ref is not None,
+            driver_can=self._parts.driver.capabilities.lazy_memory,
+            pager_there=self._parts.make_pager is not None,
+            wanted=self._parts.lazy_memory,
+        )
+        return choose(facts)
 
     async def verify(self, ref: str) -> Mapping[str, Any]:
         """Re-hash everything a snapshot and its template consist of. Raises Corrupt naming the blob."""

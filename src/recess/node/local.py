@@ -40,6 +40,7 @@ from recess.node.drivers import Chosen, choose_driver, make_images
 from recess.node.gate import NodeGate
 from recess.node.imageadmin import ImageAdmin
 from recess.node.lock import HomeLock
+from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_store
 from recess.node.transfers import Transfers
@@ -134,10 +135,12 @@ class LocalNode:
 
         files = make_images(config, chosen.driver, progress)
         transfers = Transfers(config, catalog, store, files, clock, progress, free_bytes)
+        pagers = Pagers(config)
+        stack.callback(pagers.close)
         parts = Parts(
             driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
-            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find,
+            keeping=keeping_of(config), free_bytes=free_bytes, make_pager=pagers.make, lazy_memory=config.lazy_memory, find_elsewhere=transfers.find,
         )  # fmt: skip
         machines = Manager(parts)
         log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)

@@ -81,12 +81,13 @@ class SnapshotPages:
         numbers = rank[group.reshape(-1)]
         book = make_book(pages[order].astype(np.uint32), numbers, len(first))
         by_group = np.argsort(numbers, kind="stable")
-        self._members = np.split(book.pages[by_group], np.cumsum(np.bincount(numbers, minlength=len(first)))[:-1])
+        self._members = book.pages[by_group]
+        self._bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=len(first)))))
         return book
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """See `recess.paging.book.Library`."""
-        pages = self._members[group]
+        pages = self._pages_of(group)
         at = np.minimum(np.searchsorted(self._map.pages, pages), max(0, self._map.count - 1))
         if not self._map.count or int(self._map.pages[at[0]]) != int(pages[0]):
             return _pieces(pages, self._template[pages]), 0
@@ -108,7 +109,10 @@ class SnapshotPages:
 
     def first_page(self, group: int) -> int:
         """Return the lowest page of a group."""
-        return int(self._members[group][0])
+        return int(self._pages_of(group)[0])
+
+    def _pages_of(self, group: int) -> Numbers:
+        return self._members[self._bounds[group] : self._bounds[group + 1]]
 
 
 def _pieces(pages: Numbers, data: Pages) -> list[Piece]:
