@@ -2,10 +2,12 @@
 
 import asyncio
 
+import pytest
+
 from recess.contextlog.transcript import messages
 from recess.errors import Corrupt, Incompatible, NotFound
 from recess.testing.session_agents import coder
-from recess.testing.session_world import appears, coder_world, kinds, machine_of, notes, texts
+from recess.testing.session_world import appears, coder_world, deploy_coder, kinds, machine_of, notes, texts
 
 
 async def test_server_dies_and_the_machine_lives_on(tmp_path):
@@ -129,6 +131,35 @@ async def test_with_nothing_left_the_machine_is_a_fresh_one(tmp_path):
         assert restore.body["rung"] == 5
         assert restore.body["stale"] is True
         assert restore.body["lost"] == "all files, processes and memory of before"
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_a_damaged_row_of_its_machine_costs_the_session_no_message(tmp_path, stored):
+    async with coder_world(tmp_path) as (w, s):
+        if not stored:
+            await deploy_coder(w, tmp_path, "quiet", idle="60s")
+        await w.say(s, "hi", turn=1)
+        if stored:
+            await w.until_state(s, "frozen")
+        damaged = await machine_of(w, s)
+        await w.crash_server()
+        whole = w.machines.get
+
+        async def get(ref):
+            if ref == damaged:
+                raise Corrupt("the machine's row says nonsense")
+            return await whole(ref)
+
+        w.machines.get = get
+        await w.sessions.recover()
+        await w.say(s, "again", turn=2)
+        restore = (await w.entries(s, "machine.restore"))[-1]
+        assert restore.body["rung"] == (2 if stored else 5)
+        assert f"its machine {damaged} cannot be read: the machine's row says nonsense" in restore.body["why"]
+        assert restore.body.get("lost", "") == ("" if stored else "all files, processes and memory of before")
+        assert await machine_of(w, s) != damaged
+        assert not w.sessions.gate.may_act(damaged, 1)
+        assert damaged in w.machines.machines, "what it stands for is left alone"
 
 
 async def test_charge_stands_once_when_machine_and_server_die(tmp_path):

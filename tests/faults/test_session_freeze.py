@@ -1,6 +1,8 @@
 """The window of a freeze: no message is lost, no snapshot is believed that should not be, nothing is frozen to nowhere."""
 
 import asyncio
+import shutil
+import threading
 
 import pytest
 
@@ -109,3 +111,25 @@ async def test_a_hold_keeps_the_machine_awake(tmp_path):
             await asyncio.sleep(0.5)  # more than twice the idle time: it is the absence of a freeze that is tested
             assert (await w.log.get(s)).state == "running"
         await w.until_state(s, "frozen")
+
+
+async def test_a_server_that_dies_while_a_snapshot_is_taken_leaves_a_machine_that_runs(tmp_path, monkeypatch):
+    async with coder_world(tmp_path) as (w, s):
+        begun, go, copy = threading.Event(), threading.Event(), shutil.copytree
+
+        def slow(source, target):
+            begun.set()
+            go.wait(20)
+            return copy(source, target)
+
+        await w.say(s, "hi", turn=1)
+        monkeypatch.setattr(shutil, "copytree", slow)
+        assert await asyncio.to_thread(begun.wait, 20)
+        died = asyncio.create_task(w.crash_server())
+        await asyncio.sleep(0)
+        go.set()
+        await died
+        assert (await w.log.get(s)).state == "running"
+        await w.sessions.recover()
+        both = notes(await w.say(s, "again", turn=2))
+        assert both[0]["pid"] == both[1]["pid"]

@@ -96,7 +96,8 @@ def test_every_plan_ends_in_a_machine(
     assert plan.why
     assert len(set(plan.steps)) == len(plan.steps)
     rungs = [rung for rung, _ in plan.steps]
-    assert (Rung.DISK in rungs) == bool(machine_state), "there is a disk only where there is a machine"
+    disks = [one for rung, one in plan.steps if rung is Rung.DISK]
+    assert disks == ([""] if machine_state else list(plan.disks)), "the machine's own, or each stored snapshot's"
     assert not plan.own_disk or machine_epoch == epoch_before, (
         "a disk that another owner has overtaken is not the newest"
     )

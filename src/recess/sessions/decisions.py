@@ -217,7 +217,9 @@ def plan_wake(
     this claim, `machine_epoch` the one under which this node last drove the machine: when they differ, somebody else
     owned the session in between and the machine's memory is older than the log."""
     stored = tuple(one for one in dict.fromkeys([snapshot, *older_snapshots]) if one)
-    disk = ((Rung.DISK, ""),) if machine_state else ()
+    # A machine that is there boots its own disk or a snapshot's; a fork that never had one, or whose machine nobody can
+    # find any more, boots a snapshot's disk as a machine of its own.
+    disk = ((Rung.DISK, ""),) if machine_state else tuple((Rung.DISK, one) for one in stored)
     ladder = (*((Rung.RESTORE, one) for one in stored), *disk, (Rung.CREATE, ""))
     current = machine_epoch == epoch_before
     first, kill, why = _first_step(state, machine_state, machine_snapshot, snapshot, current=current)

@@ -46,15 +46,25 @@ class MachineHand:
         self._lease: Lease | None = None
         self._epochs: set[int] = set()
         self.machine_id = ""
+        self.damage = ""  # why the machine that the session had cannot be used by its row, for the log
         self.alive = False
 
     async def look(self) -> MachineRow | None:
-        """Return the machine's row, None if there is no such machine."""
+        """Return the machine's row, None if there is no such machine, or none that can be read.
+
+        A damaged row is left to whoever mends the database or gives it up (`recess rm --force`). A VM that it may stand
+        for does no harm meanwhile: the gate knows only machines that were taken, so it may not act outside; nobody answers
+        its agent; and its keeper, whose deadline is not moved any more, ends it.
+        """
         if not self.machine_id:
             return None
         try:
             return await self._deps.machines.get(self.machine_id)
         except NotFound:
+            return None
+        except Corrupt as exc:
+            self.damage = f"its machine {self.machine_id} cannot be read: {exc.message}"
+            self.machine_id = ""
             return None
 
     async def climb(self, plan: WakePlan, spec: MachineSpec, lease: Lease, epoch_before: int) -> Reached:
@@ -108,6 +118,10 @@ class MachineHand:
             case Rung.RESTORE:
                 ident = row.id if row is not None else ""
                 made, report = await machines.restore(snapshot, session=self._session, epoch=epoch, machine_id=ident)
+                self.machine_id = made.id
+                return report
+            case Rung.DISK if snapshot:
+                made, report = await machines.restore(snapshot, session=self._session, epoch=epoch, disk_only=True)
                 self.machine_id = made.id
                 return report
             case Rung.DISK:

@@ -8,7 +8,7 @@ then `machine.restore`, and only then is an agent let in.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from recess.contextlog.branch import on_branch
@@ -87,6 +87,7 @@ async def wake(sup: Supervisor) -> Woken:
         snapshot=row.snapshot,
         older_snapshots=[one.snapshot for one in known if one.position <= row.snapshot_position][: OLDER_SNAPSHOTS + 1],
     )
+    plan = replace(plan, why=sup.hand.damage or plan.why)
     reached = await sup.hand.climb(plan, sup.config.machine_spec(sup.session), sup.held_lease, row.epoch)
     await sup.save_meta(machine=sup.hand.machine_id, machine_epoch=desk.epoch, failure="")
     woken, job_id = await _judge(sup, reached, known)

@@ -24,6 +24,16 @@ from recess.testing.proxy_port import SocketStream
 from recess.testing.session_link import ProcessLink
 
 
+async def _copy(source: Path, target: Path) -> None:
+    """Copy a folder. Who is cancelled waits for the copy's end: none goes on behind the back of the next server."""
+    copying = asyncio.ensure_future(asyncio.to_thread(shutil.copytree, source, target))
+    try:
+        await asyncio.shield(copying)
+    except asyncio.CancelledError:
+        await asyncio.wait({copying})
+        raise
+
+
 @dataclass
 class ProcessMachine:
     """One machine: its folder, its link, its open session streams."""
@@ -96,9 +106,17 @@ class ProcessMachines:
         self._note("snapshot", machine.row.id)
         if machine.row.state not in ("running", "paused"):
             raise IllegalState(f"machine {machine.row.id} is {machine.row.state}")
+        before = machine.row.state
         machine.link.signal_all(signal.SIGSTOP)
         ident = new_id("snp")
-        await asyncio.to_thread(shutil.copytree, machine.folder / "root", self.root / ident)
+        try:
+            await _copy(machine.folder / "root", self.root / ident)
+        except BaseException:
+            # As the drivers' contract has it: after an error, or for a server that takes over from one that died in the
+            # middle of a capture, a machine that ran before runs.
+            if before == "running":
+                machine.link.signal_all(signal.SIGCONT)
+            raise
         row = SnapshotRow(
             id=ident, name=name, machine=machine.row.id, session=machine.row.session, log_position=log_position,
             epoch=epoch, why=why, created=0.0, template="", parent=machine.row.snapshot, figures={"new_bytes": 0},
@@ -174,7 +192,7 @@ class ProcessMachines:
 
     async def _boot(self, machine: ProcessMachine, files: Path, epoch: int) -> ResumeReport:
         aside = self.root / new_id("dsk")
-        await asyncio.to_thread(shutil.copytree, files, aside)
+        await _copy(files, aside)
         row = machine.row
         made = await self._make(row.id, row.spec, row.session, epoch, files=aside)
         await asyncio.to_thread(shutil.rmtree, aside)
@@ -282,7 +300,7 @@ class ProcessMachines:
             (folder / "root").mkdir(parents=True)
         else:
             folder.mkdir(parents=True)
-            await asyncio.to_thread(shutil.copytree, files, folder / "root")
+            await _copy(files, folder / "root")
         row = MachineRow(
             id=ident, name=ident, state="running", spec=spec, driver="process", template="", snapshot="",
             session=session, created=0.0, exit_code=None, status="",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from recess.errors import BadInput, IllegalState
-from recess.testing.session_world import coder_world, kinds, notes, texts
+from recess.errors import BadInput, IllegalState, Incompatible
+from recess.testing.session_world import coder_world, kinds, machine_of, notes, texts
 
 
 async def test_fork_of_a_frozen_session_goes_its_own_way(tmp_path):
@@ -40,6 +40,23 @@ async def test_fork_of_a_live_session_snapshots_and_goes_on(tmp_path):
         assert [e.body["child"] for e in await w.entries(s, "fork")] == [child.id]
         await w.say(child.id, "child", turn=2)
         assert texts(await w.entries(child.id)) == ["hello to hi", "hello to child"]
+
+
+async def test_a_fork_without_a_machine_whose_snapshot_is_incompatible_boots_its_disk(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "hi", turn=1)
+        await (await w.machines.link(await machine_of(w, s))).write_file("/root/kept", b"the parent's file")
+        await w.until_state(s, "frozen")
+        child = await w.sessions.fork(s)
+        w.machines.fail_next["restore"] = Incompatible("another CPU")
+        await w.say(child.id, "there?", turn=2)
+        restore = (await w.entries(child.id, "machine.restore"))[-1]
+        assert (restore.body["rung"], restore.body["stale"]) == (4, False)
+        assert "restore failed: another CPU" in restore.body["why"]
+        assert restore.body["lost"] == "processes and memory of before; no file"
+        machine = await machine_of(w, child.id)
+        assert machine != await machine_of(w, s)
+        assert await (await w.machines.link(machine)).read_file("/root/kept") == b"the parent's file"
 
 
 async def test_fork_at_a_position_takes_the_newest_snapshot_that_is_not_newer(tmp_path):
