@@ -77,19 +77,19 @@ async def _go_on(vm: Handles) -> None:
 
 def _sort_out(vm: Handles, folder: Path) -> Capture:
     content = pages.load(folder)
-    numbers, rows = pages.assign(content, vm.known, vm.pages_total)
+    assigned = pages.assign(content, vm.known, vm.pages_total)
     base = map_ram(vm.journal.template_ram)
     out = Capture(
-        memory=pages.differing(content, numbers, rows, base),
+        memory=pages.differing(content, assigned, base),
         disk=_NOTHING,
-        vmstate=pages.pack_state(folder, numbers),
+        vmstate=pages.pack_state(folder, assigned.numbers),
         base="boot" if base is None else "template",
         fingerprint=vm.fingerprint,
         standstill_s=0.0,
         memory_pages_total=vm.pages_total,
         disk_blocks_total=vm.journal.spec.disk_bytes // PAGE_BYTES,
     )
-    vm.known = Known.of(content, numbers)
+    vm.known = assigned.known
     return out
 
 
@@ -112,14 +112,14 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
 def _write_template(vm: Handles, folder: Path, ref: TemplateRef) -> None:
     ref.ram.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = pages.load(folder)
-    numbers, rows = pages.assign(content, Known(), vm.pages_total)
+    assigned = pages.assign(content, Known(), vm.pages_total)
     with space_errors(str(ref.ram)):
         with ref.ram.open("wb") as ram:
             ram.truncate(vm.journal.spec.memory_bytes)
-            for row in rows:
-                os.pwrite(ram.fileno(), content[row].data, int(numbers[row]) * PAGE_BYTES)
+            for row in assigned.rows:
+                os.pwrite(ram.fileno(), content[row].data, int(assigned.numbers[row]) * PAGE_BYTES)
         with ref.disk.open("wb") as disk:
             disk.truncate(vm.journal.spec.disk_bytes)
         aside = ref.vmstate.with_name("vmstate.new")
-        aside.write_bytes(pages.pack_state(folder, numbers))
+        aside.write_bytes(pages.pack_state(folder, assigned.numbers))
         aside.replace(ref.vmstate)

@@ -48,17 +48,24 @@ class Known:
     numbers: Numbers = field(default_factory=lambda: np.empty(0, np.uint32))
 
     @classmethod
-    def of(cls, pages: Pages, numbers: Numbers) -> Known:
-        """Return the pages of these numbers (zeros' are left out)."""
-        rows = np.flatnonzero(numbers != ZERO)
-        prints, first = np.unique(fingerprints(pages, rows, _POOL), return_index=True)
-        return cls(prints, numbers[rows[first]])
+    def of(cls, prints: NDArray[np.uint64], numbers: Numbers) -> Known:
+        """Return pages by fingerprint and number, in any order; of equal fingerprints one is kept."""
+        unique, first = np.unique(prints, return_index=True)
+        return cls(unique, numbers[first])
 
 
-def assign(pages: Pages, known: Known, total: int) -> tuple[Numbers, NDArray[np.int64]]:
-    """Return (the number of every page, the rows that carry the content of each number used, ascending by number).
+@dataclass(frozen=True)
+class Assigned:
+    """The number of every page (ZERO for zeros), and the rows that carry the content of each number used, ascending by
+    number; `known` is what the next capture goes by."""
 
-    `total` is how many numbers there are. Pages with one number are equal byte for byte; fingerprints only propose.
+    numbers: Numbers
+    rows: NDArray[np.int64]
+    known: Known
+
+
+def assign(pages: Pages, known: Known, total: int) -> Assigned:
+    """Give every page a number. `total` is how many numbers there are. Pages with one number are equal byte for byte; fingerprints only propose.
     Raises OutOfSpace when there are more different pages than numbers.
     """
     filled = np.flatnonzero(pages.view(np.uint64).any(axis=1))
@@ -69,13 +76,14 @@ def assign(pages: Pages, known: Known, total: int) -> tuple[Numbers, NDArray[np.
             f"the machine uses {len(unique) * PAGE_BYTES >> 20} MiB, the machine has {total * PAGE_BYTES >> 20}",
             hint="give the machine more memory",
         )
-    chosen = _numbers_for(fingerprints(pages, filled[unique], _POOL), known, total)
+    prints = fingerprints(pages, filled[unique], _POOL)
+    chosen = _numbers_for(prints, known, total)
     of_entry = np.zeros(len(filled), np.uint32)
     of_entry[unique] = chosen
     numbers = np.full(len(pages), ZERO, np.uint32)
     numbers[filled] = of_entry[same]
     order = np.argsort(chosen)
-    return numbers, filled[unique[order]]
+    return Assigned(numbers, filled[unique[order]], Known.of(prints, chosen))
 
 
 def _numbers_for(prints: NDArray[np.uint64], known: Known, total: int) -> Numbers:
@@ -96,8 +104,9 @@ def _numbers_for(prints: NDArray[np.uint64], known: Known, total: int) -> Number
     return chosen
 
 
-def differing(pages: Pages, numbers: Numbers, rows: NDArray[np.int64], base: Pages | None) -> PageSet:
-    """Return the pages of `rows` (in the order of their numbers) that are not equal to `base`'s of that number."""
+def differing(pages: Pages, assigned: Assigned, base: Pages | None) -> PageSet:
+    """Return the pages, in the order of their numbers, that are not equal to `base`'s of that number."""
+    numbers, rows = assigned.numbers, assigned.rows
     if base is not None:
         keep = np.ones(len(rows), bool)
         words, base_words = pages.view(np.uint64), base.view(np.uint64)
@@ -168,8 +177,7 @@ def unpack(folder: Path, state: bytes, memory: PageSet, base: Pages | None, tota
             out.write(batch.data)
     joined = np.concatenate(prints) if prints else np.empty(0, np.uint64)
     filled = np.flatnonzero(numbers != ZERO)
-    unique, first = np.unique(joined[filled], return_index=True)
-    return Known(unique, numbers[filled[first]])
+    return Known.of(joined[filled], numbers[filled])
 
 
 def _gather(numbers: Numbers, where: NDArray[np.int64], own: Pages, base: Pages | None) -> Pages:

@@ -8,11 +8,11 @@ relay that leaves in order loses nothing (guest/guestd/src/machine.rs). This mod
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from recess.drivers.gvisor.runsc import end_process
 from recess.errors import DriverFailed, Timeout
 from recess.guestlink.client import Link, connect
 
@@ -182,7 +182,7 @@ class Port:
             raise Timeout(f"the guest channel could not be put away within {_LEAVE_TIMEOUT_S:g} s") from exc
         finally:
             below.abort()
-            await _ended(process)
+            await end_process(process)
 
     async def close(self) -> None:
         """Cut the link. May be called twice."""
@@ -192,11 +192,4 @@ class Port:
             await link.close()
         self._lasting.abort()
         if process is not None:
-            await _ended(process)
-
-
-async def _ended(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+            await end_process(process)

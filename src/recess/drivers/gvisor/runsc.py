@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,13 +90,23 @@ async def call(runsc: Runsc, state: Path, *words: str, timeout_s: float = _CALL_
     except TimeoutError as exc:
         raise Timeout(f"runsc {words[0]} took longer than {timeout_s:g} s") from exc
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await end_process(process)
     if process.returncode:
         log = said[:_SAID_BYTES_MAX].decode(errors="replace").strip()
         first = log.splitlines()[0] if log else f"status {process.returncode}"
         raise DriverFailed(f"runsc {words[0]}: {first[:300]}", log=log[:2000])
+
+
+async def end_process(process: asyncio.subprocess.Process) -> None:
+    """Kill a child that still runs, and wait for it. Not by its own `kill`, which may collect it before asyncio does."""
+    if process.returncode is None:
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(process.pid)
+            try:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            finally:
+                os.close(fd)
+        await process.wait()
 
 
 def status(state: Path) -> str:

@@ -43,49 +43,50 @@ def test_every_generation_comes_back(tmp_path_factory, first, second, third):
     """Template, a capture over it, a restore of that, a capture of what was restored: byte for byte, zeros included."""
     folder = tmp_path_factory.mktemp("c")
     base = np.zeros((TOTAL, 4096), np.uint8)
-    numbers, rows = pages.assign(content(*first), Known(), TOTAL)
-    base[numbers[rows]] = content(*first)[rows]
-    known = Known.of(content(*first), numbers)
+    made = pages.assign(content(*first), Known(), TOTAL)
+    base[made.numbers[made.rows]] = content(*first)[made.rows]
+    known = made.known
     for number, generation in enumerate((second, third)):
         memory = content(*generation)
-        numbers, rows = pages.assign(memory, known, TOTAL)
-        made = pages.differing(memory, numbers, rows, base)
-        index = np.frombuffer(made.indices, "<u4")
+        assigned = pages.assign(memory, known, TOTAL)
+        differing = pages.differing(memory, assigned, base)
+        index = np.frombuffer(differing.indices, "<u4")
         assert bool((np.diff(index.astype(np.int64)) > 0).all())
-        state = pages.pack_state(checkpoint(folder / f"made{number}", memory), numbers)
+        state = pages.pack_state(checkpoint(folder / f"made{number}", memory), assigned.numbers)
         back = folder / f"back{number}"
-        known = pages.unpack(back, state, made, base, TOTAL)
+        known = pages.unpack(back, state, differing, base, TOTAL)
         assert (back / PAGES).read_bytes() == memory.tobytes()
         assert ((back / OBJECTS).read_bytes(), (back / META).read_bytes()) == (b"objects", b"meta")
 
 
 def test_a_page_keeps_its_number_however_far_it_moves():
     before = content(1, 2, 3, 4)
-    numbers, _ = pages.assign(before, Known(), TOTAL)
+    first = pages.assign(before, Known(), TOTAL)
+    numbers = first.numbers
     moved = content(9, 4, 0, 3, 2, 8, 1)
-    after, rows = pages.assign(moved, Known.of(before, numbers), TOTAL)
+    second = pages.assign(moved, first.known, TOTAL)
+    after = second.numbers
     assert [after[i] for i in (6, 4, 3, 1)] == list(numbers)
     assert after[2] == pages.ZERO
     assert not {after[0], after[5]} & set(numbers)
     base = np.zeros((TOTAL, 4096), np.uint8)
     base[numbers] = before
-    assert pages.differing(moved, after, rows, base).count == 2
+    assert pages.differing(moved, second, base).count == 2
 
 
 def test_equal_pages_share_a_number():
-    numbers, rows = pages.assign(content(5, 5, 0, 5), Known(), TOTAL)
-    assert len({*numbers[[0, 1, 3]]}) == 1
-    assert len(rows) == 1
+    made = pages.assign(content(5, 5, 0, 5), Known(), TOTAL)
+    assert len({*made.numbers[[0, 1, 3]]}) == 1
+    assert len(made.rows) == 1
 
 
 def test_pages_that_collide_are_not_taken_for_one_another(monkeypatch):
     monkeypatch.setattr(pages, "fingerprints", lambda data, rows, pool: np.zeros(len(rows), np.uint64))
-    before = content(1, 2, 3)
-    numbers, _ = pages.assign(before, Known(), TOTAL)
-    assert len({*numbers}) == 3
-    after, rows = pages.assign(content(4, 5, 6), Known.of(before, numbers), TOTAL)
-    assert len({*after}) == 3
-    assert len(rows) == 3
+    first = pages.assign(content(1, 2, 3), Known(), TOTAL)
+    assert len({*first.numbers}) == 3
+    second = pages.assign(content(4, 5, 6), first.known, TOTAL)
+    assert len({*second.numbers}) == 3
+    assert len(second.rows) == 3
 
 
 def test_more_pages_than_the_machine_has_are_refused():
