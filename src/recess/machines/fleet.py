@@ -122,9 +122,12 @@ class Fleet:
             await live.vm.kill()  # its process is gone by itself: sockets, disk and connections go with this
             if not live.ending:
                 await self._fall(live.id, reason)
+        except RecessError as exc:
+            # Nobody waits for this task. A row that cannot be written now falls when the next server looks at it.
+            log.warning("machine %s has ended (%s), its row does not say so yet: %s", live.id, reason, exc.message)
         finally:
             del self._going[live.id]
-        live.gone.set()
+            live.gone.set()
 
     async def _drop(self, live: Live) -> None:
         if self._live.get(live.id) is live:

@@ -312,6 +312,17 @@ async def test_a_vm_that_dies_is_noticed_and_falls(room):
     assert report.snapshot == snap.id
 
 
+async def test_a_vm_whose_end_cannot_be_written_down_ends_all_the_same(room, caplog):
+    row = await room.manager.create(SMALL, name="lost")
+    live = room.manager.fleet.need(row.id)
+    await room.parts.catalog.machines.db.close()
+    await room.host.vms[row.id].die("segmentation fault")
+    await asyncio.wait_for(live.gone.wait(), 5)
+    assert await live.watcher is None  # nothing that nobody looks at
+    assert "segmentation fault" in caplog.text
+    assert "the database is closed" in caplog.text
+
+
 async def test_deadline(room):
     row = await room.manager.create(SMALL, name="leased")
     await room.manager.set_deadline(row.id, 0.02)
