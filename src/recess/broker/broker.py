@@ -104,10 +104,8 @@ class Broker:
             why = "this machine is not let out" if machine is None else f"over {CONNECTIONS_MAX} connections are open"
             await _quietly(_refuse(guest, Unavailable(why)))
             return
-        if machine.watcher is None and self._gate.may_act(machine_id, machine.epoch):
-            machine.watcher = asyncio.create_task(self._watch(machine_id, machine), name=f"broker-watch-{machine_id}")
         around = Surroundings(
-            may_act=lambda: self._machines.get(machine_id) is machine and self._gate.may_act(machine_id, machine.epoch),
+            may_act=lambda: self._may_act(machine_id, machine),
             policy=lambda: machine.policy,
             note=lambda method, target, allowed, reason: self._note(machine_id, method, target, allowed, reason),
             secrets=self._secrets,
@@ -121,10 +119,21 @@ class Broker:
             task.cancel()
             machine.open.discard(task)
 
+    def _may_act(self, machine_id: str, machine: _Machine) -> bool:
+        """Ask the gate for one call. A yes is watched from here on, not from when the connection came: one that was
+        opened before the lease was ours (a pool's, an adopted machine's) carries calls that must be cut as well."""
+        if self._machines.get(machine_id) is not machine or not self._gate.may_act(machine_id, machine.epoch):
+            return False
+        if machine.watcher is None:
+            machine.watcher = asyncio.create_task(self._watch(machine_id, machine), name=f"broker-watch-{machine_id}")
+        return True
+
     async def _watch(self, machine_id: str, machine: _Machine) -> None:
         """Cut what is open at the moment the epoch is lost; new calls are stopped by `may_act` all the same."""
         try:
             await self._gate.wait_lost(machine_id, machine.epoch)
+            while self._gate.may_act(machine_id, machine.epoch):  # it may return early
+                await self._gate.wait_lost(machine_id, machine.epoch)
         finally:
             machine.cut()
             machine.watcher = None

@@ -6,12 +6,14 @@ root hands in. This module must know nothing of machines, policies or the enviro
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from recess.errors import BadInput, Refused
+from recess.errors import BadInput, OutOfSpace, Refused
 
 VALUE_BYTES_MAX = 16 * 1024
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -54,7 +56,8 @@ class SecretStore:
     def get(self, name: str) -> Secret | None:
         """Return the secret, read afresh (so a rotated key needs no restart); None if there is none.
 
-        Raises Refused if its file is open to others, BadInput if its content is no secret.
+        Raises Refused if its file is open to others or cannot be read (a link is not followed), BadInput if its content is
+        no secret.
         """
         if name in self._extra:
             return Secret(name, self._extra[name])
@@ -65,25 +68,39 @@ class SecretStore:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
+        except OSError as exc:  # said, not let through: the broker's caller must learn why its call did not go out
+            raise Refused(f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}") from exc
         with os.fdopen(descriptor, "rb") as file:
             if os.fstat(descriptor).st_mode & 0o077:
                 raise Refused(f"secret {name}: its file is open to others", hint=f"chmod 600 {path}")
-            raw = file.read(VALUE_BYTES_MAX + 2)
+            try:
+                raw = file.read(VALUE_BYTES_MAX + 2)
+            except OSError as exc:
+                raise Refused(
+                    f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}"
+                ) from exc
         return Secret(name, check_value(name, raw.decode("latin-1")))
 
     def put(self, name: str, value: str) -> None:
-        """Keep a secret in its file (replacing an older one). A crash leaves the old value or the new, never half."""
+        """Keep a secret in its file (replacing an older one). A crash leaves the old value or the new, never half.
+
+        Raises BadInput, OutOfSpace, Refused (the folder cannot be written to).
+        """
         if self._directory is None:
             raise Refused("this secret store has no folder to write to")
         checked = check_value(name, value)
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         temporary = self._directory / f".{name}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(checked + "\n")
-            file.flush()
-            os.fsync(descriptor)
-        temporary.replace(self._directory / name)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write_private(temporary, checked + "\n")
+            temporary.replace(self._directory / name)
+            _sync_folder(self._directory)
+        except OSError as exc:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutOfSpace(f"secret {name}: the disk is full", hint="free some space") from exc
+            raise Refused(f"secret {name}: it cannot be kept in {self._directory}: {exc.strerror}") from exc
 
     def remove(self, name: str) -> bool:
         """Forget a secret's file; tell whether there was one."""
@@ -100,3 +117,19 @@ class SecretStore:
         if self._directory is not None and self._directory.is_dir():
             found.update(p.name for p in self._directory.iterdir() if _NAME.match(p.name))
         return sorted(found)
+
+
+def _write_private(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ from recess.testing.proxy_port import ProxyPort
 
 
 class SwitchGate:
-    """Open until `close` is called."""
+    """Open until `close` is called, and again after `open`."""
 
     def __init__(self) -> None:
         self._lost = asyncio.Event()
@@ -27,6 +27,9 @@ class SwitchGate:
 
     def close(self) -> None:
         self._lost.set()
+
+    def open(self) -> None:
+        self._lost.clear()
 
 
 class Upstream:

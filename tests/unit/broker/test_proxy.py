@@ -211,6 +211,21 @@ async def test_bad_requests_get_an_answer(connect, upstream, request_bytes: byte
     assert upstream.requests == []
 
 
+async def test_a_secret_that_cannot_be_read_is_told_not_dropped(tmp_path, upstream) -> None:
+    (tmp_path / "real").write_text("sk")
+    (tmp_path / "llm").symlink_to(tmp_path / "real")
+    broker = Broker(OpenGate(), SecretStore(tmp_path), SystemClock())
+    broker.register("m", 0, build_policy([], {"llm": f"http://127.0.0.1:{upstream.port}"}))
+    async with ProxyPort(broker.handler("m")) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port.port)
+        writer.write(b"GET /route/llm/ HTTP/1.1\r\nHost: p\r\n\r\n")
+        assert b" 403 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+    assert upstream.requests == []
+    assert not broker.decisions("m")[0].allowed
+
+
 async def test_required_secret_that_is_missing(broker: Broker, upstream) -> None:
     route = parse_route("pay", f"http://127.0.0.1:{upstream.port}", required=True)
     broker.register("m1", 1, Policy((), {"pay": route}))
@@ -242,13 +257,32 @@ async def test_losing_the_epoch_cuts_open_streams_and_refuses_new_calls(connect,
     assert len(upstream.requests) == 1
 
 
+async def test_a_connection_older_than_the_lease_is_cut_with_it(connect, upstream, gate, broker: Broker) -> None:
+    async def endless(writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+        await writer.drain()
+        await asyncio.Event().wait()
+
+    upstream.respond = endless
+    gate.close()
+    early = await connect()
+    while not broker.open_connections("m1"):
+        await asyncio.sleep(0)
+    gate.open()
+    early.writer.write(b"GET /route/bare/x HTTP/1.1\r\nHost: p\r\n\r\n")
+    await early.reader.readuntil(b"hello\r\n")
+    gate.close()
+    async with asyncio.timeout(5):
+        assert not (await early.reader.read()).endswith(b"0\r\n\r\n")
+
+
 async def test_a_lease_that_ends_while_connecting_stops_the_call(upstream) -> None:
     class OnceGate(OpenGate):
         asked = 0
 
         def may_act(self, machine_id: str, epoch: int) -> bool:
             self.asked += 1
-            return self.asked <= 2  # once for the watcher, once before resolving; lost before the first byte
+            return self.asked <= 1  # before resolving; lost before the first byte
 
     broker = Broker(OnceGate(), SecretStore(), SystemClock())
     broker.register("m", 3, build_policy([], {"bare": f"http://127.0.0.1:{upstream.port}"}))

@@ -39,8 +39,16 @@ def test_a_file_open_to_others_is_refused(tmp_path: Path) -> None:
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("x")
     (tmp_path / "llm").symlink_to(tmp_path / "real")
-    with pytest.raises(OSError, match="symbolic"):
+    with pytest.raises(Refused, match="symbolic"):
         SecretStore(tmp_path).get("llm")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = SecretStore(tmp_path)
+    (tmp_path / "llm").mkdir()  # what the finished file cannot replace
+    with pytest.raises(Refused, match="cannot be kept"):
+        store.put("llm", "sk-1")
+    assert [p.name for p in tmp_path.iterdir()] == ["llm"]
 
 
 @pytest.mark.parametrize("value", ["", " \n", "a\nb", "a\rb", "é", "x" * 20000, "a\0b"])
