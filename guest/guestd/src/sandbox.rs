@@ -29,6 +29,7 @@ const PIECE: usize = 64 * 1024;
 /// holder, and return guestd's end of the channel.
 pub fn enter() -> Outcome<OwnedFd> {
     settle().map_err(|e| Fail::io("moving into the sandbox", &e))?;
+    small_proc().map_err(|e| Fail::io("/proc", &e))?;
     let fail = |e: io::Error| Fail::io("host.sock", &e);
     let _ = fs::remove_file(DOOR); // bind tells if an old one could not be removed
     let door = UnixListener::bind(DOOR).map_err(fail)?;
@@ -57,6 +58,14 @@ fn settle() -> io::Result<()> {
     Err(std::process::Command::new(OWN)
         .args(std::env::args_os().skip(1))
         .exec())
+}
+
+/// Mount /proc anew with a short memory. gVisor keeps the folders of processes that have ended, 80 KB each, up to a
+/// thousand by default; all of them would be in every snapshot, and lengthen its standstill (a hundred commands: 1.3 s
+/// instead of 0.2).
+fn small_proc() -> io::Result<()> {
+    let hard = libc::MS_NOSUID | libc::MS_NOEXEC | libc::MS_NODEV;
+    sys::mount("proc", "/proc", "proc", hard, "dentry_cache_limit=16")
 }
 
 /// One relay after the other, the newest first in line once the former has ended. Returns when guestd is gone.
