@@ -168,7 +168,7 @@ class Link(Channel):
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file or folder; absent is not an error. BadInput for a folder that is not empty."""
-        await self.request({"op": "remove", "path": path, "recursive": recursive}, 120.0)
+        await self.request({"op": "remove", "path": path, "recursive": recursive}, REMOVE_TIMEOUT_S)
 
 
 async def _send_all(stream: Stream, pieces: AsyncIterator[bytes]) -> None:

@@ -18,8 +18,9 @@ from recess.guestlink.frames import MAX_PAYLOAD, WINDOW, Kind
 
 _LINGER = 1  # on RESET: deliver first what was sent before
 _KEPT_BYTES = 1024 * 1024  # output kept for a later reader while somebody only waits for the end
-
+_KEPT_PIECES = 32 * 1024  # of them at most: a piece costs more than its bytes
 _PIECE_BYTES = 4096
+_CHANNELS = (1, 2)
 
 
 class Wire(Protocol):
@@ -208,6 +209,7 @@ class JobHandle(Stream):
         self._exit_code: int | None = None
         self._reading = False
         self._waiters = 0
+        self._unread = 0
         self._prepaid = 0  # unread bytes for which the guest has new credit already
 
     def started(self, job_id: str, pid: int) -> None:
@@ -224,8 +226,11 @@ class JobHandle(Stream):
         self._wire.forget_stream(self.number, 0)
 
     def on_data(self, channel: int, payload: bytes) -> None:
-        """Output came (nothing on channel 0: a gap); while somebody only waits, keep the newest and go on."""
+        """Output came (an empty frame: a gap); while somebody only waits, keep the newest and go on."""
+        if payload and channel not in _CHANNELS:
+            raise GuestFailed(f"the guest sent output on a channel that does not exist: {channel}")
         super().on_data(channel, payload)
+        self._unread += len(payload)
         if not payload and (not self._inbox or self._inbox[-1][1]):
             self._inbox.append((0, b""))
             self._wake.set()
@@ -283,6 +288,7 @@ class JobHandle(Stream):
 
     def _consumed(self, count: int) -> None:
         """What was granted while nobody read is not granted again when it is read."""
+        self._unread -= count
         paid = min(count, self._prepaid)
         self._prepaid -= paid
         super()._consumed(count - paid)
@@ -298,12 +304,11 @@ class JobHandle(Stream):
 
     def _absorb(self) -> None:
         """Grant credit for what waits unread, dropping the oldest beyond the cap, with a mark where it was."""
-        unread = sum(len(data) for _, data in self._inbox)
-        super()._consumed(unread - self._prepaid)
-        self._prepaid = unread
+        super()._consumed(self._unread - self._prepaid)
         gap = False
-        while self._prepaid > _KEPT_BYTES:
-            self._prepaid -= len(self._inbox.popleft()[1])
+        while self._unread > _KEPT_BYTES or len(self._inbox) > _KEPT_PIECES:
+            self._unread -= len(self._inbox.popleft()[1])
             gap = True
+        self._prepaid = self._unread
         if gap:
             self._inbox.appendleft((0, b""))

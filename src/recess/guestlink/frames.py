@@ -7,6 +7,7 @@ input raises. It must know nothing of what frames mean.
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ FLAG_MORE = 1  # on REQUEST and REPLY: the body goes on
 
 _HEAD = struct.Struct("<BBHI")
 _CRC = struct.Struct("<I")
+_NO_PADDING = re.compile(rb"[^\0]")
+_MAY_BEGIN = re.compile(rb"[R\0]")  # a frame or padding
 
 
 class Kind(IntEnum):
@@ -104,13 +107,18 @@ class Decoder:
                 return found
         return None
 
+    # Each skip looks only at what it skips: the bytes are hostile, and the rest of the buffer must not be read again for
+    # every two of them.
+
     def _skip_padding(self) -> None:
-        rest = self._buffer[self._pos :]
-        self._pos += len(rest) - len(rest.lstrip(b"\0"))
+        self._pos = self._first(_NO_PADDING, self._pos)
 
     def _skip_garbage(self) -> None:
-        places = (self._buffer.find(mark, self._pos + 1) for mark in (b"R", b"\0"))
-        self._pos = min((at for at in places if at >= 0), default=len(self._buffer))
+        self._pos = self._first(_MAY_BEGIN, self._pos + 1)
+
+    def _first(self, wanted: re.Pattern[bytes], start: int) -> int:
+        found = wanted.search(self._buffer, start)
+        return len(self._buffer) if found is None else found.start()
 
     def _look(self) -> Frame | Garbage | None:
         """Judge the bytes at a place where a frame should start; None: more are needed."""

@@ -100,12 +100,6 @@ class StatRow(msgspec.Struct):
         return FileStat(self.path, self.kind, self.size, self.mode, self.mtime_s)
 
 
-class ReadOk(msgspec.Struct):
-    """The start of a file's bytes; the size may change while it is read."""
-
-    size: int
-
-
 def decode(data: bytes | msgspec.Raw, kind: type[T], what: str) -> T:
     """Parse JSON into a record of this type. Raises GuestFailed."""
     try:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import socket
 import struct
+import time
 
 import pytest
 
@@ -167,6 +168,8 @@ async def test_a_lie_ends_the_link(linked, lie):
 JOB_LIES = {
     "output beyond the credit": [(Kind.DATA, 1, bytes(MAX_PAYLOAD))] * (WINDOW // MAX_PAYLOAD + 1),
     "credit that was never used": [(Kind.CREDIT, 0, struct.pack("<I", 1))],
+    "output on no channel": [(Kind.DATA, 3, b"x")],
+    "output in place of a gap": [(Kind.DATA, 0, b"x")],
     "no credit": [(Kind.CREDIT, 0, struct.pack("<I", 0))],
     "malformed credit": [(Kind.CREDIT, 0, b"\1")],
     "an impossible exit code": [(Kind.EXIT, 0, b'{"exit_code":4711}')],
@@ -198,6 +201,41 @@ async def test_empty_frames_cost_nothing(linked):
     guest.body(Kind.EXIT, number, {"exit_code": 0})
     await job.wait()
     assert [piece async for piece in job.output()] == [(0, b""), (1, b"x")]
+
+
+async def test_output_in_crumbs_is_kept_within_bounds_while_somebody_waits(linked):
+    link, guest = linked
+    job, number = await started(link, guest)
+    waiting = asyncio.create_task(job.wait())
+    await asyncio.sleep(0)  # it absorbs from here on
+    begun, rounds = time.process_time(), 40_000
+    for n in range(rounds):
+        guest.put(Kind.DATA, number, b"x", 1 + n % 2)
+        if n % 1000 == 0:
+            await guest.writer.drain()
+            await asyncio.sleep(0)
+    guest.body(Kind.EXIT, number, {"exit_code": 0})
+    assert await waiting == 0
+    pieces = [piece async for piece in job.output()]
+    assert pieces[0] == (0, b"")
+    assert rounds / 2 < len(pieces) < 33_000
+    assert time.process_time() - begun < 15  # quadratic, it was minutes
+
+
+async def test_output_that_a_reader_left_is_counted_again(linked):
+    link, guest = linked
+    job, number = await started(link, guest)
+    guest.put(Kind.DATA, number, b"one", 1)
+    guest.put(Kind.DATA, number, bytes(MAX_PAYLOAD), 2)
+    output = job.output()
+    assert await anext(output) == (1, b"one")
+    await output.aclose()
+    waiting = asyncio.create_task(job.wait())
+    credit = await guest.get(Kind.CREDIT)
+    assert struct.unpack("<I", credit.payload)[0] == MAX_PAYLOAD + 3
+    guest.body(Kind.EXIT, number, {"exit_code": 3})
+    assert await waiting == 3
+    assert [len(data) async for _, data in job.output()] == [MAX_PAYLOAD]
 
 
 async def test_unread_output_holds_the_guest_and_reading_frees_it(linked):
