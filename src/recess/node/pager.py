@@ -31,6 +31,7 @@ from recess.node.stores import open_blobs
 from recess.paging import FaultServer, Report, Segment, Uffd
 
 MESSAGE_MAX = 65536
+TOUCHED_MAX = 4096  # pages told of, each with its frame: up to 256 MiB, and a message that fits
 FILLED = b"filled"
 
 
@@ -76,7 +77,7 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
 
 def about(report: Report, library: SnapshotPages) -> dict[str, Any]:
     """Return a report as JSON data. `touched`: the first page of each group that was asked for, in that order."""
-    touched = [int(library.first_page(group)) for group in report.touched]
+    touched = [int(library.first_page(group)) for group in report.touched[:TOUCHED_MAX]]
     return {**asdict(report), "touched": touched, "stored_bytes": library.stored_bytes}
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import struct
 import subprocess
 import sys
 import weakref
@@ -21,9 +22,10 @@ from typing import Any
 from recess.config import Config
 from recess.errors import DriverFailed, Timeout, Unavailable
 from recess.machines.contract import PageSet
-from recess.node.pager import MESSAGE_MAX
+from recess.node.pager import MESSAGE_MAX, TOUCHED_MAX
 
 READY_S = 30.0
+SNAPSHOTS_MAX = 256
 _NURSERY_S = 20.0
 
 ReadAll = Callable[[], Awaitable[PageSet]]
@@ -38,6 +40,7 @@ class Pagers:
         # What a pager needs to open the same store; nothing else of the configuration reaches it.
         keys = ("store", "s3_endpoint", "s3_region", "s3_access_key_id", "s3_secret_access_key", "s3_session_token")
         self._order = {"home": str(config.home), "overrides": {k: getattr(config, k) for k in keys}}
+        self._memory_of = config.home / "touched"
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = asyncio.Lock()
@@ -93,7 +96,7 @@ class Pagers:
                 self.close()
                 raise Unavailable(f"the pagers' nursery is gone: {exc.strerror}") from exc
         ours.setblocking(False)
-        return Pager(ours, read_all)
+        return Pager(ours, read_all, WorkingSet(self._memory_of / f"{snapshot}.{part}"))
 
     def close(self) -> None:
         """End the nursery; pagers that serve go on. May be called twice."""
@@ -106,13 +109,47 @@ class Pagers:
             self._process = None
 
 
+class WorkingSet:
+    """What a snapshot's machines touched in their first moments, kept on this node: the next one gets it first.
+
+    A hint and nothing more: lost, damaged or out of date, it costs faults. `path`: u32 page numbers, little endian.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> list[int]:
+        """Return the pages, in the order they were asked for; none if nothing is known."""
+        try:
+            data = self._path.read_bytes()[: 4 * TOUCHED_MAX]
+        except OSError:
+            return []
+        return [page for (page,) in struct.iter_unpack("<I", data[: len(data) // 4 * 4])]
+
+    def add(self, pages: Sequence[int]) -> None:
+        """Put pages behind those that are known. The oldest snapshots are forgotten beyond a number. Never fails."""
+        together = list(dict.fromkeys([*self.read(), *pages]))[:TOUCHED_MAX]
+        folder = self._path.parent
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+            aside.write_bytes(b"".join(struct.pack("<I", page) for page in together))
+            aside.replace(self._path)
+            kept = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in kept[SNAPSHOTS_MAX:]:
+                path.unlink(missing_ok=True)
+        except OSError as exc:
+            log.warning("the working set of %s was not kept: %s", self._path.name[:24], exc)
+
+
 class Pager:
     """One pager, from its order to its end. `report` is set when it has brought every page."""
 
-    def __init__(self, sock: socket.socket, read_all: ReadAll) -> None:
+    def __init__(self, sock: socket.socket, read_all: ReadAll, working_set: WorkingSet) -> None:
         self._sock = sock
         weakref.finalize(self, sock.close)  # a restore that failed before it came to this: the pager ends by it
         self._read_all = read_all
+        self._working_set = working_set
         self._watching: asyncio.Task[None] | None = None
         self.report: Mapping[str, Any] | None = None
         self.failure = ""
@@ -128,7 +165,8 @@ class Pager:
         self, uffd: int, pipe: int, segments: Sequence[tuple[int, int, int]], first: Sequence[int] = ()
     ) -> None:
         """Hand it the memory; returns when faults are being answered. The descriptors stay the caller's, to close."""
-        order = json.dumps({"segments": [list(s) for s in segments], "first": list(first)}).encode()
+        wanted = [*first, *await asyncio.to_thread(self._working_set.read)]
+        order = json.dumps({"segments": [list(s) for s in segments], "first": wanted}).encode()
         try:
             socket.send_fds(self._sock, [order], [uffd, pipe], socket.MSG_NOSIGNAL)
         except OSError as exc:
@@ -143,6 +181,7 @@ class Pager:
         self._sock.close()
         if message is not None and "filled" in message:
             self.report = message["filled"]
+            await asyncio.to_thread(self._working_set.add, [int(page) for page in message["filled"]["touched"]])
         else:
             self.failure = str((message or {}).get("failed", "it ended"))
             log.error("a pager failed, and its machine with it: %s", self.failure)

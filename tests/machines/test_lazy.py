@@ -1,0 +1,221 @@
+"""Memory that comes while the machine runs, on real guests: right to the last page, and never made up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from recess.blobs import LocalBlobs
+from recess.drivers.qemu import QemuVm
+from recess.errors import RecessError
+from recess.machines.contract import RestoreParts, TemplateRef, Vm
+from recess.machines.mapped import DISK, MEMORY, MappedTemplate, capture_parts, to_pages
+from recess.node.pagers import Pager, Pagers
+from recess.snapshots import SnapshotMeta, Store
+from recess.testing.driver_suite import NO_PAGES, quiet_capture, shell
+from recess.testing.qemu_rig import QemuHome, QemuRig
+
+FILL = "head -c 40000000 /dev/urandom > /dev/shm/big; sha256sum /dev/shm/big > /dev/shm/sum; echo 1 > /dev/shm/n"
+CHECK = "sha256sum -c /dev/shm/sum > /dev/null && echo fine"
+META = SnapshotMeta(fingerprint={}, spec={})
+
+
+@dataclass
+class Room:
+    """A store with one snapshot of a machine that holds 40 MB of noise, and what restores it."""
+
+    rig: QemuRig
+    store: Store
+    pagers: Pagers
+    ref: TemplateRef
+    template: MappedTemplate
+    home: Path
+    snapshot: str = ""
+
+    async def restore(self) -> tuple[Vm, Pager]:
+        async def read_all() -> object:
+            return to_pages(self.store.overlay(self.snapshot, MEMORY, template=self.template))
+
+        pager = await self.pagers.make(self.snapshot, MEMORY, self.ref.ram, {}, read_all)  # type: ignore[arg-type]
+        disk = to_pages(self.store.overlay(self.snapshot, DISK, template=self.template))
+        state = self.store.vmstate(self.snapshot)
+        parts = RestoreParts(self.ref, NO_PAGES, disk, state, self.snapshot, lazy=pager, choice="lazy: a test")
+        try:
+            return await self.rig.restore(self.rig.make_driver(), parts), pager
+        except BaseException:
+            await pager.close()
+            raise
+
+    def layer_file(self) -> Path:
+        (layer,) = self.home.rglob("lyr_*")
+        return layer
+
+
+@pytest.fixture
+async def room(tmp_path: Path, images_dir: Path) -> AsyncIterator[Room]:
+    home = QemuHome.shared(images_dir)
+    rig = QemuRig(home=tmp_path, spec=home.spec, qemu=home)
+    config = replace(home.config, home=tmp_path / "home")
+    store, pagers = Store(LocalBlobs(config.blobs_dir)), Pagers(config)
+    ref = await rig.template()
+    room = Room(rig, store, pagers, ref, MappedTemplate.of(replace(ref, id="snp_" + "0" * 64)), config.home)
+    vm = await rig.fork(rig.make_driver())
+    try:
+        await shell(vm.link, FILL)
+        capture = await quiet_capture(vm, resume=False)
+        report = await asyncio.to_thread(
+            lambda: store.write(capture_parts(capture), capture.vmstate, META, template=room.template)
+        )
+        capture.close()
+        room.snapshot = report.snapshot_id
+    finally:
+        await vm.kill()
+    yield room
+    pagers.close()
+    store.close()
+    assert rig.leftovers() == []
+
+
+async def test_it_runs_before_it_is_there_and_is_whole_in_the_end(room: Room) -> None:
+    vm, pager = await room.restore()
+    try:
+        assert await shell(vm.link, "cat /dev/shm/n") == "1"
+        assert vm.about_memory()["memory"] == "lazy: a test"
+        report = await pager.filled()
+        assert report is not None
+        assert 0 < report["fault_bytes"] < report["stored_bytes"] / 10  # what its first moments needed
+        assert report["bytes_read"] >= 40_000_000
+        assert vm.about_memory()["pager_state"] == "every page is there"
+        assert await shell(vm.link, CHECK) == "fine"
+        # what was brought counts as not written: the next capture is small
+        await shell(vm.link, "echo 2 > /dev/shm/n")
+        capture = await quiet_capture(vm, resume=True, parent=room.snapshot)
+        assert capture.parent == room.snapshot
+        assert capture.memory.count < 4000
+        capture.close()
+    finally:
+        await vm.kill()
+
+
+async def test_a_capture_while_pages_are_still_absent(room: Room) -> None:
+    """It holds what was written; all that is absent is inherited, never taken for zeros."""
+    vm, _ = await room.restore()
+    try:
+        await shell(vm.link, "echo 2 > /dev/shm/n")
+        capture = await quiet_capture(vm, resume=False, parent=room.snapshot)
+        assert capture.parent == room.snapshot
+        report = await asyncio.to_thread(
+            lambda: room.store.write(
+                capture_parts(capture), capture.vmstate, META, template=room.template, parent_id=room.snapshot
+            )
+        )
+        capture.close()
+    finally:
+        await vm.kill()
+    room.snapshot = report.snapshot_id
+    child, pager = await room.restore()
+    try:
+        assert await shell(child.link, "cat /dev/shm/n") == "2"
+        assert await shell(child.link, CHECK) == "fine"
+        assert await pager.filled() is not None
+        # everything at once, of a machine that came lazily: it stands alone
+        whole = await quiet_capture(child, resume=False)
+        assert whole.parent == ""
+        assert whole.memory.count > 40_000_000 // 4096
+        whole.close()
+    finally:
+        await child.kill()
+
+
+async def test_a_pager_that_dies_takes_its_machine_along(room: Room) -> None:
+    """Never a page of zeros, never a machine that hangs: it is ended, and can be restored again."""
+    vm, _ = await room.restore()
+    try:
+        os.kill(pager_process(room), signal.SIGKILL)
+        assert "its pager died" in await asyncio.wait_for(vm.wait_dead(), 10)
+    finally:
+        await vm.kill()
+    again, pager = await room.restore()
+    try:
+        assert await shell(again.link, CHECK) == "fine"
+        assert await pager.filled() is not None
+    finally:
+        await again.kill()
+
+
+def pager_process(room: Room) -> int:
+    """Return the pager, a child of the nursery."""
+    nursery = room.pagers._process
+    assert nursery is not None
+    children = Path(f"/proc/{nursery.pid}/task/{nursery.pid}/children").read_text().split()
+    assert len(children) == 1
+    return int(children[0])
+
+
+async def test_a_damaged_frame_ends_the_machine(room: Room) -> None:
+    """One flipped bit among pages that nobody touches at once: found by the fill, named, and nothing is served."""
+    layer = room.layer_file()
+    data = bytearray(layer.read_bytes())
+    data[len(data) // 2] ^= 1
+    layer.chmod(0o600)
+    layer.write_bytes(data)
+    vm, pager = await room.restore()
+    try:
+        assert "its pager died" in await asyncio.wait_for(vm.wait_dead(), 30)
+        assert await pager.filled() is None
+        assert "hash" in pager.failure or "lyr_" in pager.failure
+    finally:
+        await vm.kill()
+
+
+async def test_a_snapshot_that_cannot_be_opened_is_an_error_at_once(room: Room) -> None:
+    good, room.snapshot = room.snapshot, "snp_" + "1" * 64
+    disk, state = NO_PAGES, room.store.vmstate(good)
+    pager = await room.pagers.make(room.snapshot, MEMORY, room.ref.ram, {}, never)
+    parts = RestoreParts(room.ref, NO_PAGES, disk, state, room.snapshot, lazy=pager)
+    with pytest.raises(RecessError, match="no such snapshot"):
+        await room.rig.restore(room.rig.make_driver(), parts)
+    await pager.close()
+    room.snapshot = good
+
+
+async def never() -> object:
+    raise AssertionError("nothing is read at once here")
+
+
+async def test_the_server_may_go_meanwhile(room: Room) -> None:
+    """Pages keep coming, the next server finds the machine, and tracking goes on."""
+    vm, pager = await room.restore()
+    assert isinstance(vm, QemuVm)
+    directory = vm._handles.layout.directory
+    await room.rig.lose(vm)
+    room.pagers.close()
+    adopted = await room.rig.make_driver().adopt(vm.id, directory)
+    assert adopted is not None
+    try:
+        assert await shell(adopted.link, CHECK) == "fine"
+        capture = await quiet_capture(adopted, resume=False, parent=room.snapshot)
+        assert capture.parent == room.snapshot
+        capture.close()
+    finally:
+        await adopted.kill()
+        await pager.close()
+
+
+@pytest.mark.parametrize("mode", ["user", "private"])
+async def test_a_host_that_cannot_reads_everything_first(
+    room: Room, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room.rig.qemu, "config", replace(room.rig.qemu.config, page_tracking=mode))
+    vm, _ = await room.restore()
+    try:
+        assert vm.about_memory()["memory"].startswith("inject: ")
+        assert await shell(vm.link, CHECK) == "fine"
+    finally:
+        await vm.kill()
