@@ -1,0 +1,176 @@
+"""What real gVisor machines cost and keep, beyond the conformance suite."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recess.drivers.gvisor import journal as paths
+from recess.drivers.gvisor.journal import write_journal
+from recess.errors import DriverFailed
+from recess.guestlink.link import ExecRequest
+from recess.machines.contract import PageSet
+from recess.testing.driver_suite import quiet_capture, shell
+from recess.testing.gvisor_rig import GvisorHome, GvisorRig, has_runsc, machine_processes
+
+BLOB_PAGES = (32 << 20) // 4096
+
+
+@pytest.fixture
+def rig(tmp_path: Path, images_dir: Path) -> GvisorRig:
+    if not has_runsc():
+        pytest.skip("runsc is not installed")
+    home = GvisorHome.shared(images_dir)
+    return GvisorRig(home=tmp_path, spec=home.spec, gvisor=home)
+
+
+@pytest.fixture
+async def vm(rig: GvisorRig):
+    made = await rig.fork(rig.make_driver())
+    yield made
+    await made.kill()
+    assert rig.leftovers() == []
+
+
+def by_number(pages: PageSet) -> dict[int, bytes]:
+    numbers = np.frombuffer(pages.indices, "<u4")
+    return {int(n): bytes(pages.data[i * 4096 : (i + 1) * 4096]) for i, n in enumerate(numbers)}
+
+
+async def test_unchanged_pages_keep_their_numbers(rig, vm):
+    """In a live machine, and in one restored from its capture: only what changed differs, though gVisor moves pages."""
+    job = await vm.link.exec(
+        ExecRequest(
+            ["python3", "-c", "import os,time\nblob=os.urandom(32<<20)\nprint('made',flush=True)\ntime.sleep(999)"]
+        )
+    )
+    async for _stream, data in job.output():
+        assert data == b"made\n"
+        break
+    await job.detach()
+    first = await quiet_capture(vm, resume=True)
+    before = by_number(first.memory)
+    assert len(before) > BLOB_PAGES
+    first.close()
+    await shell(vm.link, "echo more > /root/file")
+    second = await quiet_capture(vm, resume=True)
+    after = by_number(second.memory)
+    assert sum(before.get(n) != page for n, page in after.items()) < 500
+    child = await rig.restore(rig.make_driver(), await rig.parts_of(second))
+    try:
+        third = await quiet_capture(child, resume=True)
+        again = by_number(third.memory)
+        third.close()
+        assert sum(after.get(n) != page for n, page in again.items()) < 500
+        assert await shell(child.link, "cat /root/file") == "more"
+    finally:
+        await child.kill()
+
+
+async def test_commands_of_the_past_are_in_no_snapshot(vm):
+    """gVisor would keep the folder in /proc of every process that ever ran."""
+
+    async def size() -> int:
+        capture = await quiet_capture(vm, resume=True)
+        capture.close()
+        return len(capture.vmstate)
+
+    await shell(vm.link, "i=0; while [ $i -lt 30 ]; do /bin/true; i=$((i+1)); done")
+    for _ in range(20):
+        await shell(vm.link, "true")
+    settled = await size()
+    for _ in range(40):
+        await shell(vm.link, "true")
+    assert await size() < settled + 1_000_000
+
+
+async def test_a_terminal_and_its_output_go_on_over_captures(vm):
+    """The link is the same before and after: who is attached sees every line once, in order."""
+    script = "i=0; while [ $i -lt 40 ]; do echo line $i; i=$((i+1)); sleep 0.02; done"
+    job = await vm.link.exec(ExecRequest(["sh", "-c", script]))
+    link = vm.link
+
+    async def collect() -> bytes:
+        return b"".join([data async for _stream, data in job.output()])
+
+    reading = asyncio.ensure_future(collect())
+    for _ in range(3):
+        (await quiet_capture(vm, resume=True)).close()
+        await vm.pause()
+        await vm.unpause()
+    assert (await asyncio.wait_for(reading, 60)).decode().splitlines() == [f"line {i}" for i in range(40)]
+    assert await job.wait() == 0
+    assert vm.link is link
+
+
+async def test_two_forks_share_no_random_bytes_nor_names(rig):
+    driver = rig.make_driver()
+    one, two = await asyncio.gather(rig.fork(driver), rig.fork(driver))
+    try:
+        asked = "head -c 32 /dev/urandom | od -An -tx1; cat /etc/machine-id; hostname"
+        first, second = await asyncio.gather(shell(one.link, asked), shell(two.link, asked))
+        assert not set(first.splitlines()) & set(second.splitlines())
+    finally:
+        await asyncio.gather(one.kill(), two.kill())
+
+
+async def test_probe_runs_a_program(rig):
+    found = await rig.make_driver().probe(fresh=True)
+    assert found["platform"] == "systrap"
+    assert found["version"]
+
+
+async def test_a_server_that_died_in_a_capture_leaves_a_machine_that_runs(rig, vm):
+    """The mark says what it was before; the next server puts it right, and the half-written image goes."""
+    await shell(vm.link, "echo here > /dev/shm/who")
+    handles = vm._handles
+    await handles.port.leave()
+    handles.layout.capturing.write_text("running")
+    await handles.command("pause")
+    paths.image(handles.layout).mkdir()
+    await rig.lose(vm)
+    adopted = await rig.make_driver().adopt(vm.id, handles.layout.directory)
+    assert adopted is not None
+    assert await shell(adopted.link, "cat /dev/shm/who") == "here"
+    assert not paths.image(handles.layout).exists()
+    assert not handles.layout.capturing.exists()
+    await adopted.kill()
+
+
+async def test_a_start_that_was_not_finished_is_ended(rig, vm):
+    handles = vm._handles
+    write_journal(handles.layout, dataclasses.replace(handles.journal, phase="starting"))
+    await rig.lose(vm)
+    assert await rig.make_driver().adopt(vm.id, handles.layout.directory) is None
+    assert machine_processes(rig.gvisor.run_dir) == []
+
+
+async def test_a_capture_that_fails_leaves_the_machine_as_it_was(vm):
+    """gVisor cannot write where something is in its way; running or paused, the machine goes on, and says what failed."""
+    await shell(vm.link, "echo here > /dev/shm/who")
+    in_the_way = paths.image(vm._handles.layout)
+    in_the_way.write_text("a file")
+    with pytest.raises(DriverFailed, match="checkpoint"):
+        await quiet_capture(vm, resume=False)
+    await vm.link.unfreeze()
+    assert await shell(vm.link, "cat /dev/shm/who") == "here"
+    await vm.pause()
+    with pytest.raises(DriverFailed, match="checkpoint"):
+        await vm.capture(resume=True)
+    assert vm._handles.status() == "paused"
+    in_the_way.unlink()
+    await vm.unpause()
+    (await quiet_capture(vm, resume=True)).close()
+
+
+async def test_a_cancelled_capture_leaves_the_machine_running(vm):
+    work = asyncio.ensure_future(vm.capture(resume=True))
+    await asyncio.sleep(0.05)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert await shell(vm.link, "echo alive") == "alive"
