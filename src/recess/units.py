@@ -11,6 +11,7 @@ MIB = 1024 * KIB
 GIB = 1024 * MIB
 PAGE_BYTES = 4096
 
+_DIGITS_MAX = 40  # longer ones are infinite as numbers
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SIZE_FACTOR = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": 1024 * GIB}
@@ -22,8 +23,8 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int):
         return text
     match = _SIZE.match(text)
-    if match is None:
-        raise BadInput(f"not a size: {text!r}", hint="write a number and k, M or G, like 512M")
+    if match is None or len(match[1]) > _DIGITS_MAX:
+        raise BadInput(f"not a size: {text[:_DIGITS_MAX]!r}", hint="write a number and k, M or G, like 512M")
     return int(float(match[1]) * _SIZE_FACTOR[match[2].lower()])
 
 
@@ -32,6 +33,8 @@ def parse_duration(text: str | float) -> float:
     if isinstance(text, int | float):
         return float(text)
     stripped = text.strip()
+    if len(stripped) > _DIGITS_MAX:
+        raise BadInput(f"not a duration: {stripped[:_DIGITS_MAX]!r}...", hint="write it like 30s, 5m or 1h30m")
     if re.fullmatch(r"\d+(\.\d+)?", stripped):
         return float(stripped)
     if not re.fullmatch(f"(?:{_DURATION.pattern})+", stripped):

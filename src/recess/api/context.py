@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
 
 from recess.api.idempotency import KeyedResults
 from recess.api.wire import ProgressHub
@@ -13,7 +15,7 @@ from recess.node.local import LocalNode
 
 @dataclass
 class Context:
-    """The services behind one application. `stop` is set to end the server."""
+    """The services behind one application."""
 
     node: LocalNode
     hub: ProgressHub
@@ -25,3 +27,10 @@ def context_of(request: HTTPConnection) -> Context:
     context = request.app.state.context
     assert isinstance(context, Context)  # noqa: S101 - set once when the application is made
     return context
+
+
+async def once(request: Request, body: object, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
+    """Run the work of a creating call once for its Idempotency-Key, if it has one. A key stands for one call: the same
+    under another path or with another body is KeyReused, never the other call's answer."""
+    key = request.headers.get("idempotency-key", "")
+    return await context_of(request).keys.run(key, [request.method, request.url.path, body], work)

@@ -13,9 +13,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from recess.errors import KeyReused
+from recess.errors import BadInput, KeyReused
 
 KEYS_MAX = 4096
+KEY_CHARS_MAX = 256
 
 
 class KeyedResults:
@@ -25,22 +26,30 @@ class KeyedResults:
         self._done: OrderedDict[str, tuple[str, asyncio.Future[dict[str, Any]]]] = OrderedDict()
 
     async def run(self, key: str, body: object, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-        """Return the work's result; a failure is not kept, so that it may be tried again. Raises KeyReused."""
+        """Return the work's result; a failure is not kept, so that it may be tried again. Raises KeyReused, BadInput.
+
+        `body` is all that was asked for (which call, and of what). Work goes on when its caller is cancelled.
+        """
         if not key:
             return await work()
+        if len(key) > KEY_CHARS_MAX:
+            raise BadInput(f"an idempotency key is at most {KEY_CHARS_MAX} characters")
         digest = hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
         known = self._done.get(key)
         if known is not None:
             if known[0] != digest:
-                raise KeyReused(f"idempotency key {key!r} came with another body before")
+                raise KeyReused(f"idempotency key {key!r} came with another request before")
             return await asyncio.shield(known[1])
         future = asyncio.ensure_future(work())
         self._done[key] = (digest, future)
+        future.add_done_callback(lambda done: self._forget_failure(key, done))
         while len(self._done) > KEYS_MAX:
             self._done.popitem(last=False)
-        try:
-            return await asyncio.shield(future)
-        except BaseException:
-            if future.done():
-                self._done.pop(key, None)
-            raise
+        return await asyncio.shield(future)
+
+    def _forget_failure(self, key: str, done: asyncio.Future[dict[str, Any]]) -> None:
+        """Also one that nobody waits for any more: kept, it would answer every later call."""
+        failed = done.cancelled() or done.exception() is not None
+        known = self._done.get(key)
+        if failed and known is not None and known[1] is done:
+            del self._done[key]

@@ -14,8 +14,8 @@ from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from recess.api.context import context_of
-from recess.api.wire import field, reject_unknown
-from recess.errors import BadInput, RecessError
+from recess.api.wire import field, parse_object, reject_unknown
+from recess.errors import BadInput, IllegalState, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Job
 
 _FIELDS = {"argv", "env", "cwd", "user", "tty", "rows", "cols", "stdin", "detach", "label", "attach"}
@@ -25,17 +25,19 @@ async def exec_socket(ws: WebSocket) -> None:
     """WS /v1/machines/REF/exec."""
     await ws.accept()
     try:
-        first = _parse(await ws.receive_text())
+        first = await _first(ws)
         reject_unknown(first, _FIELDS, "exec")
         node = context_of(ws).node
         row = await node.machines.get(str(ws.path_params["ref"]))
         with node.sessions.activity(row.session, "exec"):  # a session's machine is not frozen under an attached process
             job = await _open(await node.machines.link(row.id), first)
-            await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
-            if first.get("detach"):
-                await job.detach()
-            else:
-                await _pump(ws, job)
+            try:
+                await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
+                if not first.get("detach"):
+                    await _pump(ws, job)
+            finally:
+                with contextlib.suppress(RecessError):
+                    await job.detach()
     except RecessError as error:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await ws.send_text(json.dumps({"error": error.to_dict()}))
@@ -45,14 +47,11 @@ async def exec_socket(ws: WebSocket) -> None:
         await ws.close()
 
 
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError as exc:
-        raise BadInput(f"the message is not JSON: {exc}") from exc
-    if not isinstance(data, dict):
-        raise BadInput("the message must be a JSON object")
-    return data
+async def _first(ws: WebSocket) -> dict[str, Any]:
+    message = await ws.receive()
+    if message["type"] == "websocket.disconnect":
+        raise WebSocketDisconnect(message.get("code", 1000))
+    return parse_object(message.get("text") or "", "the first message")
 
 
 async def _open(link: GuestLink, first: dict[str, Any]) -> Job:
@@ -76,24 +75,17 @@ async def _open(link: GuestLink, first: dict[str, Any]) -> Job:
 
 
 async def _pump(ws: WebSocket, job: Job) -> None:
+    """Carry both ways until the process has ended (its end is what counts, whatever the client said meanwhile), or the
+    client is gone or says something wrong: then the process is left alone."""
     reader = asyncio.ensure_future(_from_client(ws, job))
+    writer = asyncio.ensure_future(_to_client(ws, job))
     try:
-        writer = asyncio.ensure_future(_to_client(ws, job))
-        done, _ = await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
-        if writer in done:
-            await writer
-            return
-        # The client is gone: leave the process alone.
-        writer.cancel()
-        with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RecessError):
-            await writer
-        await reader
+        await asyncio.wait({reader, writer}, return_when=asyncio.FIRST_COMPLETED)
+        await (writer if writer.done() else reader)
     finally:
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
-            await reader
-        with contextlib.suppress(RecessError):
-            await job.detach()
+        for task in (reader, writer):
+            task.cancel()
+        await asyncio.gather(reader, writer, return_exceptions=True)
 
 
 async def _to_client(ws: WebSocket, job: Job) -> None:
@@ -110,16 +102,20 @@ async def _from_client(ws: WebSocket, job: Job) -> None:
         if message.get("bytes") is not None:
             await job.write(message["bytes"])
             continue
-        data = _parse(message.get("text") or "{}")
-        match data.get("op"):
-            case "eof":
-                await job.close_stdin()
-            case "resize":
-                await job.resize(field(data, "rows", int, 24), field(data, "cols", int, 80))
-            case "signal":
-                await job.signal(field(data, "number", int, 15))
-            case other:
-                raise BadInput(f"op: unknown {other!r}")
+        with contextlib.suppress(IllegalState):  # it has ended meanwhile, which its exit code is about to tell
+            await _act(job, parse_object(message.get("text") or "{}", "the message"))
+
+
+async def _act(job: Job, data: dict[str, Any]) -> None:
+    match data.get("op"):
+        case "eof":
+            await job.close_stdin()
+        case "resize":
+            await job.resize(field(data, "rows", int, 24), field(data, "cols", int, 80))
+        case "signal":
+            await job.signal(field(data, "number", int, 15))
+        case other:
+            raise BadInput(f"op: unknown {other!r}")
 
 
 ROUTES = [WebSocketRoute("/v1/machines/{ref}/exec", exec_socket)]

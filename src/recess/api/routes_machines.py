@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import context_of, once
 from recess.api.wire import (
     field,
     machine_json,
@@ -47,8 +47,7 @@ async def create_machine(request: Request) -> Response:
     async def work() -> dict[str, Any]:
         return machine_json(await ctx.node.machines.create(spec, name=name))
 
-    key = request.headers.get("idempotency-key", "")
-    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+    return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
 
 
 async def get_machine(request: Request) -> Response:
@@ -116,7 +115,7 @@ async def fork_machine(request: Request) -> Response:
         rows = await ctx.node.machines.fork(_ref(request), count, names=[str(n) for n in names])
         return {"machines": [machine_json(r) for r in rows]}
 
-    return JSONResponse(await ctx.keys.run(request.headers.get("idempotency-key", ""), body, work), status_code=201)
+    return JSONResponse(await once(request, body, work), status_code=201)
 
 
 async def machine_logs(request: Request) -> Response:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from recess.api.context import Context, context_of
+from recess.api.context import Context, context_of, once
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.contextlog.contract import Delta, Entry, SessionRow
 from recess.errors import BadInput
@@ -60,8 +60,7 @@ async def start(request: Request) -> Response:
     async def work() -> dict[str, Any]:
         return session_json(await ctx.node.sessions.start(agent, name=name, labels=labels, eager=eager))
 
-    key = request.headers.get("idempotency-key", "")
-    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+    return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
 
 
 async def list_sessions(request: Request) -> Response:
@@ -143,7 +142,7 @@ async def events(request: Request) -> Response:
     last = request.headers.get("last-event-id", "")
     # A delta's id is HEAD.PART.N: what matters on reconnect is the head; deltas of an unfinished reply come again whole.
     head = last.split(".")[0]
-    after = int(head) if head.isdigit() else _number(request, "after", 0)
+    after = int(head) if head.isascii() and head.isdecimal() else _number(request, "after", 0)
     return StreamingResponse(_event_lines(ctx, session, after), media_type="text/event-stream")
 
 
@@ -199,7 +198,7 @@ async def fork(request: Request) -> Response:
         )  # fmt: skip
         return session_json(child)
 
-    return JSONResponse(await ctx.keys.run(request.headers.get("idempotency-key", ""), body, work), status_code=201)
+    return JSONResponse(await once(request, body, work), status_code=201)
 
 
 async def rewind(request: Request) -> Response:

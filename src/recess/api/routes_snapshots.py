@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import context_of, once
 from recess.api.wire import (
     field,
     machine_json,
@@ -124,8 +124,7 @@ async def restore_snapshot(request: Request) -> Response:
         row, report = await ctx.node.machines.restore(_ref(request), name=name, disk_only=disk_only)
         return {"machine": machine_json(row), "resume": resume_json(report)}
 
-    key = request.headers.get("idempotency-key", "")
-    return await with_progress(request, ctx.hub, lambda: ctx.keys.run(key, body, work), 201)
+    return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
 
 
 ROUTES = [

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
@@ -19,6 +20,7 @@ from recess.machines.service import MachineRow, MachineSpec, ResumeReport, Snaps
 from recess.units import MIB, parse_size
 
 BODY_BYTES_MAX = 16 * MIB
+NUMBER_MAX = 1 << 53  # what every JSON parser carries exactly, and every column holds
 NDJSON = "application/x-ndjson"
 
 
@@ -33,12 +35,18 @@ async def read_json(request: Request) -> dict[str, Any]:
     raw = await read_body(request, BODY_BYTES_MAX)
     if not raw:
         return {}
+    return parse_object(raw, "the body")
+
+
+def parse_object(raw: bytes | str, what: str) -> dict[str, Any]:
+    """Return a JSON object. Strict: no NaN, no half of a surrogate pair (no database takes either), no bottomless nesting.
+    Raises BadInput."""
     try:
-        data = json.loads(raw)
-    except ValueError as exc:
-        raise BadInput(f"the body is not JSON: {exc}") from exc
+        data = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as exc:
+        raise BadInput(f"{what} is not JSON: {exc}") from exc
     if not isinstance(data, dict):
-        raise BadInput("the body must be a JSON object")
+        raise BadInput(f"{what} must be a JSON object")
     return data
 
 
@@ -53,11 +61,15 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 def field(data: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
-    """Return a typed field of a body; raises BadInput naming it."""
-    value = data.get(name, default)
+    """Return a typed field of a body; null is as good as absent. Raises BadInput naming it."""
+    value = data.get(name)
+    if value is None:
+        return default
+    if isinstance(value, int) and abs(value) > NUMBER_MAX:
+        raise BadInput(f"{name}: a number of that size means nothing here")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise BadInput(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
     return value
 
@@ -87,7 +99,7 @@ def _ports(value: Any) -> tuple[tuple[str, int, int], ...]:
         if not isinstance(item, list | tuple) or len(item) != 3:
             raise BadInput("spec.ports: expected a list of [host_ip, host_port, guest_port]")
         ip, host, guest = item
-        if not isinstance(ip, str) or not all(isinstance(p, int) and 0 <= p < 65536 for p in (host, guest)):
+        if not isinstance(ip, str) or not all(type(p) is int and 0 <= p < 65536 for p in (host, guest)):
             raise BadInput("spec.ports: a port is a number from 0 to 65535")
         out.append((ip, host, guest))
     return tuple(out)
@@ -99,8 +111,10 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
     reject_unknown(data, known, "spec")
     out: dict[str, Any] = {}
     for name, value in data.items():
+        if value is None:
+            continue  # as good as absent
         if name in ("memory_bytes", "disk_bytes"):
-            out[name] = parse_size(value)
+            out[name] = parse_size(field(data, name, str if isinstance(value, str) else int, None))
         elif name in ("argv", "allow"):
             out[name] = _str_tuple(value, name)
         elif name in ("env", "labels", "routes"):

@@ -102,3 +102,18 @@ async def test_a_message_has_a_mode(http):
     await http("POST", f"{base}/messages", {"text": "x", "loud": True}, expect=400)
     entries = (await http("GET", f"{base}/log?after=0"))["entries"]
     assert [e["body"]["status"] for e in entries if e["kind"] == "turn.end"] == ["cancelled", "done"]
+
+
+async def test_a_key_stands_for_one_call(http):
+    first, second = await http.world.sessions.start("me"), await http.world.sessions.start("me")
+    child = await http("POST", f"/v1/sessions/{first.id}/fork", {}, key="k", expect=201)
+    assert await http("POST", f"/v1/sessions/{first.id}/fork", {}, key="k", expect=201) == child
+    refused = await http("POST", f"/v1/sessions/{second.id}/fork", {}, key="k", expect=409)
+    assert refused["code"] == "key_reused"
+
+
+async def test_odd_words_are_the_callers_fault(http):
+    _, base = await started(http)
+    await http("POST", "/v1/agents", {"name": "\ud800", "files": None, "config": None}, expect=400)
+    await http("POST", f"{base}/rewind", {"to": 10**30}, expect=400)
+    await http("POST", f"{base}/fork", {"at": -1}, expect=400)

@@ -86,13 +86,12 @@ def test_a_length_over_the_cap_is_not_waited_for():
 
 @pytest.mark.parametrize("noise", [b"\0R\0", b"RxRx", b"\0x"], ids=["padding", "magic", "both"])
 def test_hostile_bytes_cost_their_length_only(noise):
-    """Skipping by twos must not read the whole rest each time: that made a MiB of this take minutes."""
+    """Skipping by twos must not read the whole rest each time: so, a MiB took over 20 s."""
     begun = time.process_time()
     decoder = Decoder()
-    for _ in range(4):
-        decoder.feed(noise * (MAX_PAYLOAD * 8 // len(noise)))
-        drain(decoder)
-    assert time.process_time() - begun < 10
+    decoder.feed(noise * (MAX_PAYLOAD * 32 // len(noise)))
+    drain(decoder)
+    assert time.process_time() - begun < 8
 
 
 def test_the_checksum_is_zlibs():
