@@ -10,7 +10,6 @@
 mod bitmap;
 mod buffer;
 mod memory;
-mod remap;
 mod remote;
 mod request;
 mod serve;

@@ -234,7 +234,7 @@ impl Ram {
     }
 }
 
-pub fn bad(why: &str) -> io::Error {
+fn bad(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, why)
 }
 

@@ -12,7 +12,6 @@
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
-//!   remap + fd                     ok                       map files of the VMM over its memory, privately
 //!   tracking                       ok way=WAY base=BASE     (way=none: not tracked)
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
 //!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
@@ -20,8 +19,7 @@
 //!   committed G BASE               ok                       capture G is stored as snapshot BASE
 //!
 //! BASE is a snapshot's name as the server has it, or `-`: the RAM file as it was. `user` asks for a userfaultfd without
-//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file; that of
-//! `remap` four u32 each: the VMM's descriptor, first page in that file, first page of the memory, count. SEGMENTS says
+//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file. SEGMENTS says
 //! where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
 //!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
@@ -51,7 +49,6 @@ pub enum Request {
     },
     Tracking,
     Guard,
-    Remap,
     PrepareTracked(Which),
     CaptureTracked(Which),
     Collect,
@@ -96,7 +93,6 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             },
         }),
         ["guard"] => Ok(Request::Guard),
-        ["remap"] => Ok(Request::Remap),
         ["tracking"] => Ok(Request::Tracking),
         ["prepare", which] => Ok(Request::PrepareTracked(parse_which(which)?)),
         ["capture", which] => Ok(Request::CaptureTracked(parse_which(which)?)),
@@ -140,6 +136,7 @@ mod tests {
             Ok(Request::CaptureFile { keep_zero: true })
         );
         assert_eq!(parse(b"inject 12"), Ok(Request::Inject(12)));
+        assert_eq!(parse(b"guard"), Ok(Request::Guard));
         let track = Request::Track {
             base: "snp_1".to_string(),
             faults: Faults::User,

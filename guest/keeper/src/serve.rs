@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 
 use crate::buffer::Buffer;
 use crate::memory::Ram;
-use crate::remap;
 use crate::request::{self, Request, REQUEST_LIMIT};
 use crate::sys;
 use crate::tail::Tail;
@@ -218,12 +217,6 @@ impl Keeper {
                 self.guards.push(pipe);
                 "ok".to_string()
             }
-            Request::Remap => {
-                self.untracked()?;
-                let list = fd.ok_or_else(|| invalid("no descriptor came"))?;
-                remap::remap(&self.ram, &read_numbers(list, self.ram.pages)?)?;
-                "ok".to_string()
-            }
             Request::PrepareTracked(which) => {
                 self.copying = None;
                 let ready = tracker.ok_or_else(not_tracked)?;
@@ -385,32 +378,21 @@ fn not_tracked() -> io::Error {
     invalid("the VM's writes are not tracked")
 }
 
-/// Numbers (u32 little endian), at most four for each page of the memory.
-fn read_numbers(fd: OwnedFd, pages: usize) -> io::Result<Vec<u32>> {
+/// Pairs of u32 (little endian): first page and count, all inside the memory.
+fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
     let mut raw = Vec::new();
-    let limit = 16 * pages as u64;
+    let limit = 8 * pages as u64;
     let mut file = std::fs::File::from(fd);
     file.rewind()?; // whoever wrote it shares its position
     file.take(limit + 1).read_to_end(&mut raw)?;
-    if raw.len() as u64 > limit || raw.len() % 4 != 0 {
-        return Err(invalid("the list has an odd size"));
-    }
-    let words = raw.chunks_exact(4);
-    Ok(words
-        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-        .collect())
-}
-
-/// Pairs: first page and count, all inside the memory.
-fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
-    let numbers = read_numbers(fd, pages)?;
-    let ranges: Vec<(u32, u32)> = numbers
-        .chunks_exact(2)
-        .map(|pair| (pair[0], pair[1]))
-        .collect();
-    if numbers.len() % 2 != 0 {
+    if raw.len() as u64 > limit || raw.len() % 8 != 0 {
         return Err(invalid("the list of ranges has an odd size"));
     }
+    let number = |word: &[u8]| u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+    let ranges: Vec<(u32, u32)> = raw
+        .chunks_exact(8)
+        .map(|pair| (number(pair), number(&pair[4..])))
+        .collect();
     let inside = |&(first, count): &(u32, u32)| first as usize + count as usize <= pages;
     if ranges.iter().all(inside) {
         Ok(ranges)
@@ -454,6 +436,26 @@ pub fn remove_folder(path: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+
+    fn ranges(numbers: &[u32], pages: usize) -> io::Result<Vec<(u32, u32)>> {
+        let fd = sys::memfd("test", 0).unwrap();
+        let mut file = std::fs::File::from(fd.try_clone().unwrap());
+        for number in numbers {
+            file.write_all(&number.to_le_bytes()).unwrap();
+        }
+        read_ranges(fd, pages)
+    }
+
+    #[test]
+    fn ranges_are_read_from_their_beginning_and_checked() {
+        assert_eq!(ranges(&[3, 2, 9, 1], 10).unwrap(), vec![(3, 2), (9, 1)]);
+        assert_eq!(ranges(&[], 10).unwrap(), vec![]);
+        assert!(ranges(&[3, 2, 9], 10).is_err());
+        assert!(ranges(&[9, 2], 10).is_err());
+        assert!(ranges(&[u32::MAX, u32::MAX], 10).is_err());
+        assert!(ranges(&[0, 1, 2, 1], 1).is_err());
+    }
 
     #[test]
     fn an_obituary_says_how_and_why() {
