@@ -22,7 +22,7 @@ class ExecStream:
 
     def __init__(self, transport: Transport, ref: str, start: Mapping[str, Any]) -> None:
         # Imported here: the CLI's fast verbs never attach.
-        from websockets.exceptions import InvalidStatus
+        from websockets.exceptions import ConnectionClosed, InvalidHandshake
         from websockets.sync.client import connect, unix_connect
 
         path = f"/v1/machines/{quote(ref, safe=':@')}/exec"
@@ -36,10 +36,16 @@ class ExecStream:
                 self._ws = unix_connect(
                     str(transport.socket_path), f"ws://localhost{path}", additional_headers=headers, max_size=2**22
                 )
-        except (OSError, InvalidStatus) as exc:
+        except (OSError, InvalidHandshake) as exc:
             raise ServerUnavailable(f"cannot attach: {exc}", hint="run: recess up") from exc
-        self._ws.send(json.dumps(dict(start)))
-        first = self._text(self._ws.recv())
+        try:
+            self._ws.send(json.dumps(dict(start)))
+            first = self._text(self._ws.recv())
+        except ConnectionClosed as exc:
+            raise ServerUnavailable(f"the server went away while attaching: {exc}", hint="run: recess up") from exc
+        except BaseException:
+            self._ws.close()  # else its reader's thread stays
+            raise
         self.job_id = str(first.get("job_id", ""))
         self.pid = int(first.get("pid", 0))
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urlsplit
@@ -79,10 +80,13 @@ class Transport:
         try:
             conn.request(method, target, body=body, headers={**self.headers(), **headers})
             return conn, conn.getresponse()
-        except OSError as exc:
+        except (OSError, http.client.HTTPException) as exc:
             conn.close()
             where = self.url or str(self.socket_path)
             raise ServerUnavailable(f"no answer from the server at {where}: {exc}", hint="run: recess up") from exc
+        except BaseException:
+            conn.close()
+            raise
 
     def raw(
         self, method: str, path: str, *, query: Mapping[str, Any] | None = None, body: bytes | None = None,
@@ -91,7 +95,8 @@ class Transport:
         """Return the body's bytes; raises the typed error of a problem answer."""
         conn, response = self._send(method, path, query, body, headers or {}, timeout_s)
         try:
-            data = response.read()
+            with _whole_answer():
+                data = response.read()
         finally:
             conn.close()
         if response.status >= 400:
@@ -119,9 +124,7 @@ class Transport:
             headers["Idempotency-Key"] = key
         conn, response = self._send(method, path, None, json.dumps(body).encode(), headers, None)
         try:
-            if response.status >= 400:
-                raise problem_of(response.status, response.read())
-            for line in response:
+            for line in _lines(response):
                 item = object_of(line)
                 if "progress" in item:
                     on_progress(str(item["progress"]))
@@ -134,16 +137,15 @@ class Transport:
         raise ServerUnavailable("the server ended before it answered", hint="see server.log in the home")
 
     def events(self, path: str, *, after: str = "", timeout_s: float | None = None) -> Iterator[tuple[str, str, Json]]:
-        """Yield (event, id, data) of a server-sent event stream until the server ends it."""
+        """Yield (event, id, data) of a server-sent event stream until the server ends it or goes away: an event `end`
+        tells the first, without one the caller asks again with the last id. Raises the typed error of a problem answer."""
         headers = {"Accept": "text/event-stream"}
         if after:
             headers["Last-Event-ID"] = after
         conn, response = self._send("GET", path, None, None, headers, timeout_s)
         try:
-            if response.status >= 400:
-                raise problem_of(response.status, response.read())
             event, ident, data = "message", "", ""
-            for raw in response:
+            for raw in _lines_until_cut(response):
                 line = raw.decode().rstrip("\r\n")
                 if not line:
                     if data:
@@ -160,6 +162,34 @@ class Transport:
                     data += value
         finally:
             conn.close()
+
+
+@contextmanager
+def _whole_answer() -> Iterator[None]:
+    """A server that dies in the middle of an answer is unavailable, not a defect of the caller."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as exc:
+        raise ServerUnavailable(
+            f"the server broke off in the middle of its answer: {exc!r}", hint="see server.log in the home"
+        ) from exc
+
+
+def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield an answer's lines as they come. Raises the typed error of a problem answer, ServerUnavailable."""
+    with _whole_answer():
+        if response.status >= 400:
+            raise problem_of(response.status, response.read())
+        while line := response.readline():
+            yield line
+
+
+def _lines_until_cut(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    lines = _lines(response)
+    if response.status >= 400:
+        yield from lines  # raises
+    with suppress(ServerUnavailable):
+        yield from (line for line in lines if line.endswith(b"\n"))  # the last may be half of one
 
 
 def object_of(data: bytes) -> Json:
