@@ -47,6 +47,10 @@ class Config:
     lease_s: float = 15.0
     zstd_level: int = 1
     frame_bytes: int = 65536
+    recompress_after_s: float = 86400.0  # layers that no younger snapshot names are compressed once more; 0: never
+    recompress_level: int = 19
+    recompress_frame_bytes: int = 262144  # what a page fault in such a layer must decode
+    recompress_budget_s: float = 300.0  # a round, hourly, begins no layer after that; it runs at the lowest priority
     snapshot_keep: int = 3  # newest automatic snapshots that stay of each session or machine
     snapshot_retention_s: float = 86400.0  # younger ones stay too: what a fork or a rewind may want
     snapshot_quota_bytes: int = 0  # 0: none
@@ -110,6 +114,11 @@ _ENV = {
     "idle_timeout_s": "RECESS_IDLE_TIMEOUT_S",
     "lease_s": "RECESS_LEASE_S",
     "zstd_level": "RECESS_ZSTD_LEVEL",
+    "frame_bytes": "RECESS_FRAME_BYTES",
+    "recompress_after_s": "RECESS_RECOMPRESS_AFTER_S",
+    "recompress_level": "RECESS_RECOMPRESS_LEVEL",
+    "recompress_frame_bytes": "RECESS_RECOMPRESS_FRAME_BYTES",
+    "recompress_budget_s": "RECESS_RECOMPRESS_BUDGET_S",
     "crash_point": "RECESS_CRASH_POINT",
     "run_dir": "RECESS_RUN_DIR",
     "store": "RECESS_STORE",

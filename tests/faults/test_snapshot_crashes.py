@@ -12,6 +12,7 @@ import pytest
 from recess.blobs import LocalBlobs
 from recess.crashpoints import Crashed, arm, arm_from_config, crash_point, disarm_all
 from recess.snapshots import SnapshotMeta, Store
+from recess.snapshots.recompression import Recompression
 from recess.testing.crash import crashing, known_crash_points
 from tests.unit.snapshots.helpers import page, raw
 from tests.unit.snapshots.test_store import read
@@ -168,3 +169,68 @@ def test_a_crash_in_the_middle_of_a_discard(stored, skip):
     after.collect([old], grace_s=0, now=time.time() + 100)
     assert len(list(after._blobs.list_blobs())) == 4
     after.close()
+
+
+RECOMPRESS_POINTS = [
+    *known_crash_points("recompress."),
+    "blobs.before_sync",
+    "blobs.before_link",
+    "blobs.before_folder_sync",
+]
+
+
+def recompress(store):
+    policy = Recompression(after_s=1.0, level=9)
+    return store.recompress(policy, now=time.time() + 100, stopped=lambda: False, tell=pytest.fail)
+
+
+@pytest.mark.parametrize("point", RECOMPRESS_POINTS)
+def test_a_crash_while_recompressing(stored, point):
+    root, store, old = stored
+    with crashing(point):
+        recompress(store)
+    after = Store(LocalBlobs(root))
+    assert whole(after, old, OLD)
+    new = after.write([raw("memory", 1000, NEW)], b"new", META, parent_id=old).snapshot_id
+    recompress(after)
+    assert whole(after, old, OLD)
+    assert whole(after, new, NEW)
+    after.collect([old, new], grace_s=0, now=time.time() + 100)
+    stored_keys = [info.key for info in after._blobs.list_blobs()]
+    assert not any(key.startswith("layers/") for key in stored_keys)
+    assert len([key for key in stored_keys if key.startswith("recoded/")]) == 2
+    assert list((root / ".tmp").iterdir()) == []
+    after.discard(old)
+    after.discard(new)
+    assert list(after._blobs.list_blobs()) == []
+    after.close()
+
+
+@pytest.mark.parametrize("point", RECOMPRESS_POINTS)
+def test_a_process_killed_while_recompressing(tmp_path, point):
+    program = f"""
+        import time
+        from pathlib import Path
+        from recess.blobs import LocalBlobs
+        from recess.crashpoints import arm_from_config
+        from recess.snapshots import SnapshotMeta, Store
+        from recess.snapshots.recompression import Recompression
+        from tests.unit.snapshots.helpers import raw
+        store = Store(LocalBlobs(Path({str(tmp_path / "blobs")!r})))
+        meta = SnapshotMeta(fingerprint={{}}, spec={{}})
+        print(store.write([raw("memory", 1000, {OLD})], b"old", meta).snapshot_id, flush=True)
+        arm_from_config({point!r})
+        store.recompress(Recompression(after_s=1.0, level=9), now=time.time() + 100, stopped=lambda: False, tell=print)
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    old = ran.stdout.strip()
+    store = Store(LocalBlobs(tmp_path / "blobs"))
+    assert whole(store, old, OLD)
+    recompress(store)
+    assert whole(store, old, OLD)
+    assert [key for key in (info.key for info in store._blobs.list_blobs()) if key.startswith("layers/")] == []
+    store.close()

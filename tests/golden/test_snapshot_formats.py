@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from blake3 import blake3
 
 from recess.blobs import MemoryBlobs
 from recess.frames import SeekableReader, WorkPool
-from recess.frames.index_v1 import encode_index
 from recess.snapshots import SnapshotMeta, Store
+from recess.snapshots.forms import open_layer
 from recess.snapshots.layer_v1 import LayerReader
 from recess.snapshots.manifest_v1 import decode_manifest, encode_manifest
 from recess.snapshots.pack_v1 import read_pack
@@ -64,8 +63,7 @@ def pool():
     pool.close()
 
 
-@pytest.fixture(scope="module")
-def golden():
+def stored_files():
     """A store that holds the stored files, under the keys that the stored manifest gives them."""
     data = {folder: (HERE / name).read_bytes() for folder, name in FILES.items()}
     manifest = decode_manifest(SNAPSHOT, data["manifests"])
@@ -75,6 +73,11 @@ def golden():
     blobs.put(f"pagemaps/{manifest.pagemaps[0].id}", data["pagemaps"])
     blobs.put(f"vmstates/{manifest.vmstate.id}", data["vmstates"])
     return blobs, manifest
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return stored_files()
 
 
 def test_the_stored_snapshot_is_read(golden):
@@ -117,15 +120,15 @@ def test_todays_page_map_is_the_same(golden, pool):
     )
 
 
-def test_todays_index_is_the_same(golden):
+def test_the_first_indexes_are_read(golden):
     _, manifest = golden
     for kind, file, folder in (
         (b"LAYR", manifest.layers[0], "layers"),
         (b"PMAP", manifest.pagemaps[0], "pagemaps"),
         (b"VMST", manifest.vmstate, "vmstates"),
     ):
-        reader = seekable(golden, kind, file, folder)
-        assert blake3(encode_index(kind, reader.table, reader.extra)).hexdigest() == file.id[4:]
+        reader = seekable(golden, kind, file, folder)  # its hash is checked
+        assert reader.table.contents is None  # version 1 proves no content: such a file is never recompressed
 
 
 def test_todays_writer_makes_the_same_content(golden, pool):
@@ -137,10 +140,7 @@ def test_todays_writer_makes_the_same_content(golden, pool):
     }
     readers = []
     for store, manifest in ((old_blobs, old), (blobs, new)):
-        key = f"layers/{manifest.layers[0].id}"
-        readers.append(
-            LayerReader(lambda at, n, s=store, k=key: s.get_range(k, at, n), manifest.layers[0].bytes, key[11:], "l")
-        )
+        readers.append(LayerReader(open_layer(store, manifest.layers[0].id, manifest.layers[0].bytes)))
     owners = [[(name, pages.tolist()) for name, pages in reader.owners()] for reader in readers]
     assert owners[0] == owners[1] == [("memory", [0, 2, 3, 515, 699]), ("disk0", [8])]
 

@@ -1,7 +1,7 @@
 """A file in the Zstandard Seekable Format: write it in one go, read any frame of it by ranged reads.
 
     zstd frame *            independent frames, one after the other
-    skippable 0x184D2A5D    our index (index_v1): sizes, hashes, extra bytes of the user
+    skippable 0x184D2A5D    our index (index_v2): sizes, hashes, extra bytes of the user
     skippable 0x184D2A5E    the standard seek table, last in the file; its footer ends with 0x8F92EAB1
 
 (Format: zstd's contrib/seekable_format, version 0.1.0; no checksums in the seek table.) `zstd -d` skips both skippable
@@ -25,15 +25,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from recess.errors import Corrupt
-from recess.frames.index_v1 import (
-    FRAMES_MAX,
-    INDEX_BYTES_MAX,
-    FrameTable,
-    decode_index,
-    encode_index,
-    table_of,
-)
+from recess.frames.index import decode_index
+from recess.frames.index_v2 import encode_index
 from recess.frames.pool import WorkPool
+from recess.frames.table import FRAMES_MAX, INDEX_BYTES_MAX, FrameTable, table_of
 from recess.frames.zstd import Bytes, Frame, FrameEncoder, decode_frame
 
 INDEX_MAGIC = 0x184D2A5D
@@ -79,11 +74,29 @@ def build_seekable(
 
     batches = pool.each([partial(encode, start) for start in range(0, count, _BATCH_FRAMES)])
     frames = [frame for batch in batches for frame in batch]
-    table = table_of(frames)
+    table = table_of(frames, level=level)
     index = encode_index(kind, table, extra)
-    tail = _SKIPPABLE.pack(INDEX_MAGIC, len(index)) + index + encode_seek_table(table, len(index))
-    pieces = [*(frame.data for frame in frames), tail]
+    pieces = [*(frame.data for frame in frames), encode_tail(table, index)]
     return SeekableFile(blake3(index).hexdigest(), pieces, sum(map(len, pieces)), table)
+
+
+def stream_seekable(
+    kind: bytes, count: int, raw_of: Callable[[int], Bytes], extra_of: Callable[[FrameTable], bytes], *, level: int
+) -> Iterator[bytes]:
+    """Yield a file piece by piece as it is compressed, by one thread, in the memory of one frame (and of the table)."""
+    encoder = FrameEncoder(level)
+    frames = []
+    for number in range(count):
+        frame = encoder.encode(raw_of(number))
+        frames.append(frame.without_data())
+        yield frame.data
+    table = table_of(frames, level=level)
+    yield encode_tail(table, encode_index(kind, table, extra_of(table)))
+
+
+def encode_tail(table: FrameTable, index: bytes) -> bytes:
+    """Return what follows the frames: the index and the standard seek table, both skippable."""
+    return _SKIPPABLE.pack(INDEX_MAGIC, len(index)) + index + encode_seek_table(table, len(index))
 
 
 def encode_seek_table(table: FrameTable, index_bytes: int) -> bytes:
@@ -100,10 +113,11 @@ class SeekableReader:
     """Random access to the frames of one file. Immutable after construction, so safe to share between threads.
 
     `read` fetches a range of the file, `size_bytes` is its size, `index_hash` (hex) its name, `name` is for messages.
-    Raises Corrupt or Incompatible at once if the file is not what the hash names.
+    Raises Corrupt or Incompatible at once if the file is not what the hash names. Without a hash the file is only
+    consistent in itself: for those whose content is proven in another way (`recoded_v1`).
     """
 
-    def __init__(self, read: ReadRange, size_bytes: int, index_hash: str, kind: bytes, name: str) -> None:
+    def __init__(self, read: ReadRange, size_bytes: int, index_hash: str | None, kind: bytes, name: str) -> None:
         self.name = name
         self._read = read
         tail = read(max(0, size_bytes - _TAIL_BYTES), min(size_bytes, _TAIL_BYTES))
@@ -113,9 +127,10 @@ class SeekableReader:
             tail = read(start, size_bytes - start)
         tail = tail[len(tail) - (size_bytes - start) :]
         index = tail[_SKIPPABLE.size : _SKIPPABLE.size + index_bytes]
-        if blake3(index).hexdigest() != index_hash:
+        if index_hash is not None and blake3(index).hexdigest() != index_hash:
             raise self._corrupt("index does not match its hash")
         self.table, self.extra = decode_index(index, kind, name)
+        self.index = index
         self.size_bytes = size_bytes
         head = _SKIPPABLE.pack(INDEX_MAGIC, index_bytes)
         if tail != head + index + encode_seek_table(self.table, index_bytes):
@@ -142,7 +157,8 @@ class SeekableReader:
         return index_bytes, seek_bytes
 
     def frame(self, number: int) -> bytes:
-        """Return the verified content of one frame."""
+        """Return the verified content of one frame. Raises Corrupt if it is not there."""
+        self._check(np.array([number]))
         found: list[bytes] = []
         self._read_run(number, 1, lambda _, raw: found.append(raw))
         return found[0]

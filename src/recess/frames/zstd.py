@@ -7,7 +7,7 @@ the compressed bytes, checked before the decoder sees them. Both directions rele
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blake3 import blake3
 
@@ -18,6 +18,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
+LEVEL_MIN, LEVEL_MAX = -50, 22
 FRAME_RAW_BYTES_MAX = 4 << 20  # a decoder never allocates more than this for one frame
 HASH_BYTES = 32
 _WINDOW_LOG_MAX = 22  # of FRAME_RAW_BYTES_MAX: a header that asks for more memory is refused
@@ -27,11 +28,20 @@ Bytes = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Frame:
-    """One compressed frame: its bytes, the size of its content, and the BLAKE3-256 of its bytes."""
+    """One compressed frame: its bytes, the size of its content, and the BLAKE3-256 of both.
+
+    `stored_bytes` is the size of `data`, which may be dropped (`without_data`) once it was written.
+    """
 
     data: bytes
     raw_bytes: int
     hash: bytes
+    content: bytes
+    stored_bytes: int
+
+    def without_data(self) -> Frame:
+        """Return what the table needs to know of this frame."""
+        return replace(self, data=b"")
 
 
 class FrameEncoder:
@@ -46,7 +56,7 @@ class FrameEncoder:
         if size > FRAME_RAW_BYTES_MAX:
             raise ValueError(f"a frame holds at most {FRAME_RAW_BYTES_MAX} bytes, not {size}")
         data = self._compressor.compress(raw, zstd.ZstdCompressor.FLUSH_FRAME)
-        return Frame(data, size, blake3(data).digest())
+        return Frame(data, size, blake3(data).digest(), blake3(raw).digest(), len(data))
 
 
 def decode_frame(data: Bytes, raw_bytes: int, expected: bytes, name: str) -> bytes:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -285,10 +286,26 @@ class SnapshotKeeping:
             raise
 
     async def tidy(self) -> Mapping[str, int]:
-        """Prune by the policy, then sweep: what a node does by itself now and then. Returns counts and bytes."""
+        """Prune by the policy, sweep, recompress: what a node does by itself now and then. Returns counts and bytes."""
         pruned = await self.prune()
         swept = await self.collect()
-        return {**swept, "pruned": len(pruned), "bytes": swept["bytes"] + sum(one.bytes for one in pruned)}
+        packed = await self.recompress()
+        freed = swept["bytes"] + sum(one.bytes for one in pruned) + packed["bytes"]
+        return {**swept, **packed, "pruned": len(pruned), "bytes": freed}
+
+    async def recompress(self) -> Mapping[str, int]:
+        """Compress what sleeps long once more, by the policy. Returns counts; a caller that goes away ends it soon."""
+        stopped, now = threading.Event(), self._parts.clock.wall_s()
+        work = asyncio.create_task(asyncio.to_thread(
+            self._parts.store.recompress, self._parts.keeping.recompression, now=now, stopped=stopped.is_set,
+            tell=log.warning,
+        ))  # fmt: skip
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            stopped.set()
+            await asyncio.wait({work})  # the store is closed after us
+            raise
 
     @property
     def policy(self) -> Keeping:

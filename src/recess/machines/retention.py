@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from recess.snapshots.recompression import Recompression
 from recess.units import MIB, format_bytes
 
 AUTOMATIC = frozenset({"idle", "suspend", "fork", "turn", "stop"})
@@ -31,6 +32,7 @@ class Keeping:
     quota_bytes: int = 0
     reserve_bytes: int = 256 * MIB
     check_every_s: float = 24 * 3600.0
+    recompression: Recompression = field(default_factory=Recompression)
 
 
 @dataclass(frozen=True)

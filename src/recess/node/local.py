@@ -46,6 +46,7 @@ from recess.node.stores import Opened, open_store
 from recess.node.transfers import Transfers
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
+from recess.snapshots.recompression import Recompression
 
 
 def _silent(_line: str) -> None:
@@ -78,6 +79,9 @@ def keeping_of(config: Config) -> Keeping:
         keep_last=config.snapshot_keep, retention_s=config.snapshot_retention_s,
         quota_bytes=config.snapshot_quota_bytes, reserve_bytes=config.disk_reserve_bytes,
         check_every_s=config.snapshot_check_every_s,
+        recompression=Recompression(
+            config.recompress_after_s, config.recompress_level, config.recompress_frame_bytes, config.recompress_budget_s
+        ),
     )  # fmt: skip
 
 

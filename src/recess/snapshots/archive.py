@@ -18,7 +18,7 @@ from recess.crashpoints import crash_point
 from recess.errors import Corrupt, NotFound, OutOfSpace
 from recess.snapshots.archive_v1 import Announcement, ArchiveReader, layout
 from recess.snapshots.blobcheck import checked_pieces
-from recess.snapshots.keys import FILE_KEY, file_key
+from recess.snapshots.keys import FILE_KEY, file_key, id_of
 from recess.snapshots.transfer import Item, Tell, TransferReport, checked_blob, closure, present
 
 PIECE_BYTES = 1 << 20
@@ -110,8 +110,9 @@ class Import:
             self._take(commit, content)
             crash_point("import.after_manifest")
         try:
-            needed = set(closure(self._blobs, self.announcement.snapshot_id))
-            if needed != set(self.announcement.items) - set(self.announcement.files.values()):
+            needed = {id_of(item.key) for item in closure(self._blobs, self.announcement.snapshot_id)}
+            came = set(self.announcement.items) - set(self.announcement.files.values())
+            if needed != {id_of(item.key) for item in came} or len(came) != len(needed):
                 raise Corrupt(_INCOMPLETE)
         except Exception as exc:
             if commit in missing:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from blake3 import blake3
 
 from recess.errors import BadInput, Corrupt
-from recess.frames import SeekableReader
-from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, digest_of, id_of
+from recess.frames import RecodedReader, SeekableReader
+from recess.snapshots.keys import LAYER, PAGEMAP, RECODED_FOLDER, SNAPSHOT, VMSTATE, digest_of, id_of
 from recess.snapshots.layer_v1 import KIND as LAYER_KIND
 from recess.snapshots.manifest_v1 import MANIFEST_BYTES_MAX
 from recess.snapshots.pack_v1 import KIND as PACK_KIND
@@ -34,7 +34,7 @@ def checked_pieces(key: str, size_bytes: int, read: ReadRange, source: Iterator[
     if ref.startswith(f"{SNAPSHOT}_"):
         yield from _checked_whole(ref, size_bytes, source)
     else:
-        yield from _checked_frames(ref, size_bytes, read, source)
+        yield from _checked_frames(key, ref, size_bytes, read, source)
 
 
 def _checked_whole(ref: str, size_bytes: int, source: Iterator[bytes]) -> Iterator[bytes]:
@@ -50,9 +50,13 @@ def _checked_whole(ref: str, size_bytes: int, source: Iterator[bytes]) -> Iterat
     yield bytes(data)
 
 
-def _checked_frames(ref: str, size_bytes: int, read: ReadRange, source: Iterator[bytes]) -> Iterator[bytes]:
+def _checked_frames(key: str, ref: str, size_bytes: int, read: ReadRange, source: Iterator[bytes]) -> Iterator[bytes]:
     tail = _Tail(read)
-    table = SeekableReader(tail.read, size_bytes, digest_of(ref), _KINDS[ref[:3]], ref).table
+    if key.startswith(f"{RECODED_FOLDER}/"):  # consistent, and of the right index; that its content is right is shown
+        recoded = RecodedReader(tail.read, size_bytes, digest_of(ref), _KINDS[ref[:3]], ref)  # by unpacking it
+        table = recoded.own_table
+    else:
+        table = SeekableReader(tail.read, size_bytes, digest_of(ref), _KINDS[ref[:3]], ref).table
     frames_end = int(table.offsets[-1])
     ends = [*table.offsets[1:].tolist(), size_bytes]
     wanted = [*(row.tobytes() for row in table.hashes), blake3(tail.since(frames_end, size_bytes)).digest()]

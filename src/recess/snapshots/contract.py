@@ -7,7 +7,7 @@ position. Everything here is synchronous and CPU- or disk-bound: async callers u
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.snapshots.lineage import Shape
+from recess.snapshots.recompression import Recompression
 
 PageIndices = NDArray[np.uint32]  # ascending page numbers
 PageData = NDArray[np.uint8]  # shape (n, 4096), C-contiguous
@@ -187,6 +188,16 @@ class SnapshotStore(Protocol):
         """Mark from the live manifests, and from those of `wanted` that are there, and sweep older unreferenced blobs.
 
         Returns counts and bytes freed. A live manifest that is missing or damaged raises before anything is deleted.
+        """
+        ...
+
+    def recompress(
+        self, policy: Recompression, *, now: float, stopped: Callable[[], bool], tell: Callable[[str], None]
+    ) -> Mapping[str, int]:
+        """Compress layers that sleep long once more (`recompress`), on an idle CPU; one round at a time.
+
+        Returns counts: recompressed, bytes given back. `stopped` is asked often: once true, it ends within a frame's time
+        and nothing is lost. Raises OutOfSpace, Unavailable.
         """
         ...
 

@@ -1,9 +1,10 @@
 """Ids of stored things and the blob keys they live under. A hash is BLAKE3-256, an id is a prefix and 64 hex digits.
 
     manifests/snp_<hash of the manifest's bytes>
-    layers/lyr_<hash of its index>       pagemaps/pmp_<hash of its index>       vmstates/vms_<hash of its index>
+    layers/lyr_<hash of its index>       recoded/lyr_<the same> (recompressed: the same content under the same id)
+    pagemaps/pmp_<hash of its index>       vmstates/vms_<hash of its index>
 
-The last three are files of `recess.frames`: the hash of the index covers every byte of content.
+All but the first are files of `recess.frames`: the hash of the index covers every byte of content.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ PAGEMAP = "pmp"
 VMSTATE = "vms"
 
 _FOLDERS = {SNAPSHOT: "manifests", LAYER: "layers", PAGEMAP: "pagemaps", VMSTATE: "vmstates"}
-FOLDERS = tuple(f"{folder}/" for folder in _FOLDERS.values())
+LAYER_FOLDER = _FOLDERS[LAYER]
+RECODED_FOLDER = "recoded"
+FOLDERS = (*(f"{folder}/" for folder in _FOLDERS.values()), f"{RECODED_FOLDER}/")
 _ID = re.compile(r"(snp|lyr|pmp|vms)_([0-9a-f]{64})")
 
 
@@ -57,8 +60,22 @@ def key_of(ref: str) -> str:
     return f"{_FOLDERS[ref[:3]]}/{ref}"
 
 
+def recoded_key_of(layer_id: str) -> str:
+    """Return the key under which a layer is stored once it was recompressed. Raises BadInput if it is no layer's id."""
+    if not is_id(layer_id, LAYER):
+        raise BadInput(f"not the id of a layer: {layer_id[:80]!r}")
+    return f"{RECODED_FOLDER}/{layer_id}"
+
+
+def keys_of(ref: str) -> tuple[str, ...]:
+    """Return every key a thing may be stored under, the usual one first. Raises BadInput if it is no id."""
+    return (key_of(ref), recoded_key_of(ref)) if is_id(ref, LAYER) else (key_of(ref),)
+
+
 def id_of(key: str) -> str | None:
     """Return the id stored under a blob key, None if the key is not one of ours."""
     folder, _, name = key.rpartition("/")
     match = _ID.fullmatch(name)
-    return name if match is not None and _FOLDERS[match[1]] == folder else None
+    if match is None:
+        return None
+    return name if folder == _FOLDERS[match[1]] or (folder == RECODED_FOLDER and match[1] == LAYER) else None

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from recess.errors import Corrupt, Incompatible
 from recess.frames import FRAME_RAW_BYTES_MAX, SeekableFile, SeekableReader, WorkPool, build_seekable
-from recess.frames.seekable import ReadRange
 from recess.snapshots.contract import PageData
 from recess.snapshots.pagemap import expand
 from recess.units import PAGE_BYTES
@@ -74,9 +73,9 @@ def _encode_extra(owners: Sequence[tuple[str, NDArray[np.uint32]]], per_frame: i
 class LayerReader:
     """Random access to the pages of one layer. Safe to share between threads. Raises Corrupt, Incompatible."""
 
-    def __init__(self, read: ReadRange, size_bytes: int, digest: str, name: str) -> None:
-        self._file = SeekableReader(read, size_bytes, digest, KIND, name)
-        self.name = name
+    def __init__(self, file: SeekableReader) -> None:
+        self._file = file
+        self.name = file.name
         self.slots, self._per_frame, self._at = self._decode_head(self._file.extra)
 
     def _corrupt(self, why: str) -> Corrupt:

@@ -42,9 +42,9 @@ class Share:
     branch_frees: int
 
 
-def shape_of(snapshot_id: str, manifest: ManifestV1, manifest_bytes: int) -> Shape:
-    """Return a manifest's shape."""
-    files = {file.id: file.bytes for file in (*manifest.layers, *manifest.pagemaps)}
+def shape_of(snapshot_id: str, manifest: ManifestV1, manifest_bytes: int, recoded: Mapping[str, int]) -> Shape:
+    """Return a manifest's shape; `recoded`: the sizes of layers that were recompressed since."""
+    files = {file.id: recoded.get(file.id, file.bytes) for file in (*manifest.layers, *manifest.pagemaps)}
     files[manifest.vmstate.id] = manifest.vmstate.bytes
     return Shape(snapshot_id, manifest.parent, manifest.template, files, frozenset(manifest.made), manifest_bytes)
 

@@ -20,7 +20,7 @@ from recess.blobs import BlobStore
 from recess.crashpoints import Crashed, crash_point
 from recess.errors import Corrupt
 from recess.frames import SeekableFile
-from recess.snapshots.keys import key_of, make_id
+from recess.snapshots.keys import key_of, keys_of, make_id
 
 
 class Pins:
@@ -93,7 +93,7 @@ class Publication:
     def add(self, prefix: str, file: SeekableFile) -> str:
         """Start storing a file; return its id. Its pieces must stay unchanged until `commit`."""
         file_id = make_id(prefix, file.index_hash)
-        self.hold([key_of(file_id)])
+        self.hold(keys_of(file_id))
         self.made.append(file_id)
         self._puts.append((file_id, file.size_bytes, self._io.submit(self._put, file_id, file)))
         return file_id

@@ -15,6 +15,7 @@ from recess.blobs import BlobStore
 from recess.errors import Corrupt, NotFound
 from recess.frames import SeekableReader, WorkPool
 from recess.snapshots.contract import PageData, PageSource
+from recess.snapshots.forms import open_layer, stored_form
 from recess.snapshots.keys import LAYER, digest_of, key_of, make_id
 from recess.snapshots.layer_v1 import LayerReader
 from recess.snapshots.manifest_v1 import (
@@ -72,7 +73,7 @@ class OpenSnapshot:
             record = next((file for file in self.manifest.layers if file.id == layer_id), None)
             if record is None:
                 raise self._corrupt(f"refers to a layer it does not name: {layer_id[:16]}")
-            reader = LayerReader(self._reader(layer_id), record.bytes, digest_of(layer_id), layer_id)
+            reader = LayerReader(open_layer(self._blobs, layer_id, record.bytes))
             if reader.slots != record.entries:
                 raise self._corrupt(f"is wrong about {layer_id[:16]}")
             self._layers[layer_id] = reader
@@ -152,7 +153,8 @@ class OpenSnapshot:
         m = self.manifest
         files: list[FileV1 | VmstateV1] = [*m.layers, *m.pagemaps, m.vmstate]
         for file in files:
-            if self._blobs.stat(key_of(file.id)).size_bytes != file.bytes:
+            found = stored_form(self._blobs, file.id)
+            if found.key == key_of(file.id) and found.size_bytes != file.bytes:
                 raise Corrupt(f"{file.id} has another size than when it was stored", blob=file.id)
         for layer in self.manifest.layers:
             self.layer(layer.id).verify(self._pool)

@@ -25,8 +25,9 @@ from recess.blobs import BlobStore, CachingBlobs, WrappedBlobs
 from recess.blobs.contract import Bytes, PieceSource, pieces
 from recess.errors import BadInput, Corrupt, NotFound
 from recess.snapshots.contract import Overlay, PageSource, TemplatePages
-from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of
+from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of, keys_of
 from recess.snapshots.manifest_v1 import decode_manifest
+from recess.snapshots.recompression import Recompression
 from recess.snapshots.store import Store
 from recess.units import KIB
 
@@ -178,6 +179,13 @@ class SharedStore(Store):
         self.refs.drop_names(before_s=now - grace_s)
         return counts
 
+    def recompress(
+        self, policy: Recompression, *, now: float, stopped: Callable[[], bool], tell: Callable[[str], None]
+    ) -> Mapping[str, int]:
+        """See `SnapshotStore.recompress`: never here. Reading it all back from afar would cost more than it saves, and
+        another home may be of a version that knows only layers as they were written."""
+        return {"recompressed": 0, "bytes": 0}
+
     # --- a damaged copy on this node is not the end of a snapshot ------------------------------------------------
 
     def overlay(
@@ -207,6 +215,11 @@ class SharedStore(Store):
             except Corrupt as exc:
                 found = _FILE_ID.search(str(exc.details.get("blob", "")))
                 ref = found[0] if found is not None else ""
-                if self._cache is None or not ref or ref in dropped or not self._cache.drop(key_of(ref)):
+                if self._cache is None or not ref or ref in dropped or not _drop(self._cache, ref):
                     raise
                 dropped.add(ref)  # once: bytes may be just what their hash says, and still make no sense
+
+
+def _drop(cache: CachingBlobs, ref: str) -> bool:
+    """Drop the copies of a thing, in whatever form; tell whether there was one."""
+    return sum(cache.drop(key) for key in keys_of(ref)) > 0

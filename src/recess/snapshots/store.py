@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 from recess.blobs import BlobStore
 from recess.crashpoints import crash_point
 from recess.errors import BadInput, Corrupt, Incompatible, NotFound, OutOfSpace, Unavailable
-from recess.frames import FRAME_RAW_BYTES_MAX, WorkPool
+from recess.frames import FRAME_RAW_BYTES_MAX, LEVEL_MAX, LEVEL_MIN, WorkPool
 from recess.snapshots.classify import words
 from recess.snapshots.contract import (
     Overlay,
@@ -28,11 +30,14 @@ from recess.snapshots.contract import (
     TemplatePages,
     WriteReport,
 )
+from recess.snapshots.forms import recoded_sizes
 from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
 from recess.snapshots.lineage import Shape, dependents, shape_of
 from recess.snapshots.manifest_v1 import ManifestV1
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import OpenSnapshot, by_hash, read_manifest
+from recess.snapshots.recompress import Stopped, recompress
+from recess.snapshots.recompression import Recompression
 from recess.snapshots.sweep import collect, discard
 from recess.snapshots.writer import SnapshotWriter
 from recess.units import KIB, PAGE_BYTES
@@ -51,12 +56,15 @@ class Store:
     def __init__(self, blobs: BlobStore, *, frame_bytes: int = 64 * KIB, level: int = 1, threads: int = 2) -> None:
         if not PAGE_BYTES <= frame_bytes <= FRAME_RAW_BYTES_MAX or frame_bytes % PAGE_BYTES:
             raise BadInput(f"frame_bytes must be whole pages, {PAGE_BYTES} to {FRAME_RAW_BYTES_MAX}, not {frame_bytes}")
+        if not LEVEL_MIN <= level <= LEVEL_MAX:
+            raise BadInput(f"zstd_level must be {LEVEL_MIN} to {LEVEL_MAX}, not {level}")
         self._blobs = blobs
         self._frame_bytes = frame_bytes
         self._level = level
         self._pool = WorkPool(threads)
         self._io = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="snapshot-put")
         self._pins = Pins()
+        self._recompressing = threading.Lock()
 
     @property
     def blobs(self) -> BlobStore:
@@ -183,11 +191,11 @@ class Store:
 
     def shapes(self, ids: Iterable[str]) -> dict[str, Shape]:
         """Return what each of these manifests says about bytes; those that cannot be read are left out."""
-        out = {}
+        out, recoded = {}, recoded_sizes(self._blobs)
         for snapshot_id in ids:
             try:
                 info = self._blobs.stat(key_of(snapshot_id))
-                out[snapshot_id] = shape_of(snapshot_id, self._manifest(snapshot_id), info.size_bytes)
+                out[snapshot_id] = shape_of(snapshot_id, self._manifest(snapshot_id), info.size_bytes, recoded)
             except (NotFound, Corrupt, Incompatible, BadInput):
                 continue
         return out
@@ -206,9 +214,35 @@ class Store:
         """See `SnapshotStore.collect`. Returns counts: manifests, files, leftovers, bytes."""
         return collect(self._blobs, self._pins, live_ids, grace_s=grace_s, now=now, wanted=wanted)
 
+    def recompress(
+        self, policy: Recompression, *, now: float, stopped: Callable[[], bool], tell: Callable[[str], None]
+    ) -> Mapping[str, int]:
+        """See `SnapshotStore.recompress`."""
+
+        def go_on() -> None:
+            if stopped():
+                raise Stopped
+
+        def work() -> dict[str, int]:
+            until = time.monotonic() + policy.budget_s
+            return recompress(
+                self._blobs, self._pins, policy, now=now, go_on=go_on, tell=tell,
+                more=lambda: not stopped() and time.monotonic() < until,
+            )  # fmt: skip
+
+        # A thread of its own: a thread's priority can be lowered, but not raised again.
+        with self._recompressing, ThreadPoolExecutor(1, "recompress", initializer=_give_way) as thread:
+            return thread.submit(work).result()
+
     def used_bytes(self) -> int:
         """Return the bytes of everything stored. Costs a listing."""
         return sum(info.size_bytes for folder in FOLDERS for info in self._blobs.list_blobs(folder))
+
+
+def _give_way() -> None:
+    """Give this thread the lowest priority there is (on Linux a thread has its own)."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _check_template(snapshot: OpenSnapshot, template: TemplatePages | None) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from recess.blobs import BlobInfo, BlobStore
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, HasDependents, Incompatible, NotFound
-from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, is_id, key_of
+from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, is_id, key_of, keys_of
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import read_manifest
 
@@ -43,7 +43,7 @@ def mark(blobs: BlobStore, roots: Iterable[str], wanted: Iterable[str] = ()) -> 
                 continue
             raise
         marked.add(key)
-        marked.update(key_of(ref) for ref in manifest.files())
+        marked.update(key for ref in manifest.files() for key in keys_of(ref))
         if manifest.template:
             waiting.append(manifest.template)
     return marked
@@ -93,7 +93,7 @@ def discard(blobs: BlobStore, pins: Pins, snapshot_id: str) -> dict[str, int]:
         if own in marked:
             raise HasDependents(f"snapshot {snapshot_id[:16]} is a template in use", dependents=[])
         sizes = {}
-        for key in (key_of(ref) for ref in files):
+        for key in (key for ref in files for key in keys_of(ref)):
             if key not in marked and blobs.exists(key):
                 sizes[key] = blobs.stat(key).size_bytes
         if not pins.delete(blobs, own):

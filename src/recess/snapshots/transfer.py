@@ -20,7 +20,8 @@ from recess.blobs import BlobStore, read_pieces
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, NotFound
 from recess.snapshots.blobcheck import checked_pieces
-from recess.snapshots.keys import SNAPSHOT, id_of, key_of
+from recess.snapshots.forms import stored_form
+from recess.snapshots.keys import SNAPSHOT, id_of, key_of, keys_of
 from recess.snapshots.manifest_v1 import MANIFEST_BYTES_MAX, ManifestV1, decode_manifest
 
 TEMPLATES_MAX = 8
@@ -61,12 +62,22 @@ def closure(blobs: BlobStore, snapshot_id: str) -> list[Item]:
             raise Corrupt(f"snapshot {snapshot_id[:16]} stands on too many templates", blob=snapshot_id)
         seen.add(snapshot_id)
         manifest, size = sized_manifest(blobs, snapshot_id)
-        files = {file.id: file.bytes for file in (*manifest.layers, *manifest.pagemaps)}
-        files[manifest.vmstate.id] = manifest.vmstate.bytes
-        chain.append([Item(key_of(ref), files[ref]) for ref in sorted(files)] + [Item(key_of(snapshot_id), size)])
+        files = {file.id: Item(key_of(file.id), file.bytes) for file in manifest.pagemaps}
+        files[manifest.vmstate.id] = Item(key_of(manifest.vmstate.id), manifest.vmstate.bytes)
+        files |= {file.id: _layer_item(blobs, file.id, file.bytes) for file in manifest.layers}
+        chain.append([files[ref] for ref in sorted(files)] + [Item(key_of(snapshot_id), size)])
         snapshot_id = manifest.template
     ordered = [item for items in reversed(chain) for item in items]
     return list(dict.fromkeys(ordered))  # a file may serve both the template and the snapshot
+
+
+def _layer_item(blobs: BlobStore, layer_id: str, size_bytes: int) -> Item:
+    """Return a layer in the form that is there; in the usual one if none is, and who reads it will say so."""
+    try:
+        found = stored_form(blobs, layer_id)
+    except NotFound:
+        return Item(key_of(layer_id), size_bytes)
+    return Item(found.key, size_bytes if found.key == key_of(layer_id) else found.size_bytes)
 
 
 def sized_manifest(blobs: BlobStore, snapshot_id: str) -> tuple[ManifestV1, int]:
@@ -99,9 +110,10 @@ def copy_snapshot(source: BlobStore, target: BlobStore, snapshot_id: str, *, tel
 
 
 def present(target: BlobStore, item: Item) -> bool:
-    """Tell whether a store has a blob, and renew its time. Raises Corrupt if it has another of that name."""
+    """Tell whether a store has a blob, a layer in either form, and renew its time. Raises Corrupt if it has another of
+    that name."""
     if not target.touch(item.key):
-        return False
+        return _touch_other(target, item)
     found = target.stat(item.key).size_bytes
     if found != item.size_bytes:
         raise Corrupt(
@@ -112,9 +124,15 @@ def present(target: BlobStore, item: Item) -> bool:
     return True
 
 
+def _touch_other(target: BlobStore, item: Item) -> bool:
+    """Renew the form of a layer that does not travel, if it is there: it serves as well."""
+    ref = id_of(item.key)
+    return ref is not None and any(target.touch(key) for key in keys_of(ref) if key != item.key)
+
+
 def _renew(source: BlobStore, target: BlobStore, items: Sequence[Item], sent: dict[Item, None]) -> None:
     for item in items:
-        if not target.touch(item.key):
+        if not target.touch(item.key) and not _touch_other(target, item):
             _copy(source, target, item)
             sent[item] = None
 

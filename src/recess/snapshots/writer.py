@@ -26,7 +26,7 @@ from recess.errors import BadInput, NotFound
 from recess.frames import SeekableFile, WorkPool, build_seekable
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, first_equal, look_up, take, words
 from recess.snapshots.contract import PageData, PageSource, RawPart, SnapshotMeta, TemplatePages, WriteReport
-from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, digest_of, is_id, key_of, make_id
+from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, digest_of, is_id, key_of, keys_of, make_id
 from recess.snapshots.layer_v1 import build_layer
 from recess.snapshots.manifest_v1 import VMSTATE_RAW_MAX, FileV1, ManifestV1, PartV1, VmstateV1, encode_manifest
 from recess.snapshots.pack_v1 import build_pack
@@ -112,7 +112,7 @@ class SnapshotWriter:
             parent = OpenSnapshot(self._blobs, parent_id, self._pool) if parent_id else None
             kept_layers: list[FileV1] = []
             if parent is not None:
-                publication.hold(key_of(ref) for ref in parent.manifest.files())
+                publication.hold(key for ref in parent.manifest.files() for key in keys_of(ref))
                 # A manifest goes before its files: if it is still there, none of them went before they were held.
                 if not self._blobs.exists(key_of(parent_id)):
                     raise NotFound(f"no such snapshot: {parent_id}", kind="snapshot", ref=parent_id)
@@ -222,12 +222,17 @@ class SnapshotWriter:
                     still = np.isin(part.rows, np.flatnonzero(same))  # masks are over all captured rows
                     part.settle(source, still, slots[part.rows])
                     self._count("parent", still.sum())
-        self._lap("parent")
-        return [
+        kept = [
             FileV1(usage.id, records[usage.id].bytes, usage.entries, usage.live)
             for usage in usages
             if usage.id not in rewritten
         ]
+        for file in kept if any(part.raw.inherits for part in parts) else []:
+            # Nobody has read them here: a snapshot must not refer to what is not there.
+            if self._blobs.stat(key_of(file.id)).size_bytes != file.bytes:
+                raise Corrupt(f"{file.id[:16]} has another size than when it was stored", blob=file.id)
+        self._lap("parent")
+        return kept
 
     def _parents_map(self, raw: RawPart, parent: OpenSnapshot) -> PageMap | None:
         """Return the parent's map of a part. Raises BadInput if it cannot be inherited and has to be."""

@@ -11,7 +11,9 @@ from blake3 import blake3
 
 from recess.errors import Corrupt, Incompatible
 from recess.frames import FRAME_RAW_BYTES_MAX, FrameEncoder, SeekableReader, WorkPool, build_seekable, decode_frame
-from recess.frames.index_v1 import decode_index, encode_index, table_of
+from recess.frames.index import decode_index
+from recess.frames.index_v2 import encode_index
+from recess.frames.table import table_of
 
 KIND = b"TEST"
 RAWS = [bytes([i]) * (i * 37) + b"recess" for i in range(20)] + [b""]
@@ -134,14 +136,14 @@ def test_another_files_hash_is_refused(pool):
 
 
 def test_an_index_of_another_kind_or_version():
-    table = table_of([FrameEncoder(1).encode(b"x")])
+    table = table_of([FrameEncoder(1).encode(b"x")], level=1)
     good = encode_index(KIND, table, b"e")
     assert decode_index(good, KIND, "n")[1] == b"e"
     with pytest.raises(Corrupt):
         decode_index(good, b"LAYR", "n")
     with pytest.raises(Incompatible):
-        decode_index(good[:8] + b"\x02\0" + good[10:], KIND, "n")
-    for at in (0, 10, 16, 20):  # magic, reserved, counts
+        decode_index(good[:8] + b"\x03\0" + good[10:], KIND, "n")
+    for at in (0, 16, 20):  # magic, counts
         with pytest.raises(Corrupt):
             decode_index(good[:at] + b"\xff" + good[at + 1 :], KIND, "n")
     huge = replace(table, raw=np.array([FRAME_RAW_BYTES_MAX + 1], np.uint32))

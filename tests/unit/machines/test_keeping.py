@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from recess.drivers.fake.pages import POKE_FIRST
 from recess.errors import BadInput, Corrupt, HasDependents, NotFound, OutOfSpace
 from recess.machines.manager import Manager
 from recess.machines.retention import Holds, Keeping
+from recess.snapshots.recompression import Recompression
 from recess.testing.crash import crashing
 from recess.testing.machine_room import SMALL
 from recess.units import MIB
@@ -318,6 +320,43 @@ async def test_tidying_prunes_and_sweeps(room, dev):
     assert counts["pruned"] == 2
     assert counts["bytes"] > 0
     assert room.manager.keeping.policy == replace(Keeping(), keep_last=1, retention_s=0.0)
+
+
+async def test_tidying_recompresses_what_sleeps(room, dev):
+    (one,) = await snapshots(room, 1)
+    policy(room, recompression=Recompression(after_s=0.0))
+    assert (await room.manager.keeping.tidy())["recompressed"] == 0
+    policy(room, recompression=Recompression(after_s=0.001, level=15))
+    assert (await room.manager.keeping.tidy())["recompressed"] > 0
+    assert list(room.blobs.list_blobs("layers/")) == []
+    await room.manager.verify_snapshot(one.id)
+    child, _ = await room.manager.restore(one.id, name="child")
+    assert room.host.vms[child.id].poked == room.host.vms[dev.id].poked
+
+
+async def test_a_server_that_ends_waits_for_the_layer_in_hand_and_not_for_the_round(room, dev):
+    await snapshots(room, 1)
+    policy(room, recompression=Recompression(after_s=0.001))
+    begun = asyncio.Event()
+    loop, real = asyncio.get_running_loop(), room.store.recompress
+
+    def slow(policy, *, stopped, **how):
+        def asked():
+            loop.call_soon_threadsafe(begun.set)
+            while not stopped():
+                threading.Event().wait(0.001)
+            return True
+
+        return real(policy, stopped=asked, **how)
+
+    room.store.recompress = slow
+    round_ = asyncio.create_task(room.manager.keeping.recompress())
+    await begun.wait()
+    round_.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await round_
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("recompress")]
+    assert list(room.blobs.list_blobs("recoded/")) == []
 
 
 async def test_a_capture_is_stored_over_what_it_counts_from_or_not_at_all(room, dev):

@@ -5,6 +5,7 @@ import pytest
 
 from recess.errors import BadInput, Incompatible, NotFound
 from recess.snapshots import RawPart, SnapshotMeta, Store
+from recess.snapshots.forms import open_layer
 from recess.snapshots.layer_v1 import LayerReader
 from tests.unit.snapshots.helpers import ArrayTemplate, Blobs, FileSource, page, pages, raw
 
@@ -138,8 +139,7 @@ def test_a_hundred_snapshots_stay_as_cheap_as_one(store, blobs):
 def test_a_layer_knows_whose_pages_it_holds(store, blobs):
     ref = store.write([raw("memory", 20, {3: 5, 4: 6, 9: 7}), raw("disk0", 9, {1: 8, 2: 5})], b"", META).snapshot_id
     record = store.manifest(ref)["layers"][0]
-    key = f"layers/{record['id']}"
-    layer = LayerReader(lambda at, n: blobs.get_range(key, at, n), record["bytes"], record["id"][4:], "layer")
+    layer = LayerReader(open_layer(blobs, record["id"], record["bytes"]))
     assert [(name, numbers.tolist()) for name, numbers in layer.owners()] == [("memory", [3, 4, 9]), ("disk0", [1])]
 
 
