@@ -71,6 +71,19 @@ async def test_unchanged_pages_keep_their_numbers(rig, vm):
         await child.kill()
 
 
+async def test_a_new_server_knows_the_pages_too(rig, vm):
+    first = await quiet_capture(vm, resume=True)
+    count = first.memory.count
+    first.close()
+    await rig.lose(vm)
+    adopted = await rig.make_driver().adopt(vm.id, vm._handles.layout.directory)
+    assert adopted is not None
+    second = await quiet_capture(adopted, resume=True)
+    assert second.memory.count < count + 300  # what equals the template's is still seen to
+    second.close()
+    await adopted.kill()
+
+
 async def test_commands_of_the_past_are_in_no_snapshot(vm):
     """gVisor would keep the folder in /proc of every process that ever ran."""
 

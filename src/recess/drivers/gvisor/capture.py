@@ -6,7 +6,6 @@ a server that finds the machine after this one died in between.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor import pages
-from recess.drivers.gvisor.handles import Handles, end_machine, map_ram
+from recess.drivers.gvisor.handles import Handles, end_machine, in_thread, map_ram
 from recess.drivers.gvisor.pages import Known
 from recess.drivers.gvisor.runsc import PAUSED, RUNNING
 from recess.errors import DriverFailed
@@ -50,9 +49,9 @@ async def capture(vm: Handles, *, resume: bool, before_pause: Hook | None, after
     try:
         if after_resume is not None and resume:
             await after_resume()
-        out = await asyncio.to_thread(_sort_out, vm, folder)
+        out = await in_thread(_sort_out, vm, folder)
     finally:
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await in_thread(shutil.rmtree, folder, ignore_errors=True)
     out.standstill_s = stood_s if resume else 0.0
     out.timings_s = {"checkpoint": stood_s, "channel": back - began - stood_s, "sort": time.monotonic() - back}
     return out
@@ -90,6 +89,7 @@ def _sort_out(vm: Handles, folder: Path) -> Capture:
         disk_blocks_total=vm.journal.spec.disk_bytes // PAGE_BYTES,
     )
     vm.known = assigned.known
+    vm.known.save(paths.known(vm.layout))
     return out
 
 
@@ -99,7 +99,7 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
     folder = paths.image(vm.layout)
     try:
         await _write_image(vm, folder, pause=True)
-        await asyncio.to_thread(_write_template, vm, folder, ref)
+        await in_thread(_write_template, vm, folder, ref)
         await end_machine(vm.layout, vm.keeper, vm.family)
     except BaseException:
         await end_machine(vm.layout, vm.keeper, vm.family)

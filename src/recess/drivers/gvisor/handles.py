@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint
 from recess.units import PAGE_BYTES
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _END_S = 5.0
 _RELAY = "/run/recess/guestd"
@@ -83,6 +85,19 @@ def map_ram(path: str) -> Pages | None:
         return np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES)
     except (OSError, ValueError) as exc:
         raise DriverFailed(f"the template's memory is gone: {exc}", log="") from exc
+
+
+async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run blocking work in a thread. A cancellation is raised when the thread is through, not before: it may be starting
+    a process, or writing where the canceller is about to remove."""
+    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()
+        raise
 
 
 async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:

@@ -58,6 +58,11 @@ def init(layout: Layout) -> Path:
     return layout.run / "i"
 
 
+def known(layout: Layout) -> Path:
+    """Which pages have numbers already, for captures of the next server."""
+    return layout.run / "known.npz"
+
+
 def image(layout: Layout) -> Path:
     """Where an image passes through."""
     return layout.run / "c"

@@ -13,7 +13,9 @@ Form of the device state, all numbers u32 little endian: magic, count of pages, 
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,22 @@ class Known:
         """Return pages by fingerprint and number, in any order; of equal fingerprints one is kept."""
         unique, first = np.unique(prints, return_index=True)
         return cls(unique, numbers[first])
+
+    def save(self, path: Path) -> None:
+        """Keep it for the next server, in one step."""
+        aside = path.with_suffix(".new")
+        with aside.open("wb") as out:
+            np.savez(out, prints=self.prints, numbers=self.numbers)
+        aside.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Known:
+        """Return what was kept; nothing if it is not there or not whole: then the next capture is a whole one."""
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
+                return cls.of(kept["prints"].astype(np.uint64), kept["numbers"].astype(np.uint32))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return cls()
 
 
 @dataclass(frozen=True)

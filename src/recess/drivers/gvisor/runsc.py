@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recess.config import Config
-from recess.errors import DriverFailed, MissingTool, Timeout
+from recess.errors import DriverFailed, MissingTool, OutOfSpace, Timeout
 from recess.images.files import hash_file
 
 PLATFORM = "systrap"
@@ -80,7 +80,8 @@ def inspect_runsc(binary: Path) -> Runsc:
 
 
 async def call(runsc: Runsc, state: Path, *words: str, timeout_s: float = _CALL_TIMEOUT_S) -> None:
-    """Run one command to its end. Raises DriverFailed with the first line it said (the rest is a Go trace), Timeout."""
+    """Run one command to its end. Raises DriverFailed with the first line it said (the rest is a Go trace),
+    OutOfSpace, Timeout."""
     process = await asyncio.create_subprocess_exec(
         *runsc.argv(state, *words), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -93,6 +94,8 @@ async def call(runsc: Runsc, state: Path, *words: str, timeout_s: float = _CALL_
         await end_process(process)
     if process.returncode:
         log = said[:_SAID_BYTES_MAX].decode(errors="replace").strip()
+        if "no space left on device" in log:
+            raise OutOfSpace(f"no space left for runsc {words[0]}", hint="free some memory, or stop other machines")
         first = log.splitlines()[0] if log else f"status {process.returncode}"
         raise DriverFailed(f"runsc {words[0]}: {first[:300]}", log=log[:2000])
 

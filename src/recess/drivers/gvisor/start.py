@@ -19,7 +19,15 @@ from pathlib import Path
 from recess.drivers.gvisor import bundle, pages
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor import runsc as runsc_cli
-from recess.drivers.gvisor.handles import Handles, end_machine, map_ram, processes, relay_starter, unless_dead
+from recess.drivers.gvisor.handles import (
+    Handles,
+    end_machine,
+    in_thread,
+    map_ram,
+    processes,
+    relay_starter,
+    unless_dead,
+)
 from recess.drivers.gvisor.journal import Journal, read_journal, write_journal
 from recess.drivers.gvisor.pages import Known
 from recess.drivers.gvisor.port import Port
@@ -29,6 +37,7 @@ from recess.drivers.qemu.keeper import Keeper
 from recess.drivers.qemu.layout import Layout
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Timeout, Unsupported
 from recess.images.cpio import read_file
+from recess.images.files import space_errors
 from recess.machines.contract import Fingerprint, RestoreParts, VmSpec
 from recess.units import PAGE_BYTES
 
@@ -67,7 +76,7 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
         raise InvalidSpec(f"the disk {layout.disk} has {size} bytes, not {spec.disk_bytes}")
     journal = Journal(spec=spec, phase="starting", template_ram="", for_template=for_template)
     async with _starting(place, journal, keep_disk=True):
-        guestd = await asyncio.to_thread(_guestd, spec.boot.initrd)
+        guestd = await in_thread(_guestd, spec.boot.initrd)
         (paths.init(layout) / "guestd").write_bytes(guestd)
         (paths.init(layout) / "guestd").chmod(0o755)
         return await _run(place, journal, ["run", f"--bundle={paths.bundle(layout)}", CONTAINER], Known())
@@ -91,11 +100,12 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
         if base is not None and len(base) != total:
             raise InvalidSpec(f"the template's memory has {len(base)} pages, the machine wants {total}")
         folder = paths.image(layout)
-        known = await asyncio.to_thread(pages.unpack, folder, parts.vmstate, parts.memory, base, total)
+        known = await in_thread(pages.unpack, folder, parts.vmstate, parts.memory, base, total)
         _blank_disk(layout, spec.disk_bytes)
         words = ["restore", f"--bundle={paths.bundle(layout)}", f"--image-path={folder}", CONTAINER]
+        known.save(paths.known(layout))
         vm = await _run(place, journal, words, known)
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # three files in memory; no await once the machine is whole
         return vm
 
 
@@ -125,7 +135,8 @@ async def _starting(place: Place, journal: Journal, *, keep_disk: bool) -> Async
         content = bundle.config(spec, root=layout.run / "r", init=paths.init(layout), user=os.geteuid())
         bundle.write(paths.bundle(layout), content)
         layout.ram.touch()  # the keeper wants to be told of a RAM file; it reads it in captures only
-        yield
+        with space_errors(str(layout.run)):
+            yield
     except BaseException as exc:
         await asyncio.shield(_undo(layout, keep_disk=keep_disk))
         if isinstance(exc, OSError) and not isinstance(exc, RecessError):
@@ -147,7 +158,7 @@ async def _undo(layout: Layout, *, keep_disk: bool) -> None:
 async def _run(place: Place, journal: Journal, words: list[str], known: Known) -> Handles:
     layout, began = place.layout, time.monotonic()
     argv = runsc_cli.quoted(place.runsc.argv(paths.state(layout), *words))
-    await asyncio.to_thread(keepers.launch, place.keeper_binary, layout, layout.ram, argv)
+    await in_thread(keepers.launch, place.keeper_binary, layout, layout.ram, argv)
     keeper = Keeper.connect(layout)
     port = Port(relay_starter(place.runsc, layout), hello_timeout_s=_HELLO_TIMEOUT_S)
     try:
@@ -188,10 +199,11 @@ async def adopt(place: Place) -> Handles | None:
         keeper = Keeper.connect(layout)
         port = Port(relay_starter(place.runsc, layout), hello_timeout_s=_HELLO_TIMEOUT_S)
         vm = Handles(layout, journal, place.runsc, place.fingerprint, keeper, port, processes(layout))
+        vm.known = await in_thread(Known.load, paths.known(layout))
         if vm.status() == PAUSED and _before_capture(layout) == RUNNING:
             await vm.command("resume")
         layout.capturing.unlink(missing_ok=True)
-        await asyncio.to_thread(shutil.rmtree, paths.image(layout), ignore_errors=True)
+        await in_thread(shutil.rmtree, paths.image(layout), ignore_errors=True)
         if vm.status() == RUNNING:
             await unless_dead(keeper, "adoption", port.attach())
         return vm

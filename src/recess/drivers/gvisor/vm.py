@@ -12,7 +12,7 @@ from recess.drivers.gvisor.capture import capture, export_template
 from recess.drivers.gvisor.handles import Handles, end_machine, processes
 from recess.drivers.gvisor.runsc import PAUSED, RUNNING
 from recess.drivers.qemu.keeper import Process
-from recess.errors import IllegalState
+from recess.errors import DriverFailed, IllegalState
 from recess.guestlink.link import GuestLink
 from recess.machines.contract import Capture, Hook, TemplateRef, VmStats
 
@@ -113,7 +113,7 @@ class GvisorVm:
     async def wait_stalled(self) -> str:
         """Never return but with the machine's end, as DriverFailed."""
         end = await asyncio.shield(self._handles.keeper.death)
-        raise IllegalState(f"machine {self.id} is gone: {end.line()}")
+        raise DriverFailed(f"machine {self.id} is gone: {end.line()}", log=end.log)
 
     async def go_on(self) -> None:
         """Nothing is ever pending."""

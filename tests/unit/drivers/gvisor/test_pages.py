@@ -131,3 +131,14 @@ def test_a_checkpoint_that_was_cut_is_corrupt(tmp_path):
     (tmp_path / PAGES).write_bytes(b"x" * 5000)
     with pytest.raises(Corrupt):
         pages.load(tmp_path)
+
+
+def test_what_is_known_is_kept_for_the_next_server(tmp_path):
+    made = pages.assign(content(1, 2, 0, 3), Known(), TOTAL)
+    made.known.save(tmp_path / "known.npz")
+    back = Known.load(tmp_path / "known.npz")
+    assert (list(back.prints), list(back.numbers)) == (list(made.known.prints), list(made.known.numbers))
+    for damaged in (b"", b"x" * 100, (tmp_path / "known.npz").read_bytes()[:-30]):
+        (tmp_path / "known.npz").write_bytes(damaged)
+        assert len(Known.load(tmp_path / "known.npz").prints) == 0
+    assert len(Known.load(tmp_path / "absent").prints) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from recess.config import load_config
 from recess.drivers.gvisor import bundle, runsc
-from recess.errors import DriverFailed, MissingTool, Timeout
+from recess.errors import DriverFailed, MissingTool, OutOfSpace, Timeout
 from recess.machines.contract import BootFiles, VmSpec
 
 NOWHERE = Path("/nowhere")
@@ -60,6 +60,12 @@ async def test_only_the_first_line_of_a_trace_is_the_message(tmp_path):
         await runsc.call(tool, tmp_path, "checkpoint")
     assert error.value.message == "runsc checkpoint: the reason"
     assert len(error.value.details["log"]) <= 2000
+
+
+async def test_a_full_host_is_told_as_such(tmp_path):
+    tool = runsc.Runsc(program(tmp_path, "echo 'writing pages.img: no space left on device' >&2; exit 1"), "v", "d")
+    with pytest.raises(OutOfSpace):
+        await runsc.call(tool, tmp_path, "checkpoint")
 
 
 async def test_a_command_that_hangs_is_ended(tmp_path):
