@@ -116,7 +116,9 @@ def _sweep(parent: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one holder at a time, among threads and processes; it ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
@@ -135,7 +137,7 @@ def build_dir(images_dir: Path) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     path = parent / secrets.token_hex(8)
     # Under the parent's lock, since a folder that is made but not yet locked looks like a crashed build's to a neighbour.
-    with _locked(parent):
+    with locked(parent):
         _sweep(parent)
         path.mkdir(mode=0o700)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -16,6 +16,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from recess.errors import Corrupt, MissingTool
 
@@ -51,7 +52,7 @@ def _lz4_legacy(payload: bytes) -> bytes:
             break  # the 4 bytes of the unpacked size end the payload
         count = decode(payload[position : position + size], room, size, len(room))
         if count < 0:
-            break
+            raise Corrupt("the kernel cannot be unpacked: a damaged lz4 block")
         out.append(room.raw[:count])
         total += count
         position += size
@@ -60,20 +61,37 @@ def _lz4_legacy(payload: bytes) -> bytes:
     return b"".join(out)
 
 
+class _Decoder(Protocol):
+    """What the standard library's incremental decompressors have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, max_length: int, /) -> bytes: ...
+
+
+def _whole(decoder: _Decoder, payload: bytes) -> bytes:
+    """Unpack to the end of the stream: a part of a kernel looks like one, and would only fail once it is booted."""
+    data = bytes(decoder.decompress(payload, _MAX_KERNEL_BYTES))
+    if not decoder.eof:
+        raise Corrupt("the kernel is cut short, or unpacks to more than 256 MiB")
+    return data
+
+
 def _zlib_any(payload: bytes) -> bytes:
-    return zlib.decompressobj(wbits=31).decompress(payload, _MAX_KERNEL_BYTES)
+    return _whole(zlib.decompressobj(wbits=31), payload)
 
 
 def _lzma_any(payload: bytes) -> bytes:
-    return lzma.LZMADecompressor().decompress(payload, _MAX_KERNEL_BYTES)
+    return _whole(lzma.LZMADecompressor(), payload)
 
 
 def _zstd_any(payload: bytes) -> bytes:
-    return bytes(zstd.ZstdDecompressor().decompress(payload, _MAX_KERNEL_BYTES))
+    return _whole(zstd.ZstdDecompressor(), payload)
 
 
 def _bzip2_any(payload: bytes) -> bytes:
-    return bz2.BZ2Decompressor().decompress(payload, _MAX_KERNEL_BYTES)
+    return _whole(bz2.BZ2Decompressor(), payload)
 
 
 # In the order of likelihood; the magic says which one it is. The payload has 4 bytes of size at its end, hence

@@ -4,8 +4,8 @@
     roots/HASH/root.erofs    the image (HASH: BLAKE3-256 of the file), with root.erofs.pages beside it
 
 Publish order: root, then name; a name therefore never points at nothing, and a crash in between leaves a root that
-no name uses, which the next `remove` or `create` sweeps. Two processes may create images at once; of the same name
-the last one wins. This module must know nothing of machines or snapshots: who still needs a root is told to it.
+no name uses, which the next `remove` sweeps; both hold the lock of `names/`, so that no sweep comes between a root and
+its name. Two processes may create images at once; of the same name the last one wins. This module must know nothing of machines or snapshots: who still needs a root is told to it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote
 
 from recess.errors import BadInput, Corrupt, HasDependents, NameInUse, NotFound
 from recess.images import debian
-from recess.images.files import build_dir, hash_file, publish_dir, read_json, write_json
+from recess.images.files import build_dir, hash_file, locked, publish_dir, read_json, write_json
 from recess.images.pages import FilePages
 from recess.images.tools import Progress
 
@@ -95,19 +95,20 @@ class ImageStore:
             root.chmod(0o444)
             root = root.rename(folder / "root.erofs")
             FilePages.open(root, digest).close()
-            publish_dir(folder, self._roots / digest)
-        size = (self._roots / digest / "root.erofs").stat().st_size
-        write_json(
-            path,
-            {
-                "version": _VERSION,
-                "name": name,
-                "root_hash": digest,
-                "packages": list(wanted),
-                "size_bytes": size,
-                "created": time.time(),
-            },
-        )
+            with locked(self._names):
+                publish_dir(folder, self._roots / digest)
+                size = (self._roots / digest / "root.erofs").stat().st_size
+                write_json(
+                    path,
+                    {
+                        "version": _VERSION,
+                        "name": name,
+                        "root_hash": digest,
+                        "packages": list(wanted),
+                        "size_bytes": size,
+                        "created": time.time(),
+                    },
+                )
         return self.get(name)
 
     def ensure_base(self, progress: Progress = _silent) -> ImageInfo:
@@ -181,12 +182,17 @@ class ImageStore:
         digest = self._hash_of(path)
         if digest in in_use:
             raise HasDependents(f"image {name!r} is in use", hint="remove its machines and snapshots first", ref=name)
-        path.unlink(missing_ok=True)
-        self.sweep(in_use=in_use)
+        with locked(self._names):
+            path.unlink(missing_ok=True)
+            self._sweep(in_use)
 
     def sweep(self, *, in_use: Collection[str] = ()) -> int:
         """Delete roots that no name and nobody in `in_use` refers to; return the bytes freed. While there is a name whose
         metadata cannot be read, nothing goes: any root may be its own."""
+        with locked(self._names):
+            return self._sweep(in_use)
+
+    def _sweep(self, in_use: Collection[str]) -> int:
         named = {self._hash_of(self._name_path(n)) for n in self._known()}
         if "" in named:
             return 0

@@ -5,6 +5,7 @@ import pytest
 
 from recess.errors import BadInput, Corrupt, HasDependents, NameInUse, NotFound, OutOfSpace
 from recess.images import debian
+from recess.images import store as store_module
 from recess.images.store import ImageStore
 
 
@@ -197,3 +198,18 @@ def test_a_damaged_name_costs_only_itself_and_no_root(store, tmp_path):
     assert bad.root_path.exists()
     store.remove("bad")
     assert not bad.root_path.exists()
+
+
+def test_a_sweep_never_comes_between_a_root_and_its_name(store, monkeypatch):
+    sweeps, write = [], store_module.write_json
+
+    def late(path, value):
+        sweeps.append(threading.Thread(target=store.sweep))
+        sweeps[0].start()
+        sweeps[0].join(0.2)  # unheld, it is done long before
+        write(path, value)
+
+    monkeypatch.setattr(store_module, "write_json", late)
+    store.create("media", ["ffmpeg"])
+    sweeps[0].join()
+    store.verify("media")
