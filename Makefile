@@ -27,7 +27,7 @@ bench: setup ## the figures, each beside the bare QEMU equivalent of the same ru
 soak: setup ## the long run on real machines
 	@tools/soak.sh
 
-kernel: setup ## build the trimmed guest kernel (some 10 minutes of one core, 2.6 GB for a while)
+kernel: setup ## build the trimmed guest kernel (some 15 minutes of one core, 2.6 GB for a while)
 	@tools/kernel.sh
 
 clean: ## remove what was built here (not the home of your machines)

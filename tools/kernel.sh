@@ -5,8 +5,8 @@
 #   tools/kernel.sh --no-install build only: build/kernel/vmlinux
 #
 # Leaves in build/kernel: vmlinux (stripped ELF), vmlinux.zst (what a release publishes), config (the whole
-# configuration), BUILT (source package, compiler, hash: what GPL-2 asks to be named beside the binary). Some 10 minutes
-# of one core, 2.2 GB of disk while it runs. The same source, fragment and compiler give the same bytes.
+# configuration), BUILT (source package, compiler, hash: what GPL-2 asks to be named beside the binary). Some 15 minutes
+# of one core, 2.2 GB of disk while it runs. Nothing of the builder (name, host, time) goes into the bytes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -97,7 +97,7 @@ build() {
 		die "the kernel could not be configured"
 	}
 	check_config "$tree/.config"
-	step "building (some 10 minutes of one core)"
+	step "building (some 15 minutes of one core)"
 	"${make[@]}" vmlinux >"$out/log" 2>&1 || {
 		tail -n 30 "$out/log" >&2
 		die "the kernel could not be built" "see $out/log"
