@@ -1,0 +1,94 @@
+"""Snapshots that hold what changed since the last one: what they count from, and what happens when that is gone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from recess.drivers.fake.driver import FakeVm
+from recess.drivers.fake.pages import POKE_FIRST
+from recess.machines.contract import Capture
+from recess.testing.machine_room import SMALL
+from recess.units import MIB, PAGE_BYTES
+
+ROOMY = replace(SMALL, memory_bytes=256 * MIB)  # room for poked pages
+
+
+async def fill(room, name: str, count: int, byte: int) -> None:
+    row = await room.manager.get(name)
+    vm = room.host.vms[row.id]
+    for number in range(count):
+        vm.poke(POKE_FIRST + number, bytes([byte, number % 251]) * (PAGE_BYTES // 2))
+
+
+def captured(row) -> int:
+    return int(row.figures["pages_captured"]["memory"])
+
+
+async def test_the_second_counts_from_the_first_and_is_whole_without_it(room):
+    await room.manager.create(ROOMY, name="one")
+    await fill(room, "one", 400, 1)
+    first = await room.manager.snapshot("one", name="first")
+    await fill(room, "one", 3, 2)
+    second = await room.manager.snapshot("one", name="second")
+    assert first.figures["counts_from"] == ""
+    assert second.figures["counts_from"] == first.id
+    assert captured(second) < 20 < 400 <= captured(first)
+    assert second.figures["pages_shared"]["inherited"] >= 397
+    row, _ = await room.manager.restore("second", name="other")
+    assert room.host.vms[row.id].poked == room.host.vms[first.machine].poked
+    third = await room.manager.snapshot("other")
+    assert third.figures["counts_from"] == second.id
+    assert captured(third) < 20
+    room.store.verify(third.id)
+
+
+async def test_a_fork_stands_alone_and_its_children_count_from_it(room):
+    await room.manager.create(ROOMY, name="one")
+    await fill(room, "one", 100, 1)
+    await room.manager.snapshot("one")
+    (child,) = await room.manager.fork("one")
+    row = await room.manager.snapshot(child.id)
+    assert row.figures["counts_from"] == row.parent != ""
+    assert captured(row) < 20
+
+
+async def test_after_a_restart_it_goes_on(room):
+    await room.manager.create(ROOMY, name="one")
+    await fill(room, "one", 100, 1)
+    first = await room.manager.snapshot("one")
+    await room.restart(killed=True)
+    second = await room.manager.snapshot("one")
+    assert second.figures["counts_from"] == first.id
+
+
+async def test_when_the_last_one_is_gone_the_next_stands_alone(room):
+    await room.manager.create(ROOMY, name="one")
+    await fill(room, "one", 100, 1)
+    first = await room.manager.snapshot("one")
+    room.blobs.delete(f"manifests/{first.id}")
+    second = await room.manager.snapshot("one")
+    assert second.figures["counts_from"] == ""
+    assert captured(second) >= 100
+    room.store.verify(second.id)
+
+
+async def test_when_its_layer_is_gone_it_is_taken_again_whole(room, monkeypatch):
+    """The manifest is there, so the capture counts from it; the write finds the hole, and nothing refers to it."""
+    await room.manager.create(ROOMY, name="one")
+    await fill(room, "one", 100, 1)
+    await room.manager.snapshot("one")
+    for layer in [info.key for info in room.blobs.list_blobs("layers")]:
+        room.blobs.delete(layer)
+    parents = []
+    real = FakeVm.capture
+
+    async def seen(self, **words) -> Capture:
+        parents.append(words.get("parent"))
+        return await real(self, **words)
+
+    monkeypatch.setattr(FakeVm, "capture", seen)
+    second = await room.manager.snapshot("one")
+    assert [bool(parent) for parent in parents] == [True, False]
+    assert second.figures["counts_from"] == ""
+    row, _ = await room.manager.restore(second.id, name="other")
+    assert len(room.host.vms[row.id].poked) == 100
