@@ -19,8 +19,8 @@
 //!   committed G BASE               ok                       capture G is stored as snapshot BASE
 //!
 //! BASE is a snapshot's name as the server has it, or `-`: the RAM file as it was. `user` asks for a userfaultfd without
-//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file. SEGMENTS says
-//! where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
+//! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file.
+//! SEGMENTS says where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
 //!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
 //! gone every client gets `dead END REASON`, a newline and the tail of the VMM's output; then the socket closes.

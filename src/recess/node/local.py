@@ -44,9 +44,11 @@ from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_store
 from recess.node.transfers import Transfers
+from recess.paging.choice import LAZY_BYTES_MIN
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
 from recess.snapshots.recompression import Recompression
+from recess.units import PAGE_BYTES
 
 
 def _silent(_line: str) -> None:
@@ -83,6 +85,19 @@ def keeping_of(config: Config) -> Keeping:
             config.recompress_after_s, config.recompress_level, config.recompress_frame_bytes, config.recompress_budget_s
         ),
     )  # fmt: skip
+
+
+async def any_large(catalog: Catalog) -> bool:
+    """Tell whether a snapshot here may be restored lazily, so that a pager should be at hand."""
+    rows, _ = await catalog.snapshots.survey()
+    pages = (row.figures.get("pages_captured", {}).get("memory", 0) for row in rows)
+    return any(count * PAGE_BYTES >= LAZY_BYTES_MIN for count in pages)
+
+
+async def finish_task(task: asyncio.Task[None]) -> None:
+    """End a task that nobody waits for."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 class LocalNode:
@@ -144,7 +159,8 @@ class LocalNode:
         parts = Parts(
             driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
-            keeping=keeping_of(config), free_bytes=free_bytes, make_pager=pagers.make, lazy_memory=config.lazy_memory, find_elsewhere=transfers.find,
+            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find,
+            make_pager=pagers.make, lazy_memory=config.lazy_memory,
         )  # fmt: skip
         machines = Manager(parts)
         log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)
@@ -161,16 +177,14 @@ class LocalNode:
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())
         node._start_reaper(clock, stack)
+        if chosen.driver.capabilities.lazy_memory and await any_large(catalog):
+            stack.push_async_callback(finish_task, asyncio.create_task(pagers.warm(), name="pagers"))
         return node
 
     def _start_reaper(self, clock: Clock, stack: contextlib.AsyncExitStack) -> None:
         task = asyncio.create_task(reap(clock, self.machines.tidy), name="reaper")
 
-        async def stop() -> None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-        stack.push_async_callback(stop)
+        stack.push_async_callback(finish_task, task)
 
     async def _end(self) -> None:
         await self.sessions.shutdown(detach=self.detach_on_close)
