@@ -1,10 +1,11 @@
 """The guest link against a real guestd as a process on this host, once with the real freezer of a cgroup."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from recess.errors import NotFound
+from recess.errors import BadInput, NotFound
 from recess.guestlink import ExecRequest
 from recess.testing.guestlink_process import guestd_process, writable_cgroup
 from recess.testing.guestlink_suite import GuestLinkSuite, run
@@ -26,6 +27,34 @@ class TestAsAProcess(GuestLinkSuite):
         for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest keeps them to their owner
             folder.chmod(0o755)
         return tmp_path
+
+    async def test_a_process_is_not_started_for_a_stream_that_cannot_be(self, guest):
+        left = Path(guest.scratch) / "left"
+        for number in (2, 0, (await guest.link.exec(ExecRequest(["sleep", "1000"]))).number):
+            with pytest.raises(BadInput):
+                await guest.link.request(
+                    {
+                        "op": "exec",
+                        "argv": ["touch", str(left)],
+                        "stream": number,
+                        "env": {},
+                        "cwd": "/",
+                        "user": "root",
+                    }
+                )
+        assert len(await guest.link.jobs()) == 1
+        assert not left.exists()
+
+    async def test_a_file_is_never_written_through_a_link_laid_in_its_way(self, guest):
+        scratch = Path(guest.scratch)
+        victim, target = scratch / "victim", scratch / "f"
+        victim.write_text("mine")
+        victim.chmod(0o666)
+        for serial in range(1, 20):
+            (scratch / f".f.recess-{serial}").symlink_to(victim)
+        await guest.link.write_file(str(target), b"new")
+        assert (victim.read_text(), target.read_text()) == ("mine", "new")
+        assert not target.is_symlink()
 
 
 @pytest.mark.skipif(UNIFIED is None, reason="nobody may make cgroups here but root")

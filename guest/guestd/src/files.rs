@@ -158,10 +158,15 @@ pub fn open_write(target: &Path, mode: u32, serial: u32) -> Outcome<FileSink> {
     fs::create_dir_all(parent).map_err(fail)?;
     let short: String = base.chars().take(50).collect();
     let temp = parent.join(format!(".{short}.recess-{serial}"));
+    // The name can be guessed by whoever owns the folder: what is laid there, or left by a crash, is removed, and the
+    // file is ours or nobody's.
+    match fs::remove_file(&temp) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(fail(e)),
+        _ => {}
+    }
     let file = OpenOptions::new()
         .write(true)
-        .create(true)
-        .truncate(true)
+        .create_new(true)
         .mode(0o600)
         .open(&temp)
         .map_err(fail)?;

@@ -16,13 +16,19 @@ const MAX_STREAMS: usize = 512;
 const DISCARDED_READS: usize = 16;
 
 impl Server {
-    pub fn add_stream(&mut self, id: u32, end: End) -> Outcome<()> {
+    /// Tell whether `add_stream` would take this number: asked before anything is started for it.
+    pub fn check_stream(&self, id: u32) -> Outcome<()> {
         if id == 0 || id & 1 == 0 || self.streams.contains_key(&id) {
             return Err(Fail::bad("not a free odd stream number"));
         }
         if self.streams.len() >= MAX_STREAMS {
             return Err(Fail::new("busy", format!("{MAX_STREAMS} streams are open")));
         }
+        Ok(())
+    }
+
+    pub fn add_stream(&mut self, id: u32, end: End) -> Outcome<()> {
+        self.check_stream(id)?;
         self.streams.insert(id, Stream::new(end));
         Ok(())
     }

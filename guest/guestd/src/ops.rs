@@ -218,6 +218,7 @@ impl Server {
                 "the workload is frozen: thaw or unfreeze first",
             ));
         }
+        self.check_stream(stream)?; // an answer that is an error must mean that nothing runs
         let what = self.spawn_of(a)?;
         self.jobs.make_room()?;
         let child = spawn::start(&what, self.procs())?;
