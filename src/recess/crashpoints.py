@@ -66,6 +66,11 @@ def arm_from_config(value: str) -> None:
         arm(name, kill=True, skip=int(skip or 0))
 
 
+def is_armed(name: str) -> bool:
+    """Tell whether nobody has passed this armed point yet."""
+    return name in _armed
+
+
 def disarm_all() -> None:
     """Forget every armed point."""
     with _lock:

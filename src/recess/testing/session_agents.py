@@ -89,3 +89,123 @@ async def coder(s):
 def coder(version: str = "1", *, order_effect: str = "keyed") -> str:
     """Return the agent's source for a version; `order_effect` is the effect class of its tool `order`."""
     return CODER.replace("VERSION_HERE", version).replace("ORDER_EFFECT", order_effect)
+
+
+MATRIX = """
+import asyncio, json, os, pathlib, time, urllib.error, urllib.request
+from recess_agent import agent, tool
+
+SHARED = pathlib.Path(os.environ["SHARED"])
+VERSION = "VERSION_HERE"
+
+def struck(name):
+    # Tell whether the test wants to strike here; it does so once.
+    try:
+        (SHARED / ("arm-" + name)).unlink()
+    except FileNotFoundError:
+        return False
+    (SHARED / ("hit-" + name)).touch()
+    return True
+
+def gone_on(name):
+    return (SHARED / ("go-" + name)).exists()
+
+def stand(name):
+    if struck(name):
+        while not gone_on(name):
+            time.sleep(0.005)
+
+async def pause(name):
+    if struck(name):
+        while not gone_on(name):
+            await asyncio.sleep(0.005)
+
+def http(method, path, body=None, **headers):
+    data = None if body is None else json.dumps(body).encode()
+    url = os.environ["PAY"] + path
+    request = urllib.request.Request(url, data, {"Authorization": "Bearer k", **headers}, method=method)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)
+
+def pay(cents, call):
+    stand("tool.before")
+    done = http("POST", "/charges", {"cents": cents}, **{"Idempotency-Key": call.key})
+    stand("tool.after")
+    return done
+
+def paid(call):
+    try:
+        return http("GET", "/charges?key=" + call.key)
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+
+@tool(effect="once", verify=paid)
+def charge(cents: int, name: str, *, call) -> dict:
+    return pay(cents, call)
+
+@tool(effect="once")
+def wire(cents: int, name: str, *, call) -> dict:
+    return pay(cents, call)
+
+@tool(effect="keyed")
+def order(cents: int, name: str, *, call) -> dict:
+    return pay(cents, call)
+
+@tool(effect="pure")
+def look(cents: int, name: str) -> str:
+    stand("tool.before")
+    seen = "seen " + name
+    stand("tool.after")
+    return seen
+
+@tool
+def work(cents: int, name: str) -> str:
+    stand("tool.before")
+    with open("journal", "a") as f:
+        f.write(name + "\\n")
+    stand("tool.after")
+    return "worked " + name
+
+async def model(messages):
+    await pause("model.before")
+    mine = [m["role"] == "user" and not m["content"].startswith("[recess]") for m in messages]
+    last = max(i for i, own in enumerate(mine) if own)
+    called = any(m.get("tool_calls") for m in messages[last:])
+    yield {"text": "I " if called else "let me "}
+    await asyncio.sleep(0)
+    await pause("model.middle")
+    if called:
+        yield {"text": "am done"}
+        return
+    word, number = messages[last]["content"].split()
+    args = {"cents": int(number[1:]) + 1, "name": word + number[1:]}
+    yield {"text": "see", "tool_calls": [{"id": "c", "name": word, "arguments": json.dumps(args)}]}
+
+@agent(image="base", idle="50ms", tools=[charge, wire, order, look, work])
+async def me(s):
+    async for turn in s:
+        word = turn.text.split()[0]
+        if word == "ask":
+            await s.say("heard " + str(await s.ask("well?", timeout=3600)))
+        elif word == "spawn":
+            report = await s.spawn("me", "look #0")
+            await s.say(report.text + " " + report.status)
+        elif word == "stuck":
+            await pause("stuck")
+            await s.say("was stuck")
+        else:
+            while True:
+                reply = await s.stream(model(s.messages()))
+                await pause("model.after")
+                if not reply.tool_calls:
+                    break
+                await s.run_tools(reply)
+        await s.note(version=VERSION)
+"""
+
+
+def matrix_agent(version: str) -> str:
+    """Return the source of the crash matrix's agent: tools of every effect class, and moments at which a test can strike."""
+    return MATRIX.replace("VERSION_HERE", version)

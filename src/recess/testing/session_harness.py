@@ -58,6 +58,8 @@ class ProcessMachines:
         self.machines: dict[str, ProcessMachine] = {}
         self.snapshots: dict[str, SnapshotRow] = {}
         self.deadlines: dict[str, float | None] = {}
+        self._keepers: dict[str, asyncio.TimerHandle] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self.calls: list[tuple[str, str]] = []  # (method, machine or snapshot id), for tests
         self.fail_next: dict[str, Exception] = {}  # method -> raised once by its next call
 
@@ -133,6 +135,7 @@ class ProcessMachines:
         if machine.row.state != "paused":
             raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot evict")
         await self._cut(machine)
+        self.keeper_off(machine.row.id)
         self._set(machine, state="suspended", snapshot=snapshot)
 
     async def discard_snapshot(self, ref: str, snapshot: str) -> None:
@@ -234,6 +237,7 @@ class ProcessMachines:
         machine = self._find(ref)
         self._note("kill", machine.row.id)
         self._set(machine, state="dead", status=why)
+        self.keeper_off(machine.row.id)
         machine.link.signal_all(signal.SIGKILL)
         await self._cut(machine)
         await machine.link.reap()
@@ -248,6 +252,10 @@ class ProcessMachines:
 
     async def set_deadline(self, machine_id: str, seconds: float | None) -> None:
         self.deadlines[machine_id] = seconds
+        self.keeper_off(machine_id)
+        if seconds is not None:
+            ends = asyncio.get_running_loop().call_later(seconds, self._keeper_ends, machine_id)
+            self._keepers[machine_id] = ends
 
     async def wait_dead(self, machine_id: str) -> str:
         machine = self._find(machine_id)
@@ -263,6 +271,12 @@ class ProcessMachines:
 
     # -- for tests -------------------------------------------------------------------------------------------------
 
+    def keeper_off(self, machine_id: str) -> None:
+        """Let no deadline end this machine until the next one is set: its keeper stands still with the rest of its host."""
+        timer = self._keepers.pop(machine_id, None)
+        if timer is not None:
+            timer.cancel()
+
     async def drop_streams(self) -> None:
         """Cut every open stream, as guestd does when a restarted server says hello."""
         for machine in self.machines.values():
@@ -273,8 +287,17 @@ class ProcessMachines:
         """Kill everything."""
         for machine in list(self.machines.values()):
             await self.kill(machine.row.id, why="the harness ends")
+        await asyncio.gather(*self._ending)
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _keeper_ends(self, machine_id: str) -> None:
+        """The deadline has passed: by the keeper's own clock, whatever the server does or does not."""
+        machine = self.machines.get(machine_id)
+        if machine is not None and machine.row.state in ("running", "paused"):
+            task = asyncio.create_task(self.kill(machine_id, why="its keeper's deadline has passed"))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     def _note(self, method: str, ident: str) -> None:
         self.calls.append((method, ident))
@@ -330,7 +353,9 @@ class ProcessMachines:
 
         path = machine.folder / "session.sock"
         path.unlink(missing_ok=True)
-        machine.server = await asyncio.start_unix_server(connected, str(path), limit=16 << 20)
+        # Known before it serves: who is cancelled in between leaves a server that `_cut` finds.
+        machine.server = await asyncio.start_unix_server(connected, str(path), limit=16 << 20, start_serving=False)
+        await machine.server.start_serving()
 
     async def _cut(self, machine: ProcessMachine) -> None:
         server, machine.server = machine.server, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 from recess.catalog import AgentVersion, agent_version
 from recess.clock import SystemClock
-from recess.contextlog.contract import Entry
+from recess.contextlog.contract import ContextLog, Entry
 from recess.contextlog.memory import MemoryLog
 from recess.errors import NotFound
 from recess.sessions.deps import Deps, Settings
@@ -63,10 +63,11 @@ class JumpClock(SystemClock):
 
     def __init__(self) -> None:
         self._ahead = 0.0
+        self._wall = 0.0
         self._jumped: set[asyncio.Event] = set()
 
     def wall_s(self) -> float:
-        return super().wall_s() + self._ahead
+        return super().wall_s() + self._ahead + self._wall
 
     def monotonic_s(self) -> float:
         return super().monotonic_s() + self._ahead
@@ -82,6 +83,10 @@ class JumpClock(SystemClock):
         finally:
             self._jumped.discard(jumped)
 
+    def set_wall(self, seconds: float) -> None:
+        """Set the wall clock off by this much, as somebody who corrects it does; the monotonic clock goes on."""
+        self._wall = seconds
+
     def jump(self, seconds: float) -> None:
         """Let this much time have passed."""
         self._ahead += seconds
@@ -94,9 +99,10 @@ class World:
     """The parts of a runtime, and shortcuts that wait for what happens instead of sleeping."""
 
     machines: ProcessMachines
-    log: MemoryLog
+    log: ContextLog
     agents: MemoryAgents
     settings: Settings
+    reopen: Callable[[], Awaitable[ContextLog]] | None = None  # for a log that a crashed server's successor opens anew
     clock: JumpClock = field(default_factory=JumpClock)
     sessions: Sessions = field(init=False)
 
@@ -112,6 +118,8 @@ class World:
         """Lose the server without any goodbye: its tasks end, nothing is written; return the next one."""
         await self.sessions.abandon()
         await self.machines.drop_streams()
+        if self.reopen is not None:
+            self.log = await self.reopen()
         return self.new_server()
 
     async def entries(self, session: str, kind: str = "") -> list[Entry]:
@@ -152,12 +160,16 @@ class World:
 
 
 @asynccontextmanager
-async def world(**settings: Any) -> AsyncIterator[World]:
-    """Make a world in a temporary folder with a short path; everything it started is ended."""
+async def world(
+    *, log: ContextLog | None = None, reopen: Callable[[], Awaitable[ContextLog]] | None = None, **settings: Any
+) -> AsyncIterator[World]:
+    """Make a world in a temporary folder with a short path; everything it started is ended. `log`: memory by default."""
     with tempfile.TemporaryDirectory(prefix="rcs", ignore_cleanup_errors=True) as folder:
         base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0,
                         rest_s=0.2, cancel_s=2.0)  # fmt: skip
-        made = World(ProcessMachines(Path(folder)), MemoryLog(), MemoryAgents(), replace(base, **settings))
+        made = World(
+            ProcessMachines(Path(folder)), log or MemoryLog(), MemoryAgents(), replace(base, **settings), reopen
+        )
         try:
             yield made
         finally:

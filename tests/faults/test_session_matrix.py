@@ -1,0 +1,18 @@
+"""The crash matrix, one round on each store. `make soak` runs twenty (tools/crash_matrix.py)."""
+
+import pytest
+
+from recess.testing.crash import known_crash_points
+from recess.testing.session_matrix import GUEST_POINTS, HOST_POINTS, STORES, crash_round
+
+
+def test_every_point_is_struck():
+    assert sorted(HOST_POINTS) == known_crash_points("session.")
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("store", STORES)
+async def test_a_life_under_fire(tmp_path, store):
+    account = await crash_round(store, 1, tmp_path)
+    assert len(account.strikes) == len(HOST_POINTS) + 2 * len(GUEST_POINTS)
+    assert len(account.said) >= len(account.strikes)
