@@ -1,5 +1,7 @@
 """The catalog's tables: names, refs, updates in one transaction, rows that are damaged."""
 
+import asyncio
+
 import pytest
 
 from recess.catalog import (
@@ -311,6 +313,15 @@ async def test_the_same_code_is_the_same_version(catalog):
     other = await catalog.agents.deploy("helper", FILES, {}, now=4.0)
     assert [v.agent for v in await catalog.agents.list_current()] == ["helper", "coder"]
     assert other.size == len(FILES["agent.py"])
+
+
+async def test_an_old_version_is_found_however_many_came_after(catalog):
+    first = await catalog.agents.deploy("coder", FILES, {"n": 0}, now=1.0)
+    await asyncio.gather(*(catalog.agents.deploy("coder", FILES, {"n": n}, now=2.0) for n in range(1, 1002)))
+    assert (await catalog.agents.get("coder", first.version)).config == {"n": 0}
+    assert (await catalog.agents.get("coder", first.version[:12])).version == first.version
+    with pytest.raises(BadInput, match="ambiguous"):
+        await catalog.agents.get("coder", first.version[:1])
 
 
 async def test_unknown_agents(catalog):

@@ -94,13 +94,15 @@ class AgentRows:
 
     async def get(self, agent: str, version: str) -> AgentVersion:
         """Return one version, by its name or an unambiguous prefix. Raises NotFound, BadInput."""
-        found = [v for v in await self.versions(agent) if version and v.version.startswith(version)]
-        exact = [v for v in found if v.version == version]
-        if not found:
+        if not version or not version.isascii():
             raise _not_found(f"{agent} version {version}")
-        if len(found) > 1 and not exact:
+        sql = f"SELECT {_COLUMNS} FROM catalog_agent WHERE agent = ? AND version >= ? AND version < ? ORDER BY version LIMIT 2"
+        rows = await self.db.read(lambda tx: tx.execute(sql, (agent, version, version + "~")))
+        if not rows:
+            raise _not_found(f"{agent} version {version}")
+        if len(rows) > 1 and rows[0]["version"] != version:
             raise BadInput(f"agent {agent}: version {version!r} is ambiguous", hint="give more of it")
-        return (exact or found)[0]
+        return _decode(rows[0])
 
     async def versions(self, agent: str, *, limit: int = 1000) -> list[AgentVersion]:
         """Return the agent's versions, current first."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 
@@ -26,19 +27,23 @@ class WakeHub:
         self._floor = 0  # the largest ticket forgotten: an unknown session has at most this one
         self._tickets: OrderedDict[str, int] = OrderedDict()
         self._waiting: dict[str, set[tuple[asyncio.AbstractEventLoop, asyncio.Event]]] = {}
+        self._lock = threading.Lock()  # `_tickets` and `_waiting` are of all loops' threads; held for a few lines only
 
     def ticket(self, session: str) -> int:
         """Return the session's present ticket."""
-        return self._tickets.get(session, self._floor)
+        with self._lock:
+            return self._tickets.get(session, self._floor)
 
     def notify(self, session: str) -> None:
         """Announce a change that is visible by now."""
-        self._count += 1
-        self._tickets[session] = self._count
-        self._tickets.move_to_end(session)
-        while len(self._tickets) > _TICKETS_MAX:
-            _, self._floor = self._tickets.popitem(last=False)
-        for loop, event in tuple(self._waiting.get(session, ())):
+        with self._lock:
+            self._count += 1
+            self._tickets[session] = self._count
+            self._tickets.move_to_end(session)
+            while len(self._tickets) > _TICKETS_MAX:
+                _, self._floor = self._tickets.popitem(last=False)
+            waiting = tuple(self._waiting.get(session, ()))
+        for loop, event in waiting:
             with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(event.set)
 
@@ -49,15 +54,17 @@ class WakeHub:
         seen = self.ticket(session) if ticket is None else ticket
         event = asyncio.Event()
         waiter = (asyncio.get_running_loop(), event)
-        self._waiting.setdefault(session, set()).add(waiter)
+        with self._lock:
+            self._waiting.setdefault(session, set()).add(waiter)
         try:
             if await ready() or self.ticket(session) != seen:
                 return True
             return timeout_s > 0 and await self._within(event, timeout_s)
         finally:
-            self._waiting[session].discard(waiter)
-            if not self._waiting[session]:
-                del self._waiting[session]
+            with self._lock:
+                self._waiting[session].discard(waiter)
+                if not self._waiting[session]:
+                    del self._waiting[session]
 
     async def _within(self, event: asyncio.Event, timeout_s: float) -> bool:
         woken = asyncio.ensure_future(event.wait())

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 
 from recess.contextlog import wake
 from recess.contextlog.wake import WakeHub
@@ -70,3 +71,38 @@ async def test_a_waiter_in_another_loop_is_woken():
     await ready.wait()
     hub.notify("s")
     assert await thread is True
+
+
+async def test_the_last_waiter_of_one_loop_takes_no_newcomer_of_another_along():
+    hub, inside, left = WakeHub(FakeClock()), threading.Event(), threading.Event()
+
+    class Racing(dict):
+        def setdefault(self, session, fresh):
+            found = super().setdefault(session, fresh)
+            if found:  # the newcomer has its set, and is not yet in it
+                loop.call_soon_threadsafe(go.set)
+                left.wait(0.3)  # with the lock held, nobody can leave now
+            return found
+
+    hub._waiting = Racing()
+
+    async def leaving():
+        nonlocal loop, go
+        loop, go = asyncio.get_running_loop(), asyncio.Event()
+
+        async def look():
+            inside.set()
+            return await go.wait()
+
+        await hub.wait("s", look, 30.0, None)
+        left.set()
+
+    loop = go = None
+    thread = asyncio.create_task(asyncio.to_thread(asyncio.run, leaving()))
+    await asyncio.to_thread(inside.wait)
+    newcomer = asyncio.create_task(hub.wait("s", never, 30.0, None))
+    await thread
+    await settle()
+    hub.notify("s")
+    async with asyncio.timeout(5):
+        assert await newcomer is True
