@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+from recess.config import load_config
 
 
 @pytest.fixture
@@ -26,6 +29,7 @@ def recess(tmp_path):
     run.env = env
     yield run
     run("down", "--all", expect=None)
+    shutil.rmtree(load_config({}, home=env["RECESS_HOME"]).run_dir, ignore_errors=True)
 
 
 def envelope(done):
