@@ -121,11 +121,11 @@ async def test_a_capture_while_pages_are_still_absent(room: Room) -> None:
     room.snapshot = report.snapshot_id
     child, pager = await room.restore()
     try:
+        # everything at once, of a machine that has just come: it waits until all is there, and stands alone
+        whole = await quiet_capture(child, resume=True)
+        assert await pager.filled() is not None
         assert await shell(child.link, "cat /dev/shm/n") == "2"
         assert await shell(child.link, CHECK) == "fine"
-        assert await pager.filled() is not None
-        # everything at once, of a machine that came lazily: it stands alone
-        whole = await quiet_capture(child, resume=False)
         assert whole.parent == ""
         assert whole.memory.count > 40_000_000 // 4096
         whole.close()

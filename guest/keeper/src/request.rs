@@ -12,7 +12,7 @@
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
-//!   tracking                       ok way=WAY base=BASE     (way=none: not tracked)
+//!   tracking                       ok way=WAY base=BASE absent=N     way none: not tracked; N pagers still bring pages
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
 //!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
 //!   collect                        ok pages=N + descriptor  what was captured, in order

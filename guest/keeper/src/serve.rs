@@ -12,7 +12,7 @@ use crate::memory::Ram;
 use crate::request::{self, Request, REQUEST_LIMIT};
 use crate::sys;
 use crate::tail::Tail;
-use crate::track::{Copying, Faults, Tracker};
+use crate::track::{Copying, Faults, Tracker, Which};
 use crate::vmm::{End, Vmm};
 
 /// Connected clients at a time; the server needs one, a restarted one overlaps for a moment.
@@ -208,8 +208,15 @@ impl Keeper {
 
     fn answer_tracked(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
         let stop = self.stop();
+        let absent = self.guards.len();
         let tracker = self.tracker.as_mut();
         let text = match request {
+            // Reading an absent page would wait for the pager, and meanwhile nobody would see it die.
+            Request::PrepareTracked(Which::All) | Request::CaptureTracked(Which::All)
+                if absent > 0 =>
+            {
+                return Err(invalid("pages are still being brought"));
+            }
             Request::Track { base, faults } => return self.track(&base, faults, fd),
             Request::Guard => {
                 let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
@@ -243,8 +250,11 @@ impl Keeper {
                 "ok".to_string()
             }
             _ => match tracker {
-                Some(tracker) => format!("ok way={} base={}", tracker.way(), tracker.base),
-                None => "ok way=none base=-".to_string(),
+                Some(tracker) => {
+                    let (way, base) = (tracker.way(), &tracker.base);
+                    format!("ok way={way} base={base} absent={absent}")
+                }
+                None => "ok way=none base=- absent=0".to_string(),
             },
         };
         Ok((text, None))

@@ -92,9 +92,6 @@ impl Tracker {
         for &(first, count) in known {
             ever.add(first as usize, count as usize);
         }
-        if faults == Faults::Wait {
-            forget_all(ram.pid, segments)?;
-        }
         let uffd = Uffd::open(ram.pid, faults == Faults::User)?;
         if faults == Faults::Wait && !uffd.kernel_faults {
             // QEMU reads disks into guest memory by system calls: those would fail on an absent page.
@@ -102,7 +99,7 @@ impl Tracker {
                 "no right to catch the kernel's own page faults",
             ));
         }
-        let tracker = Tracker {
+        let mut tracker = Tracker {
             uffd,
             pagemap: File::open(format!("/proc/{}/pagemap", ram.pid))?,
             ever,
@@ -111,22 +108,32 @@ impl Tracker {
             base: base.to_string(),
             generation: 0,
         };
+        let absent = if faults == Faults::Wait { known } else { &[] };
+        if let Err(error) = tracker.arm(ram, segments, absent) {
+            // Whoever goes another way now must find the memory as it was: nobody serves its faults.
+            for segment in segments {
+                let bytes = (segment.pages * PAGE) as u64;
+                tracker.uffd.unregister(segment.address, bytes)?;
+            }
+            return Err(error);
+        }
+        Ok(tracker)
+    }
+
+    fn arm(&mut self, ram: &Ram, segments: &[Segment], absent: &[(u32, u32)]) -> io::Result<()> {
+        if !absent.is_empty() {
+            forget_all(ram.pid, segments)?;
+        }
         for segment in segments {
             let bytes = (segment.pages * PAGE) as u64;
-            tracker
-                .uffd
-                .register(segment.address, bytes, uffd::WRITES)?;
-            tracker.uffd.protect(segment.address, bytes)?;
+            self.uffd.register(segment.address, bytes, uffd::WRITES)?;
+            self.uffd.protect(segment.address, bytes)?;
         }
-        if faults == Faults::Wait {
-            for &(first, count) in known {
-                tracker.register_absent(segments, first as usize, count as usize)?;
-            }
+        for &(first, count) in absent {
+            self.register_absent(segments, first as usize, count as usize)?;
         }
         // The first look shows whether this kernel can scan at all, before anybody relies on it.
-        let mut tracker = tracker;
-        tracker.scan(ram)?;
-        Ok(tracker)
+        self.scan(ram).map(|_| ())
     }
 
     fn register_absent(&self, segments: &[Segment], first: usize, count: usize) -> io::Result<()> {
@@ -490,6 +497,30 @@ mod tests {
             content(done),
             [(5, 5), (10, 10), (15, 15), (20, 99), (30, 30)]
         );
+    }
+
+    #[test]
+    fn what_could_not_be_armed_is_as_it_was() {
+        let (writer, ram) = Writer::start("arm", libc::MAP_PRIVATE);
+        let anonymous = [Segment {
+            address: 0x1000, // nothing is mapped there: it cannot be registered
+            first_page: 200,
+            pages: 1,
+            shared: false,
+        }];
+        let mut tracker = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
+        assert!(tracker.arm(&ram, &anonymous, &[]).is_err());
+        for segment in ram.segments().unwrap() {
+            let bytes = (segment.pages * PAGE) as u64;
+            tracker.uffd.unregister(segment.address, bytes).unwrap();
+        }
+        writer.write(3, 3);
+        // plain pagemap tells the truth again, and the memory may be registered anew
+        let private = ram.private_pages(ram.segments().unwrap()).unwrap();
+        assert_eq!(private, vec![3]);
+        let mut again = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
+        writer.write(4, 4);
+        assert_eq!(take(&mut again, &ram, Which::Delta), [(4, 4)]);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::sys;
 
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_aa01;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
@@ -90,6 +91,11 @@ impl Uffd {
 
     pub fn register(&self, address: u64, bytes: u64, modes: u64) -> io::Result<()> {
         ioctl(&self.fd, UFFDIO_REGISTER, &mut [address, bytes, modes, 0])
+    }
+
+    /// Take it back: nothing is noted, protected or absent there any more.
+    pub fn unregister(&self, address: u64, bytes: u64) -> io::Result<()> {
+        ioctl(&self.fd, UFFDIO_UNREGISTER, &mut [address, bytes])
     }
 
     pub fn protect(&self, address: u64, bytes: u64) -> io::Result<()> {

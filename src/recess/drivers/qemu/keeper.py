@@ -185,11 +185,12 @@ class Keeper:
         """Have the VM ended if the other end of this pipe closes before a word was said there."""
         await self._ask("guard", pipe)
 
-    async def tracking(self) -> tuple[str, str]:
-        """Return how the VM is tracked (kernel, user, none), and the base."""
+    async def tracking(self) -> tuple[str, str, bool]:
+        """Return how the VM is tracked (kernel, user, none), the base, and whether pages are still being brought."""
         text, _ = await self._ask("tracking")
-        way, base = (word.partition("=")[2] for word in text.split(" "))
-        return way, "" if base == _NO_BASE else base
+        told = dict(word.split("=", 1) for word in text.split(" "))
+        base = told.get("base", _NO_BASE)
+        return told.get("way", "none"), "" if base == _NO_BASE else base, told.get("absent", "0") != "0"
 
     async def capture_tracked(self, which: str) -> tuple[int, int]:
         """Copy the rest of a stopped VM's pages: delta (since the base) or all. Returns (pages, generation)."""

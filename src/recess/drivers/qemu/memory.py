@@ -10,6 +10,7 @@ This module knows the keeper's requests; it must know nothing of disks, device s
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 from recess.drivers.qemu import disk
 from recess.drivers.qemu.journal import Journal
 from recess.drivers.qemu.keeper import Keeper
-from recess.errors import DriverFailed, OutOfSpace, RecessError
+from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
 from recess.machines.contract import LazyMemory
 
 NONE = "none"
+_BROUGHT_S, _LOOK_S = 120.0, 0.05
 _MODES = {
     "kernel": "every write is noted",
     "user": "every write is noted; without the right to catch the kernel's own faults, memory is never restored lazily",
@@ -88,8 +90,19 @@ async def begin_lazy(keeper: Keeper, base: str, lazy: LazyMemory) -> Tracking:
 
 async def find_tracking(keeper: Keeper) -> Tracking:
     """Return how the VM of an earlier server is tracked: its keeper knows."""
-    way, base = await keeper.tracking()
+    way, base, _ = await keeper.tracking()
     return Tracking(way, _MODES.get(way, "an earlier server started it so"), base)
+
+
+async def all_brought(keeper: Keeper) -> None:
+    """Return when no pager brings pages any more. Asked again and again, since the pager's end is told to the keeper
+    only (the server may be another than the one that ordered it). Raises Timeout, DriverFailed."""
+    try:
+        async with asyncio.timeout(_BROUGHT_S):
+            while (await keeper.tracking())[2]:  # noqa: ASYNC110 (there is no event that reaches us)
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError as exc:
+        raise Timeout(f"the machine's memory was not there within {_BROUGHT_S:g} s") from exc
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,8 @@ class MemoryCapture:
     async def prepare(self) -> None:
         """Copy what can be copied early and touch what the pause will need."""
         if self.plan.tracked:
+            if self.plan.kind == "all":
+                await all_brought(self._keeper)
             await self._keeper.prepare(self.plan.kind)
         elif self.plan.kind == "private":
             await self._keeper.prepare()

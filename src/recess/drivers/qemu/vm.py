@@ -70,7 +70,7 @@ class QemuVm:
             return
         async with self._turn, vm.explain("commit"):
             await vm.keeper.committed(0 if capture is None else capture.generation, snapshot)
-            _, base = await vm.keeper.tracking()
+            _, base, _ = await vm.keeper.tracking()
             vm.tracking = dataclasses.replace(vm.tracking, base=base)
 
     def about_memory(self) -> Mapping[str, str]:
