@@ -27,6 +27,7 @@ mod tar;
 mod tarfmt;
 mod thaw;
 mod users;
+mod walk;
 
 use std::path::{Path, PathBuf};
 

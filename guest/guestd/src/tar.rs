@@ -5,14 +5,14 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use crate::fail::{Fail, Outcome};
 use crate::json::{obj, Value};
 use crate::streams::Sink;
-use crate::sys;
 use crate::tarfmt::{clean, header, pax, text, Member, BLOCK};
+use crate::{sys, walk};
 
 const MAX_META: u64 = 64 * 1024;
 
@@ -254,6 +254,15 @@ impl TarSink {
 
     /// Open a folder below the root; the kernel treats the root as "/" for links and "..".
     fn resolve(&self, path: &str) -> io::Result<OwnedFd> {
+        match self.resolve_at_once(path) {
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {
+                walk::folder(self.root.as_fd(), path)
+            }
+            other => other,
+        }
+    }
+
+    fn resolve_at_once(&self, path: &str) -> io::Result<OwnedFd> {
         let p = sys::cstr(if path.is_empty() { "." } else { path })?;
         // SAFETY: open_how is plain data and valid when zeroed; all pointers outlive the call.
         unsafe {
