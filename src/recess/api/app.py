@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 
 async def _on_error(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RecessError)  # noqa: S101 - registered for this class only
+    if not isinstance(exc, RecessError):  # registered for this class only
+        raise exc
     return problem(exc)
 
 
@@ -45,7 +46,8 @@ async def _on_defect(request: Request, exc: Exception) -> Response:
 
 
 async def _on_http(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException)  # noqa: S101 - registered for this class only
+    if not isinstance(exc, HTTPException):  # registered for this class only
+        raise exc
     if exc.status_code == 404:
         return problem(NotFound(f"no such call: {request.method} {request.url.path}"))
     if exc.status_code == 405:

@@ -24,8 +24,7 @@ class Context:
 
 def context_of(request: HTTPConnection) -> Context:
     """Return the application's context."""
-    context = request.app.state.context
-    assert isinstance(context, Context)  # noqa: S101 - set once when the application is made
+    context: Context = request.app.state.context  # set once when the application is made
     return context
 
 

@@ -15,7 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from recess.errors import MissingTool, OutOfSpace, Unavailable
 
@@ -101,9 +101,9 @@ def run_tool(
         cwd=cwd,
         process_group=0,
     )
-    assert process.stdout is not None  # noqa: S101  (PIPE was asked for)
+    printed = cast("IO[bytes]", process.stdout)  # PIPE was asked for
     try:
-        for line in _lines(process.stdout, cancel):
+        for line in _lines(printed, cancel):
             lines.append(line)
             if progress:
                 progress(line)
@@ -112,7 +112,7 @@ def run_tool(
         _stop(process)
         raise
     finally:
-        process.stdout.close()
+        printed.close()
     if process.returncode:
         tail = list(lines)[-_TAIL_LINES:]
         log = "\n".join(tail)

@@ -62,7 +62,8 @@ class Transport:
             parts = urlsplit(self.url)
             cls = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
             return cls(parts.hostname or "localhost", parts.port, timeout=timeout_s)
-        assert self.socket_path is not None  # noqa: S101 - constructor's caller gave one of the two
+        if self.socket_path is None:
+            raise ServerUnavailable("no server is named: neither a socket nor a URL", hint="set RECESS_URL")
         return _UnixConnection(self.socket_path, timeout_s)
 
     def headers(self) -> dict[str, str]:

@@ -139,7 +139,9 @@ async def test_after_commit_does_not_run_for_a_failed_write(db):
 
 
 async def test_relaxed_writes_switch_the_sync_mode_and_back(db):
-    mode = lambda tx: tx.one("PRAGMA synchronous")[0]  # noqa: E731
+    def mode(tx):
+        return tx.one("PRAGMA synchronous")[0]
+
     assert await db.write(mode, durable=False) == 1
     assert await db.write(mode) == 2
 
