@@ -13,10 +13,10 @@ import pytest
 
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor.journal import write_journal
-from recess.errors import DriverFailed
+from recess.errors import DriverFailed, GuestFailed
 from recess.guestlink.link import ExecRequest
 from recess.machines.contract import PageSet
-from recess.testing.driver_suite import quiet_capture, shell
+from recess.testing.driver_suite import new_thaw, quiet_capture, shell
 from recess.testing.gvisor_rig import GvisorHome, GvisorRig, has_runsc, machine_processes
 
 BLOB_PAGES = (32 << 20) // 4096
@@ -131,6 +131,19 @@ async def test_two_forks_share_no_random_bytes_nor_names(rig):
         assert not set(first.splitlines()) & set(second.splitlines())
     finally:
         await asyncio.gather(one.kill(), two.kill())
+
+
+async def test_thaw_hooks_run_and_fail_closed(vm):
+    hook = "/etc/recess/thaw.d/one"
+    await vm.link.write_file(hook, b"#!/bin/sh\necho ran > /root/hook\n", 0o755)
+    await vm.link.freeze()
+    await vm.link.thaw(new_thaw())
+    assert await shell(vm.link, "cat /root/hook") == "ran"
+    await vm.link.write_file(hook, b"#!/bin/sh\nexit 3\n", 0o755)
+    await vm.link.freeze()
+    with pytest.raises(GuestFailed, match="one"):
+        await vm.link.thaw(new_thaw())
+    assert (await vm.link.info())["frozen"] is True
 
 
 async def test_probe_runs_a_program(rig):
