@@ -40,6 +40,7 @@ from recess.node.drivers import Chosen, choose_driver, make_images
 from recess.node.gate import NodeGate
 from recess.node.imageadmin import ImageAdmin
 from recess.node.lock import HomeLock
+from recess.node.orphans import claim_run_dir, remove_orphans
 from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_store
@@ -139,6 +140,8 @@ class LocalNode:
         lock.acquire()
         stack.callback(lock.release)
         arm_from_config(config.crash_point)
+        claim_run_dir(config)
+        await asyncio.to_thread(remove_orphans, config)
         db = await asyncio.to_thread(Database.open, config.database_path, [LOG_SCHEMA, CATALOG_SCHEMA])
         stack.push_async_callback(db.close)
         catalog = Catalog(db)
