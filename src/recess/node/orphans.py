@@ -61,7 +61,7 @@ def _lived_in(folder: Path) -> bool:
     inside = f"{folder}/"
     for link in Path("/proc").glob("[0-9]*/cwd"):
         try:
-            place = os.readlink(link)
+            place = link.readlink()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # ended meanwhile, or another user's: it cannot be in a folder that is private to us
         if f"{place}/".startswith(inside):
