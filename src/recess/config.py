@@ -176,12 +176,14 @@ def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Co
     if file.is_file():
         try:
             values.update(tomllib.loads(file.read_text()))
-        except tomllib.TOMLDecodeError as exc:
+        except (ValueError, OSError) as exc:  # no TOML, no text, or not to be read
             raise BadInput(f"configuration: {file}: {exc}") from exc
+        if "home" in values:
+            raise BadInput(f"configuration: {file}: a home cannot name another one", hint="set RECESS_HOME")
     for names in (_ENV_TOO, _ENV):
         values.update({name: environ[var] for name, var in names.items() if environ.get(var)})
     values.update(overrides)
-    unknown = sorted(set(values) - set(kinds) - {"home"})
+    unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise BadInput(f"configuration: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(kinds))}")
     coerced: dict[str, Any] = {name: _coerce(name, kinds[name], value) for name, value in values.items()}

@@ -37,3 +37,10 @@ def test_two_homes_have_two_run_dirs_and_short_socket_paths(tmp_path):
 def test_xdg_and_home_defaults():
     assert str(load_config({"XDG_DATA_HOME": "/x"}).home) == "/x/recess"
     assert str(load_config({"HOME": "/h"}).home) == "/h/.local/share/recess"
+
+
+@pytest.mark.parametrize("content", [b"driver = ", b"\xff\xfe", b'home = "/elsewhere"'])
+def test_a_file_that_cannot_be_meant_is_refused(tmp_path, content):
+    (tmp_path / "config.toml").write_bytes(content)
+    with pytest.raises(BadInput, match=r"config\.toml"):
+        load_config({}, home=tmp_path)

@@ -284,7 +284,12 @@ def _resolve(outcomes: list[_Outcome]) -> None:
     for outcome in outcomes:
         if outcome.error is None:
             for callback in outcome.committed:
-                callback()
+                try:
+                    callback()
+                except Exception as exc:  # the write stands, and this batch's other callers wait for theirs
+                    outcome.job.loop.call_exception_handler(
+                        {"message": "recess: an after-commit callback failed", "exception": exc}
+                    )
         future = outcome.job.future
         if future.done():
             continue

@@ -138,6 +138,19 @@ async def test_after_commit_does_not_run_for_a_failed_write(db):
     assert called == []
 
 
+async def test_a_callback_that_fails_holds_nobody_up(db):
+    told, loop = [], asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: told.append(context["exception"]))
+
+    def run(tx):
+        tx.after_commit(lambda: [].pop())
+        return "written"
+
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(db.write(run), db.write(lambda tx: 2)) == ["written", 2]
+    assert [type(one) for one in told] == [IndexError]
+
+
 async def test_relaxed_writes_switch_the_sync_mode_and_back(db):
     def mode(tx):
         return tx.one("PRAGMA synchronous")[0]
