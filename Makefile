@@ -3,10 +3,10 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak clean kernel
+.PHONY: help setup demo test check bench bench-snapshots soak clean kernel
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 setup: ## install what is missing: apt packages, virtual environment, guestd and keeper, kernel, base image
 	@tools/setup.sh
@@ -23,6 +23,9 @@ test: setup ## all tests, real machines included
 
 bench: setup ## the figures, each beside the bare QEMU equivalent of the same run
 	@$(PY) -m benchmarks.run
+
+bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the same guest: table and plots
+	@$(VENV)/bin/recess bench snapshots $(BENCH_ARGS)
 
 soak: setup ## the long run on real machines
 	@tools/soak.sh

@@ -36,19 +36,29 @@ class Files:
     tsc_khz: int
 
 
+def kernel_words(tsc_khz: int) -> str:
+    """Return the guest kernel's command line, as ours is."""
+    return (
+        "console=ttyS0 quiet panic=-1 reboot=t recess.root=/dev/vda recess.rootfs=erofs recess.disk=/dev/vdb "
+        "init_on_free=1 init_on_alloc=0 mitigations=off random.trust_cpu=on tsc=reliable no_timer_check "
+        f"tsc_early_khz={tsc_khz} nokaslr cryptomgr.notests audit=0 psi=0 lsm=landlock nowatchdog"
+    )
+
+
 class BareVm:
     """One QEMU process and its two sockets."""
 
-    def __init__(self, files: Files, folder: Path) -> None:
-        self.files, self.folder = files, folder
+    def __init__(self, files: Files, folder: Path, *, disk_format: str = "raw") -> None:
+        self.files, self.folder, self._disk_format = files, folder, disk_format
         self._links: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
 
-    async def start(self, ram: Path, *, share: bool, boot: bool) -> None:
-        """Start QEMU: cold boot, or waiting for its state (`-incoming defer`)."""
+    async def start(self, ram: Path, *, share: bool, boot: bool, loadvm: str = "", disk: Path | None = None) -> None:
+        """Start QEMU: cold boot, waiting for its state (`-incoming defer`), or from a snapshot `loadvm` in its `disk`."""
         f = self.files
         self.folder.mkdir(parents=True)
-        disk = self.folder / "disk"
-        await asyncio.to_thread(_sparse_copy, f.disk, disk)
+        if disk is None:
+            disk = self.folder / "disk"
+            await asyncio.to_thread(_sparse_copy, f.disk, disk)
         self._server = await asyncio.start_unix_server(self._on_link, self.folder / "link")
         qmp = self.folder / "qmp"
         argv = [
@@ -58,19 +68,17 @@ class BareVm:
             "-serial", f"file:{self.folder / 'console'}",
             "-drive", f"file={f.root},format=raw,if=none,id=d0,readonly=on,file.locking=off",
             "-device", "virtio-blk-device,drive=d0",
-            "-drive", f"file={disk},format=raw,if=none,id=d1,file.locking=off,cache=unsafe",
+            "-drive", f"file={disk},format={self._disk_format},if=none,id=d1,file.locking=off,cache=unsafe",
             "-device", "virtio-blk-device,drive=d1",
             "-chardev", f"socket,id=link,path={self.folder / 'link'}", "-device", "virtio-serial-device",
             "-device", "virtserialport,nr=1,chardev=link,name=recess",
             "-qmp", f"unix:{qmp},server=on,wait=off",
         ]  # fmt: skip
         if boot:
-            words = (
-                "console=ttyS0 quiet panic=-1 reboot=t recess.root=/dev/vda recess.rootfs=erofs recess.disk=/dev/vdb "
-                "init_on_free=1 init_on_alloc=0 mitigations=off random.trust_cpu=on tsc=reliable no_timer_check "
-                f"tsc_early_khz={f.tsc_khz} nokaslr cryptomgr.notests audit=0 psi=0 lsm=landlock nowatchdog"
-            )
+            words = kernel_words(f.tsc_khz)
             argv += ["-kernel", str(f.kernel), "-initrd", str(f.initrd), "-append", words]
+        elif loadvm:
+            argv += ["-loadvm", loadvm]
         else:
             argv += ["-S", "-incoming", "defer"]
         self._log = (self.folder / "log").open("wb")

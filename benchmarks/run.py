@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.bare import Bare, BareVm, Files
 from benchmarks.figures import Figure, table
+from benchmarks.peers import start_work
 from benchmarks.workload import HEARTBEAT, WORK
 from recess.config import Config, load_config
 from recess.drivers.qemu.host import measure_tsc_khz
@@ -40,15 +41,6 @@ SPEC = MachineSpec(image="base", memory_bytes=MEMORY, disk_bytes=DISK, network="
 def say(text: str) -> None:
     """Progress, on stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-async def start_work(link: GuestLink, code: str) -> None:
-    """Start a Python program in the guest and wait until it says that it is ready."""
-    job = await link.exec(ExecRequest(argv=["python3", "-u", "-c", code], cwd="/root"))
-    async for _stream, data in job.output():
-        if b"ready" in data:
-            break
-    await job.detach()
 
 
 class Beat:

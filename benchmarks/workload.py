@@ -26,3 +26,65 @@ while True:
     os.write(1, b".")
     time.sleep(0.002)
 """
+
+DIRTIER = WORK.replace(
+    "n = 0\n",
+    """n = 0
+pool = b"".join(json.dumps([i, random.random(), "text %d" % (i * 7)]).encode() for i in range(40_000))
+block = bytearray(32 << 20)
+""",
+).replace(
+    "    time.sleep(0.05)\n",
+    """    at = n * 524288 % len(block)
+    start = n * 4099 % (len(pool) - 524288)
+    block[at : at + 524288] = pool[start : start + 524288]
+    time.sleep(0.05)
+""",
+)
+"""The same work, and some 10 MiB a second of memory that changes and compresses as JSON text does."""
+
+NODE = r"""
+import os, subprocess, time, urllib.request
+os.makedirs("/root/app", exist_ok=True)
+open("/root/app/package.json", "w").write('{"name": "app", "version": "1.0.0", "dependencies": {"express": "*"}}')
+open("/root/app/server.js", "w").write('''
+const express = require("express"); const app = express(); const seen = {};
+for (let i = 0; i < 20000; i++) seen["key-" + i] = {n: i, text: "value " + i};
+app.get("/", (q, r) => r.json({keys: Object.keys(seen).length}));
+app.listen(8080, "127.0.0.1");
+''')
+env = {**os.environ, "NODE_PATH": "/usr/share/nodejs:/usr/lib/nodejs"}
+server = subprocess.Popen(["node", "server.js"], cwd="/root/app", env=env)
+while True:
+    try:
+        print(urllib.request.urlopen("http://127.0.0.1:8080/", timeout=30).read().decode())
+        break
+    except OSError:
+        if server.poll() is not None:
+            raise SystemExit("the server ended")
+        time.sleep(0.2)
+print("ready", flush=True)
+server.wait()
+"""
+"""An express server of an npm project, asked once. express comes from the image: the guest has no network."""
+
+CHROMIUM = r"""
+import os, socket, subprocess, time, urllib.request
+page = "<html><body><h1>A page</h1>" + "".join(f"<p>Paragraph {i} of some text.</p>" for i in range(2000)) + "</body></html>"
+open("/root/page.html", "w").write(page)
+browser = subprocess.Popen(["chromium", "--headless=new", "--no-sand" + "box", "--disable-gpu", "--disable-dev-shm-usage",
+    "--remote-debugging-port=9222", "file:///root/page.html"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+while True:
+    try:
+        tabs = urllib.request.urlopen("http://127.0.0.1:9222/json", timeout=60).read().decode()
+        if "page.html" in tabs:
+            break
+    except OSError:
+        if browser.poll() is not None:
+            raise SystemExit("the browser ended")
+    time.sleep(0.5)
+time.sleep(5)
+print("ready", flush=True)
+browser.wait()
+"""
+"""A headless Chromium with a page open."""

@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "deploy": ("deploy", "deploy", "Store a version of agent code"),
     "session": ("session", "session", "Agent sessions: start, send, cancel, answer, log, ls, suspend, resume, fork, rewind, close"),
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
+    "bench": ("bench", "bench", "Measure: snapshots beside other ways, the codec, the budgets"),
     "doctor": ("doctor", "doctor", "Check this host and run a guest"),
     "up": ("up", "up", "Run the server in the foreground"),
     "down": ("up", "down", "Stop the local server; machines keep running unless --all"),

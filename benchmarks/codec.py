@@ -1,0 +1,184 @@
+"""`recess bench codec`: what levels and frame sizes make of real guests' snapshots, and what else saves bytes.
+
+    python -m benchmarks.codec [--guest NAME]... [--out FOLDER]
+
+Each guest is a machine with its program at work; one at a time. The pages that its first snapshot stored are compressed
+at every level and frame size, by one thread. Images: `recess images create node --packages nodejs,npm`, `recess images
+create chromium --packages chromium,fonts-dejavu-core`; a guest whose image is not there is skipped, by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import start_work
+from benchmarks.run import SPEC, machine_facts, open_node, say
+from benchmarks.snapshots import new_pages
+from benchmarks.workload import CHROMIUM, NODE, WORK
+from recess.blobs import LocalBlobs
+from recess.config import load_config
+from recess.frames import FrameEncoder, decode_frame
+from recess.guestlink.link import ExecRequest, GuestLink
+from recess.machines.service import MachineSpec
+from recess.node.local import LocalNode
+from recess.snapshots.contract import PageData
+from recess.units import KIB, MIB
+
+LEVELS = (-5, 1, 3, 6, 9, 12, 15, 19, 22)
+FRAMES = (64 * KIB, 256 * KIB, 2 * MIB)
+SETTLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Guest:
+    """One guest: an image and the Python program that brings its work up and says `ready`."""
+
+    name: str
+    image: str
+    code: str
+    memory_bytes: int = 512 * MIB
+
+
+GUESTS = (
+    Guest("idle base", "base", ""),
+    Guest("Python agent", "base", WORK),
+    Guest("Node server", "node", NODE),
+    Guest("Chromium, a page open", "chromium", CHROMIUM, 1024 * MIB),
+)
+
+
+def levels_of(pages: PageData) -> list[dict[str, float]]:
+    """Return size and speed at each level and frame size; MB/s of content, one thread."""
+    content = pages.data.cast("B")
+    rows = []
+    for level, frame in [(level, FRAMES[0]) for level in LEVELS] + [
+        (level, f) for f in FRAMES[1:] for level in (1, 19)
+    ]:
+        encoder = FrameEncoder(level)
+        began = time.process_time()
+        frames = [encoder.encode(content[at : at + frame]) for at in range(0, len(content), frame)]
+        packed = time.process_time()
+        for one in frames:
+            decode_frame(one.data, one.raw_bytes, one.hash, "bench")
+        unpacked = time.process_time()
+        size = sum(one.stored_bytes for one in frames)
+        seconds = max(1e-9, packed - began), max(1e-9, unpacked - packed)
+        rows.append({
+            "level": level, "frame_bytes": frame, "bytes": size, "encode_mb_s": len(content) / seconds[0] / 1e6,
+            "decode_mb_s": len(content) / seconds[1] / 1e6, "decode_frame_us": seconds[1] / max(1, len(frames)) * 1e6,
+        })  # fmt: skip
+    return rows
+
+
+async def measure(node: LocalNode, guest: Guest) -> dict[str, Any]:
+    """Bring a guest up, snapshot it, look at what was stored; then the same after its caches were dropped."""
+    machines, blobs = node.machines, LocalBlobs(node.config.blobs_dir)
+    spec: MachineSpec = replace(SPEC, image=guest.image, memory_bytes=guest.memory_bytes)
+    row = await machines.create(spec, name="bench")
+    try:
+        link = await machines.link(row.id)
+        if guest.code:
+            await start_work(link, guest.code)
+        await asyncio.sleep(SETTLE_S)
+        snap = await machines.snapshot(row.id)
+        pages = await asyncio.to_thread(new_pages, blobs, snap.id)
+        levels = await asyncio.to_thread(levels_of, pages)
+        await machines.keeping.remove(snap.id, force=True)  # so the next one stores everything anew
+        await drop_caches(link)
+        again = await machines.snapshot(row.id)
+        return {
+            "stored": snap.figures["new_bytes"], "pages_new": snap.figures["pages_new"], "raw_bytes": pages.nbytes,
+            "pages_shared": dict(snap.figures["pages_shared"]), "levels": levels,
+            "stored_after_drop_caches": again.figures["new_bytes"],
+        }  # fmt: skip
+    finally:
+        await machines.remove(row.id, force=True)
+
+
+async def drop_caches(link: GuestLink) -> None:
+    """Have the guest give up its page cache."""
+    job = await link.exec(ExecRequest(argv=["sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches"]))
+    if await job.wait():
+        raise RuntimeError("the guest did not drop its caches")
+
+
+async def run(wanted: Sequence[str]) -> dict[str, Any]:
+    """Measure every guest whose image is there."""
+    images = load_config().images_dir
+    scratch = Path(tempfile.mkdtemp(prefix="recess-codec-"))
+    out: dict[str, Any] = {}
+    try:
+        for number, guest in enumerate(GUESTS):
+            if wanted and not any(one.lower() in guest.name.lower() for one in wanted):
+                continue
+            if not (images / "names" / f"{guest.image}.json").is_file():
+                out[guest.name] = f"skipped: there is no image {guest.image}; recess images create makes it"
+                continue
+            say(f"guest: {guest.name}")
+            node = await open_node(scratch / str(number), images)
+            try:
+                out[guest.name] = await measure(node, guest)
+            finally:
+                await node.close(detach=False)
+            shutil.rmtree(scratch / str(number))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return out
+
+
+def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
+    """Return the report. Pure."""
+    measured = {name: one for name, one in found.items() if not isinstance(one, str)}
+    out = [
+        f"`recess bench codec`, {facts['date']}: {facts['cpu']}, one thread, CPU time. Sizes in MB (speed in MB/s).",
+        "",
+    ]
+    out += ["| level, frame | " + " | ".join(measured) + " |", "|---|" + "---|" * len(measured)]
+    for number in range(len(next(iter(measured.values()), {"levels": []})["levels"])):
+        cells = []
+        for one in measured.values():
+            row = one["levels"][number]
+            cells.append(f"{row['bytes'] / 1e6:.2f} ({row['encode_mb_s']:.0f}, {row['decode_mb_s']:.0f})")
+            head = f"{row['level']}, {row['frame_bytes'] // KIB} KiB"
+        out.append(f"| {head} | " + " | ".join(cells) + " |")
+    for title, cells in (
+        ("pages packed, MB", [f"{one['raw_bytes'] / 1e6:.1f}" for one in measured.values()]),
+        ("stored, all counted", [f"{one['stored'] / 1e6:.2f}" for one in measured.values()]),
+        ("stored after drop_caches", [f"{one['stored_after_drop_caches'] / 1e6:.2f}" for one in measured.values()]),
+        ("captured pages that cost nothing", [_counts(one["pages_shared"]) for one in measured.values()]),
+    ):
+        out.append(f"| {title} | " + " | ".join(cells) + " |")
+    out += ["", *(f"- {name}: {one}" for name, one in found.items() if isinstance(one, str))]
+    return "\n".join(out)
+
+
+def _counts(shared: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in shared.items())
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="recess bench codec", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--guest", action="append", default=[], help="only guests with this in their name")
+    parser.add_argument("--out", default="build/bench-codec", help="folder for the table and the figures")
+    args = parser.parse_args()
+    found, facts = asyncio.run(run(args.guest)), machine_facts()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "codec.json").write_text(json.dumps({"machine": facts, "guests": found}, indent=1))
+    text = markdown(found, facts)
+    (out / "codec.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
