@@ -67,6 +67,8 @@ class Session:
         self._waits: Waits | None = None
         self._runs: Runs | None = None
         self._mirror = Mirror()
+        self._pumps: dict[int, DeltaPump] = {}  # of the replies that are being streamed, by part
+        self._streams: Json = {}  # what the host has of them: part -> [pieces, checksum]
         self._hooks: set[asyncio.Future[None]] = set()
         self._wire = Wire(self._hello, self._pushed, socket_path=socket_path)
 
@@ -136,7 +138,7 @@ class Session:
         """
         turn, part = self.turn, self._take_part()
         collector = Collector()
-        pump = DeltaPump(self._wire.post, turn.number, part)
+        pump = self._pumps[part] = DeltaPump(self._wire.post, turn.number, part)
         self._at_model(1)
         try:
             await turn.stop.race(_consume(source, collector, pump))
@@ -151,6 +153,7 @@ class Session:
         finally:
             self._at_model(-1)
             pump.close()
+            del self._pumps[part]
             await _close(source)
         reply = collector.reply()
         reply.tool_calls = unique_ids(reply.tool_calls, self._mirror.call_ids())
@@ -279,6 +282,11 @@ class Session:
         elif kind == "welcome":
             self.id, self.name = str(message.get("session", "")), str(message.get("name", ""))
             self.epoch = int(message.get("epoch", 0))
+            self._streams = dict(message.get("streams") or {})
+        elif kind == "ready":
+            for part, pump in self._pumps.items():
+                count, mark = self._streams.get(str(part)) or (0, 0)
+                pump.go_on(int(count), int(mark))
         elif kind == "cancel":
             if self._turn is not None and self._turn.number == message.get("turn"):
                 self._turn.stop.ask(str(message.get("why", "")))

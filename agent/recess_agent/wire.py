@@ -87,7 +87,7 @@ class Wire:
                 self.post({"t": "drop", "id": number})  # else the host takes this process to be at rest
 
     def post(self, message: Json) -> None:
-        """Send without waiting for an answer; lost if there is no connection now (deltas only)."""
+        """Send without waiting for an answer; lost if there is no connection now (hello and `go_on` make up for it)."""
         self._send(message)
 
     def _encode(self, message: Json) -> bytes:
@@ -140,6 +140,7 @@ class Wire:
             elif kind == "ready":
                 greeted = True
                 self._writer, self._ready = writer, True
+                await self._on_push(message)  # before the requests: a reply's pieces go before its entry
                 for number in sorted(self._pending):
                     self._send(self._pending[number])
                 self._up.set()

@@ -22,7 +22,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from recess.api import routes_exec, routes_machines, routes_node, routes_sessions, routes_snapshots, routes_transfer
+from recess.api import (
+    routes_exec,
+    routes_machines,
+    routes_node,
+    routes_sessions,
+    routes_sessions_events,
+    routes_snapshots,
+    routes_transfer,
+)
 from recess.api.context import Context
 from recess.api.wire import ProgressHub, problem
 from recess.config import Config
@@ -78,7 +86,7 @@ class RequireToken:
 
 def make_app(node: LocalNode, hub: ProgressHub) -> Starlette:
     """Return the application over an open node."""
-    routes = [*routes_node.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
+    routes = [*routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
         routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect}

@@ -1,26 +1,20 @@
-"""Agents and sessions over HTTP: deploy, start, messages (202 before any machine exists), log, events, fork.
-
-The event stream reads the log, never the agent: a slow reader holds nobody up, and a dropped one goes on by id.
-"""
+"""Agents and sessions over HTTP: deploy, start, messages (202 before any machine exists), log, fork. Following a session
+is in `routes_sessions_events`."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
 from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import Context, context_of, once
+from recess.api.context import context_of, once
 from recess.api.wire import field, read_json, reject_unknown, with_progress
-from recess.contextlog.contract import Delta, Entry, SessionRow
+from recess.contextlog.contract import SessionRow
 from recess.errors import BadInput
 
-KEEPALIVE_S = 15.0
 PAGE_MAX = 1000
 
 
@@ -135,48 +129,6 @@ async def read_log(request: Request) -> Response:
     return JSONResponse({"entries": [asdict(e) for e in entries], "head": row.head})
 
 
-async def events(request: Request) -> Response:
-    """GET /v1/sessions/REF/events."""
-    ctx = context_of(request)
-    session = (await ctx.node.sessions.get(_ref(request))).id
-    last = request.headers.get("last-event-id", "")
-    # A delta's id is HEAD.PART.N: what matters on reconnect is the head; deltas of an unfinished reply come again whole.
-    head = last.split(".")[0]
-    after = int(head) if head.isascii() and head.isdecimal() else _number(request, "after", 0)
-    return StreamingResponse(_event_lines(ctx, session, after), media_type="text/event-stream")
-
-
-def _event(item: Entry | Delta, head: int) -> str:
-    if isinstance(item, Entry):
-        return f"id: {item.position}\nevent: entry\ndata: {json.dumps(asdict(item))}\n\n"
-    return f"id: {head}.{item.part}.{item.n}\nevent: delta\ndata: {json.dumps(asdict(item))}\n\n"
-
-
-async def _event_lines(ctx: Context, session: str, after: int) -> AsyncIterator[str]:
-    source = ctx.node.sessions.follow(session, after=after)
-    pending: asyncio.Future[Entry | Delta] | None = None
-    try:
-        while True:
-            if pending is None:
-                pending = asyncio.ensure_future(anext(source))
-            done, _ = await asyncio.wait({pending}, timeout=KEEPALIVE_S)
-            if not done:
-                yield ": still here\n\n"
-                continue
-            try:
-                item = pending.result()
-            except StopAsyncIteration:
-                yield "event: end\ndata: {}\n\n"
-                return
-            pending = None
-            after = item.position if isinstance(item, Entry) else after
-            yield _event(item, after)
-    finally:
-        if pending is not None:
-            pending.cancel()
-            await asyncio.gather(pending, return_exceptions=True)
-
-
 async def act_on_session(request: Request) -> Response:
     """POST /v1/sessions/REF/{suspend,resume,close}."""
     sessions, verb = context_of(request).node.sessions, request.path_params["verb"]
@@ -222,7 +174,6 @@ ROUTES = [
     Route("/v1/sessions/{ref}/questions", questions, methods=["GET"]),
     Route("/v1/sessions/{ref}/answers", answer, methods=["POST"]),
     Route("/v1/sessions/{ref}/log", read_log, methods=["GET"]),
-    Route("/v1/sessions/{ref}/events", events, methods=["GET"]),
     Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),
     Route("/v1/sessions/{ref}/rewind", rewind, methods=["POST"]),
     Route("/v1/sessions/{ref}/{verb}", act_on_session, methods=["POST"]),

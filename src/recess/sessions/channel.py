@@ -14,6 +14,7 @@ from typing import Any
 from recess.contextlog.contract import ContextLog, Entry, SessionRow
 from recess.errors import BadInput, GuestFailed, RecessError
 from recess.guestlink.link import ByteStream
+from recess.sessions.following import pieces_of
 from recess.sessions.protocol import Ack, Busy, DeltaLine, Drop, Hello, Lines, Request, encode, parse, request_id
 
 BATCH = 200
@@ -44,7 +45,9 @@ class Channel:
     async def welcome(self, row: SessionRow) -> None:
         """Greet, send what the agent's copy of the log lacks, and open for business."""
         facts = {"session": row.id, "name": row.name, "epoch": row.epoch, "head": row.head, "version": row.code_version}
-        await self.send({"t": "welcome", **facts})
+        whole = pieces_of(one for one in await self._log.deltas(self._session) if one.turn == self.hello.turn)
+        streams = {str(part): [len(pieces), pieces[-1].mark] for (_, part), pieces in whole.items() if pieces}
+        await self.send({"t": "welcome", **facts, "streams": streams})
         await self.catch_up()
         await self.send({"t": "ready"})
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from recess.catalog import AgentVersion
-from recess.contextlog.contract import Appended, Delta, Entry, SessionRow
+from recess.contextlog.contract import Appended, Entry, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.machines.retention import Holds
@@ -21,6 +21,7 @@ from recess.sessions import branching, talking
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.alarms import Alarms
 from recess.sessions.deps import Deps
+from recess.sessions.following import Feed, Piece, Place
 from recess.sessions.holding import snapshot_holds
 from recess.sessions.lease import LeaseGate
 from recess.sessions.supervisor import Supervisor
@@ -126,33 +127,16 @@ class Sessions:
         """Return log entries in order."""
         return await self._deps.log.read((await self._deps.log.get(ref)).id, after=after, limit=limit)
 
-    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Entry | Delta]:
-        """Yield entries after a position as they come, without gap or double, and the deltas of replies being streamed;
+    async def feed(self, ref: str, place: Place | None = None) -> Feed:
+        """Return a reader of a session that goes on from `place` (default: the beginning)."""
+        return Feed(self._deps.log, (await self._deps.log.get(ref)).id, place)
+
+    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Entry | Piece]:
+        """Yield entries after a position as they come, without gap or double, and the pieces of replies being streamed;
         ends when the session is closed and all is read."""
-        source = self._deps.log
-        session = (await source.get(ref)).id
-        seen: dict[tuple[int, int], int] = {}
-        while True:
-            ticket = source.ticket(session)
-            entries = await source.read(session, after=after, limit=500)
-            for entry in entries:
-                yield entry
-                after = entry.position
-            if entries:
-                continue
-            deltas = await source.deltas(session)
-            for part in [
-                key for key in seen if max((d.n for d in deltas if (d.turn, d.part) == key), default=-1) < seen[key]
-            ]:
-                del seen[part]  # the reply began afresh: its piece 0 comes again
-            for delta in deltas:
-                if delta.n > seen.get((delta.turn, delta.part), -1):
-                    seen[(delta.turn, delta.part)] = delta.n
-                    yield delta
-            row = await source.get(session)
-            if row.state == "closed" and row.head <= after:
-                return
-            await source.wait(session, after, FOLLOW_S, ticket=ticket)
+        feed = await self.feed(ref, Place(after))
+        async for _place, item in feed.items(FOLLOW_S):
+            yield item
 
     async def suspend(self, ref: str, *, timeout_s: float = SUSPEND_S) -> SessionRow:
         """Put a session away at its next turn boundary. Raises Timeout if it does not get there, and what the store

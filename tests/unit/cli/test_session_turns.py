@@ -2,7 +2,8 @@
 
 import pytest
 
-from recess.cli.verbs.session import _follow_turn, render
+from recess.cli.verbs.session import _follow_turn, follow, render
+from recess.errors import ServerUnavailable
 
 
 class Out:
@@ -60,3 +61,37 @@ def test_a_question_says_how_to_answer_it():
     assert inv.out.told == ["it waits for an answer: recess session answer s1 q1 TEXT"]
     assert render(entries[2]).endswith("q1: sure? [yes | no]")
     assert render(entries[3]).endswith("q1: yes")
+
+
+class Flaky:
+    """A server whose streams break off; each is asked for with the id that came last."""
+
+    def __init__(self, *streams):
+        self.streams, self.asked = list(streams), []
+
+    def events(self, path, *, after=""):
+        self.asked.append(after)
+        for item in self.streams.pop(0):
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+def test_following_goes_on_by_the_last_id_through_cuts_and_restarts():
+    away = ServerUnavailable("no answer")
+    server = Flaky(
+        [("entry", "4", {"position": 4}), ("delta", "4.1.0.0.ff", {"n": 0})],
+        [away],
+        [("delta", "4.1.0.1.fe", {"n": 1}), ("entry", "5", {"position": 5}), away],
+        [("end", "", {})],
+    )
+    waited = []
+    assert [e["position"] for e in follow(server, "s", 3, pause=waited.append)] == [4, 5]
+    assert server.asked == ["3", "4.1.0.0.ff", "4.1.0.0.ff", "5"]
+    assert waited[1] > waited[0] == waited[2], "the pauses grow while there is no server, and begin anew with one"
+
+
+def test_following_gives_up_when_there_is_no_server_for_long():
+    server = Flaky(*[[ServerUnavailable("no answer")]] * 20)
+    with pytest.raises(ServerUnavailable):
+        list(follow(server, "s", 0, pause=lambda _: None))

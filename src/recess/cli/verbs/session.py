@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -10,7 +12,10 @@ import click
 from recess.cli.common import Invocation, new_key, parse_pairs, verb
 from recess.cli.entry_lines import render
 from recess.cli.output import ago
+from recess.errors import ServerUnavailable
 from recess.sdk.transport import Json, Transport
+
+RECONNECT_S = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 6.0, 6.0)
 
 
 @click.group("session")
@@ -77,16 +82,24 @@ def _follow_turn(inv: Invocation, ref: str, position: int) -> tuple[str, list[Js
     return "unknown", seen
 
 
-def follow(server: Transport, ref: str, after: int) -> Any:
-    """Yield entries as they are appended, without gap or double, through server restarts of the stream."""
-    position = after
+def follow(server: Transport, ref: str, after: int, *, pause: Callable[[float], None] = time.sleep) -> Iterator[Json]:
+    """Yield entries as they are appended, without gap or double, through cut connections and server restarts. Raises
+    ServerUnavailable when there is no server for some 20 s."""
+    last, failed = str(after), 0
     while True:
-        for event, _ident, data in server.events(f"/v1/sessions/{ref}/events", after=str(position)):
-            if event == "entry" and data["position"] > position:
-                position = int(data["position"])
-                yield data
-            elif event == "end":
-                return
+        try:
+            for event, ident, data in server.events(f"/v1/sessions/{ref}/events", after=last):
+                failed = 0
+                if event == "end":
+                    return
+                last = ident or last
+                if event == "entry":
+                    yield data
+        except ServerUnavailable:
+            if failed >= len(RECONNECT_S):
+                raise
+        pause(RECONNECT_S[min(failed, len(RECONNECT_S) - 1)])
+        failed += 1
 
 
 @session.command("cancel")
