@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recess.api import (
     routes_exec,
@@ -32,6 +30,7 @@ from recess.api import (
     routes_transfer,
 )
 from recess.api.context import Context
+from recess.api.guard import Guard, tcp_socket
 from recess.api.wire import ProgressHub, problem
 from recess.config import Config
 from recess.errors import BadInput, NotFound, RecessError
@@ -61,27 +60,6 @@ async def _on_http(request: Request, exc: Exception) -> Response:
     if exc.status_code == 405:
         return problem(BadInput(f"{request.url.path} does not take {request.method}"))
     return JSONResponse({"code": "http", "message": str(exc.detail)}, status_code=exc.status_code)
-
-
-class RequireToken:
-    """ASGI wrapper: every request must carry the bearer token (used when listening on TCP)."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._expected = f"Bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer 401."""
-        if scope["type"] in ("http", "websocket"):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, self._expected):
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1008})
-                    return
-                body = {"code": "refused", "message": "a token is needed", "hint": "set RECESS_TOKEN"}
-                await JSONResponse(body, status_code=401)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def make_app(node: LocalNode, hub: ProgressHub) -> Starlette:
@@ -122,7 +100,8 @@ async def open_node(config: Config, hub: ProgressHub) -> AsyncIterator[LocalNode
 
 
 async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready: Callable[[], None]) -> None:
-    """Run the server until SIGTERM or SIGINT. Raises HomeLocked when another server owns the home."""
+    """Run the server until SIGTERM or SIGINT. Raises HomeLocked when another server owns the home, Unavailable when `tcp`
+    cannot be listened on."""
     hub = ProgressHub()
     async with open_node(config, hub) as node:
         sock = _unix_socket(config)
@@ -131,9 +110,8 @@ async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready:
             servers = [_server(app)]
             sockets = [[sock]]
             if tcp is not None:
-                guarded = RequireToken(app, config.token) if config.token else app
-                servers.append(_server(guarded))
-                sockets.append([socket.create_server(tcp)])
+                servers.append(_server(Guard(app, config.token)))
+                sockets.append([tcp_socket(*tcp)])
             _end_on_signals(servers)
             on_ready()
             await asyncio.gather(*(s.serve(sockets=k) for s, k in zip(servers, sockets, strict=True)))
