@@ -47,6 +47,7 @@ class Config:
     lease_s: float = 15.0
     zstd_level: int = 1
     frame_bytes: int = 65536
+    drop_caches: bool = False  # a guest that is put away gives up its page cache first: less stored, slower first reads
     recompress_after_s: float = 86400.0  # layers that no younger snapshot names are compressed once more; 0: never
     recompress_level: int = 19
     recompress_frame_bytes: int = 262144  # what a page fault in such a layer must decode
@@ -115,6 +116,7 @@ _ENV = {
     "lease_s": "RECESS_LEASE_S",
     "zstd_level": "RECESS_ZSTD_LEVEL",
     "frame_bytes": "RECESS_FRAME_BYTES",
+    "drop_caches": "RECESS_DROP_CACHES",
     "recompress_after_s": "RECESS_RECOMPRESS_AFTER_S",
     "recompress_level": "RECESS_RECOMPRESS_LEVEL",
     "recompress_frame_bytes": "RECESS_RECOMPRESS_FRAME_BYTES",

@@ -92,6 +92,7 @@ class Parts:
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
     make_pager: MakePager | None = None  # None: this node has none, and every page is read before a machine runs
     lazy_memory: str = "auto"  # auto | lazy | inject (recess.paging.choice)
+    drop_caches: bool = False  # of a guest that is put away
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
 
     def directory(self, machine_id: str) -> Path:

@@ -23,6 +23,7 @@ from recess.db import Tx
 from recess.errors import Corrupt, GuestFailed, IllegalState, Incompatible, NotFound, RecessError, Timeout
 from recess.machines import keptdisk
 from recess.machines.capture import Taken, drop_nameless, figures, snapshot_meta, store_capture, take
+from recess.machines.emptying import drop_caches
 from recess.machines.fleet import Fleet
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
@@ -61,6 +62,8 @@ class SnapshotTaker:
         await self._make_room(refuse=refuse)
         live = self._fleet.need(record.id)
         go_on = resume and record.state == RUNNING
+        if self._parts.drop_caches and not resume and record.state == RUNNING and not live.workload_frozen:
+            await drop_caches(live.link)
         parent = "" if whole else await self._usable_parent(live)
         try:
             return live, await take(live, self._parts.clock, resume=go_on, sync=not resume, parent=parent)

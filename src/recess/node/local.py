@@ -162,7 +162,7 @@ class LocalNode:
         parts = Parts(
             driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
-            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find,
+            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
             make_pager=pagers.make, lazy_memory=config.lazy_memory,
         )  # fmt: skip
         machines = Manager(parts)
