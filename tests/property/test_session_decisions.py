@@ -29,7 +29,7 @@ VIEWS = st.builds(
     suspend_wanted=st.booleans(), freeze_blocked_s=SECONDS, upgrade_to=st.sampled_from(["", "v2"]),
     policy=st.sampled_from(["pin", "turn", "now"]), cancel=st.booleans(), cancel_told=st.booleans(), cancel_s=SECONDS,
     resting=st.booleans(), ready=st.booleans(), due_s=st.one_of(st.none(), st.sampled_from([0.001, 30.0, 900.0])),
-    rest_s=SECONDS, due_near_s=SECONDS,
+    rest_s=SECONDS, due_near_s=SECONDS, snapshot_in_s=st.one_of(st.none(), SECONDS),
 )  # fmt: skip
 
 
@@ -54,6 +54,11 @@ def test_decide_keeps_its_promises(view):
     if move.act is Act.PARK:
         assert not view.turn_open
         assert view.idle_s >= view.idle_timeout_s
+    if move.act is Act.SNAPSHOT:
+        assert view.snapshot_in_s == 0.0
+        assert view.freeze_blocked_s == 0.0, "the store has just refused one"
+        assert view.state == "running"
+        assert not view.cancel
     if move.act is Act.START_TURN:
         assert view.inbox or view.cancel
         assert not view.turn_open

@@ -14,6 +14,7 @@ from recess.api.context import context_of, once
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.contextlog.contract import SessionRow
 from recess.errors import BadInput
+from recess.sessions.ledger import as_of
 
 PAGE_MAX = 1000
 
@@ -129,6 +130,22 @@ async def read_log(request: Request) -> Response:
     return JSONResponse({"entries": [asdict(e) for e in entries], "head": row.head})
 
 
+async def snapshots(request: Request) -> Response:
+    """GET /v1/sessions/REF/snapshots: oldest first, with the turn each is of and what it cost."""
+    found = await context_of(request).node.sessions.snapshots(_ref(request))
+    cost = {"new_bytes": sum(k.new_bytes for k in found), "standstill_s": sum(k.standstill_s for k in found)}
+    return JSONResponse({"snapshots": [asdict(one) for one in found], "cost": cost})
+
+
+async def diff(request: Request) -> Response:
+    """GET /v1/sessions/REF/diff?from=TURN&to=TURN: what changed in the machine between the ends of two turns."""
+    node = context_of(request).node
+    found = await node.sessions.snapshots(_ref(request))
+    left, right = (as_of(found, _number(request, name, -1)) for name in ("from", "to"))
+    changes = await node.machines.looks.diff(left.snapshot, right.snapshot)
+    return JSONResponse({**changes, "from": asdict(left), "to": asdict(right)})
+
+
 async def act_on_session(request: Request) -> Response:
     """POST /v1/sessions/REF/{suspend,resume,close}."""
     sessions, verb = context_of(request).node.sessions, request.path_params["verb"]
@@ -174,6 +191,8 @@ ROUTES = [
     Route("/v1/sessions/{ref}/questions", questions, methods=["GET"]),
     Route("/v1/sessions/{ref}/answers", answer, methods=["POST"]),
     Route("/v1/sessions/{ref}/log", read_log, methods=["GET"]),
+    Route("/v1/sessions/{ref}/snapshots", snapshots, methods=["GET"]),
+    Route("/v1/sessions/{ref}/diff", diff, methods=["GET"]),
     Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),
     Route("/v1/sessions/{ref}/rewind", rewind, methods=["POST"]),
     Route("/v1/sessions/{ref}/{verb}", act_on_session, methods=["POST"]),

@@ -16,8 +16,23 @@ from recess.sessions.decisions import POLICIES
 from recess.units import parse_duration, parse_size
 
 ENTRY = "agent.py"
+SNAPSHOT_LEAST_S = 1.0
 _KEYS = frozenset(
-    {"image", "memory", "cpus", "disk", "idle", "policy", "env", "allow", "routes", "network", "entry", "upgrade"}
+    {
+        "image",
+        "memory",
+        "cpus",
+        "disk",
+        "idle",
+        "policy",
+        "env",
+        "allow",
+        "routes",
+        "network",
+        "entry",
+        "upgrade",
+        "snapshot",
+    }
 )
 
 
@@ -29,6 +44,8 @@ class AgentConfig:
     image: str = "base"
     idle_s: float | None = None
     policy: str = "turn"
+    snapshot: str = "off"  # beside those of idle times: off | turn | tool | seconds (then every `snapshot_s`)
+    snapshot_s: float = 0.0
     memory_bytes: int = 512 << 20
     cpus: int = 1
     disk_bytes: int = 4 << 30
@@ -84,11 +101,14 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
     if policy not in POLICIES:
         raise BadInput(f"agent config: policy must be one of {', '.join(POLICIES)}, not {policy!r}")
     default = AgentConfig()
+    snapshot, snapshot_s = _snapshot(config.get("snapshot") or "off")
     return AgentConfig(
         entry=str(config.get("entry") or ENTRY),
         image=str(config.get("image") or default.image),
         idle_s=parse_duration(config["idle"]) if config.get("idle") else None,
         policy=policy,
+        snapshot=snapshot,
+        snapshot_s=snapshot_s,
         memory_bytes=parse_size(config["memory"]) if config.get("memory") else default.memory_bytes,
         cpus=_count(config.get("cpus", default.cpus)),
         disk_bytes=parse_size(config["disk"]) if config.get("disk") else default.disk_bytes,
@@ -97,6 +117,18 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         routes=_pairs("routes", config.get("routes") or {}),
         env=_pairs("env", config.get("env") or {}),
     )
+
+
+def _snapshot(value: object) -> tuple[str, float]:
+    if value in ("off", "turn", "tool"):
+        return str(value), 0.0
+    try:
+        seconds = parse_duration(value if isinstance(value, str) else str(value))
+    except BadInput as exc:
+        raise BadInput(f"agent config: snapshot must be off, turn, tool or a time like 60s, not {value!r}") from exc
+    if seconds < SNAPSHOT_LEAST_S:
+        raise BadInput(f"agent config: snapshot: at least {SNAPSHOT_LEAST_S:.0f} s apart")
+    return "seconds", seconds
 
 
 def _count(value: object) -> int:

@@ -46,6 +46,7 @@ class AgentSide:
         self.channel: Channel | None = None
         self.crash_detail = ""
         self.holds: dict[str, str] = {}
+        self.watched = False  # whether each append of the agent's is a reason to look again (a snapshot policy)
         self.untold: list[tuple[str, dict[str, Any]]] = []  # events for the next greeted agent
 
     @property
@@ -197,6 +198,8 @@ class AgentSide:
                 written = await desk.agent_append(request)
                 await channel.catch_up(to=written.position - 1)
                 channel.seen = max(channel.seen, written.position)
+                if self.watched:
+                    self._ring()
                 result = {"position": written.position, "ts": written.ts, "key": written.key}
                 return result if written.body is None else {**result, "body": dict(written.body)}
             case "hold":

@@ -31,6 +31,7 @@ class Act(StrEnum):
     RECOVER = "recover"  # the machine is gone
     TELL_CANCEL = "tell_cancel"  # ask the agent to stop its turn
     CANCEL_TURN = "cancel_turn"  # end the open turn without waiting for the agent any longer
+    SNAPSHOT = "snapshot"  # by the agent's policy; the machine goes on
     ANSWER = "answer"  # what the resting agent waits for is there
 
 
@@ -67,6 +68,7 @@ class View:
     due_s: float | None = None  # or will be, by its clock, in this time
     rest_s: float = 0.0  # how long a resting agent's machine stays up
     due_near_s: float = 0.0  # a time nearer than this is waited for with the machine up
+    snapshot_in_s: float | None = None  # when the agent's policy wants a snapshot (see `snapshot_in`)
 
 
 @dataclass(frozen=True)
@@ -93,18 +95,31 @@ def decide(view: View) -> Move:
     if not view.agent_alive:
         return _without_agent(view)
     if not view.waiting:
-        return _resting(view) if view.turn_open and view.resting else Move(Act.WAIT, "the agent is at work")
+        return _resting(view) if view.turn_open and view.resting else _at_work(view)
     if view.turn_open:
         if view.done >= view.turn:
             return Move(Act.END_TURN, "the agent asks for the next turn")
         if view.cuts >= ATTEMPTS_MAX:
             return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
         return Move(Act.REDELIVER, "the agent does not have the open turn")
+    if _snapshot_due(view) and not view.suspend_wanted:
+        return Move(Act.SNAPSHOT, "a turn's boundary")
     if view.inbox:
         if view.upgrade_to and view.policy == "turn":
             return Move(Act.UPGRADE, "a turn's boundary")
         return Move(Act.START_TURN, "a message waits")
     return _idle(view)
+
+
+def _snapshot_due(view: View) -> bool:
+    return view.snapshot_in_s is not None and view.snapshot_in_s <= 0 and view.freeze_blocked_s <= 0
+
+
+def _at_work(view: View) -> Move:
+    if _snapshot_due(view):
+        return Move(Act.SNAPSHOT, "by the agent's policy")
+    left = None if view.snapshot_in_s is None else max(view.snapshot_in_s, view.freeze_blocked_s)
+    return Move(Act.WAIT, "the agent is at work", left)
 
 
 def _cancel(view: View) -> Move:
@@ -259,6 +274,31 @@ def keeps_agent(
     if rung in (Rung.DISK, Rung.CREATE) or last_work > snapshot_position:
         return False
     return at == ("wait" if turn_open and turn_started <= snapshot_position else "next")
+
+
+def snapshot_in(
+    policy: str,
+    every_s: float,
+    *,
+    last_snapshot: int,
+    last_work: int,
+    last_outcome: int,
+    turn_open: bool,
+    since_s: float,
+) -> float | None:
+    """Return in how many seconds an agent that is not put away wants a snapshot (0: now), None if nothing calls for one.
+    `policy`: off | turn (at each turn's end) | tool (also after each tool call) | seconds (every `every_s`, the last one
+    `since_s` ago). Nothing that a snapshot would keep has happened unless work came after `last_snapshot`."""
+    if last_work <= last_snapshot:
+        return None
+    match policy:
+        case "seconds":
+            return max(0.0, every_s - since_s)
+        case "turn" | "tool" if not turn_open:
+            return 0.0
+        case "tool" if last_outcome > last_snapshot:
+            return 0.0
+    return None
 
 
 def upgrade_target(current: str, deployed: str, policy: str) -> str:

@@ -49,6 +49,7 @@ class Desk:
         self.epoch = row.epoch
         self.code_version = row.code_version
         self.facts = TurnFacts()
+        self.snapshotted = row.snapshot_position  # the newest snapshot's position
         self.inbox = Inbox(seen=row.consumed)
         self.shown = 0  # how far the open turn's model has read, as its agent said last
         self.lock = asyncio.Lock()
@@ -84,6 +85,8 @@ class Desk:
         for draft, one in zip(drafts, done, strict=True):
             if not one.replayed:
                 self.facts = observe(self.facts, self._entry(draft, one.position))
+            if draft.kind == "machine.snapshot":
+                self.snapshotted = one.position
             _crash_after(draft.kind)
         return [one.position for one in done]
 

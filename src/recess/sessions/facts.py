@@ -62,6 +62,7 @@ class TurnFacts:
     cuts: int = 0
     calls: Mapping[str, OpenCall] = field(default_factory=dict)
     last_work: int = 0
+    last_outcome: int = 0  # of a tool call
     keys: Mapping[str, int] = field(default_factory=dict)  # of entries seen, also a forked parent's: key -> position
     asks: Mapping[str, Entry] = field(default_factory=dict)  # questions of this turn: ref -> entry
     spawned: frozenset[str] = frozenset()  # refs of children started in this turn
@@ -106,7 +107,8 @@ def observe(facts: TurnFacts, entry: Entry) -> TurnFacts:
         case "tool.start":
             return replace(facts, calls={**facts.calls, entry.ref: _open_call(entry)})
         case "tool.result" | "tool.settled" | "tool.doubt":
-            return replace(facts, calls={ref: call for ref, call in facts.calls.items() if ref != entry.ref})
+            calls = {ref: call for ref, call in facts.calls.items() if ref != entry.ref}
+            return replace(facts, calls=calls, last_outcome=entry.position)
         case _:
             return facts
 

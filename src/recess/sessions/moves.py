@@ -10,7 +10,7 @@ from recess.errors import Fenced, RecessError, Unavailable
 from recess.sessions.agent_config import check_config
 from recess.sessions.children import report
 from recess.sessions.decisions import Act
-from recess.sessions.freezing import freeze
+from recess.sessions.freezing import freeze, snapshot_running
 from recess.sessions.states import next_state
 from recess.sessions.waits import next_due, outcome
 
@@ -200,6 +200,22 @@ async def put_away(sup: Supervisor) -> None:
     sup.stopping = True
     await sup.leave()
     await deps.machines.evict(sup.hand.machine_id, snapshot=(await deps.log.get(sup.session)).snapshot)
+
+
+async def keep_snapshot(sup: Supervisor) -> None:
+    """Take a snapshot by the agent's policy; the machine goes on. When the store refuses, the older one is valid, and the
+    next try waits as a freeze's does."""
+    deps, sup.snapshot_s = sup.deps, sup.deps.clock.monotonic_s()
+    try:
+        await snapshot_running(
+            deps.log, deps.machines, sup.held_desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at,
+            why=f"policy {sup.config.snapshot}",
+        )  # fmt: skip
+    except Fenced:
+        raise
+    except RecessError as exc:
+        sup.no_freeze_before_s = deps.clock.monotonic_s() + deps.settings.freeze_retry_s
+        await sup.save_meta(failure=exc.message)
 
 
 async def recover(sup: Supervisor) -> None:

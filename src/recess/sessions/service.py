@@ -17,7 +17,7 @@ from recess.contextlog.contract import Appended, Entry, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.machines.retention import Holds
-from recess.sessions import branching, talking
+from recess.sessions import branching, ledger, talking
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.alarms import Alarms
 from recess.sessions.deps import Deps
@@ -226,6 +226,13 @@ class Sessions:
             await self._deps.log.close(row.id)
         await branching.drop_machine(self._deps, await self._deps.log.get(row.id))
         return await self._deps.log.get(row.id)
+
+    async def snapshots(self, ref: str) -> list[ledger.Kept]:
+        """Return the snapshots on a session's branch, oldest first, with the turn each is of and what it cost."""
+        row = await self._deps.log.get(ref)
+        entries = await ledger.read(self._deps.log, row)
+        named = {str(e.body.get("snapshot", "")) for e in entries if e.kind == "machine.snapshot"}
+        return ledger.kept(entries, await self._deps.machines.stored_snapshots(named))
 
     # -- activity --------------------------------------------------------------------------------------------------
 

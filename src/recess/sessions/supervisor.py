@@ -18,7 +18,7 @@ from recess.sessions.agent_config import AgentConfig, check_config
 from recess.sessions.agent_job import AgentJob, Ended
 from recess.sessions.agent_side import AgentSide
 from recess.sessions.children import report, spawn
-from recess.sessions.decisions import Act, View, decide, upgrade_target
+from recess.sessions.decisions import Act, View, decide, snapshot_in, upgrade_target
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.facts import TurnFacts
@@ -58,6 +58,7 @@ class Supervisor:
         self.agent_failed = False  # the last process failed, and no turn was ended for it yet
         self.job_count = 0
         self.no_freeze_before_s = 0.0
+        self.snapshot_s = deps.clock.monotonic_s()  # when the last one by the agent's policy was taken
         self.recoveries = 0  # since a turn was last delivered
         self.gone = asyncio.Event()  # set by the service once this one serves no more and its place is free or taken
         self._active_s = deps.clock.monotonic_s()
@@ -214,6 +215,8 @@ class Supervisor:
                 await moves.unpark(self)
             case Act.FREEZE:
                 await moves.put_away(self)
+            case Act.SNAPSHOT:
+                await moves.keep_snapshot(self)
             case Act.RECOVER:
                 await moves.recover(self)
 
@@ -228,6 +231,7 @@ class Supervisor:
             self._cancel_seen = (desk.inbox.cancel, now)
         deployed = await self.deps.agents.current(self.held_row.agent)
         policy = check_config(deployed.config).policy
+        self.agent.watched = self.config.snapshot in ("tool", "seconds")
         return View(
             state=self.state,
             machine_alive=self.hand.alive,
@@ -254,6 +258,15 @@ class Supervisor:
             cancel_s=max(0.0, settings.cancel_s - (now - self._cancel_seen[1])),
             rest_s=settings.rest_s,
             due_near_s=settings.due_near_s,
+            snapshot_in_s=snapshot_in(
+                self.config.snapshot,
+                self.config.snapshot_s,
+                last_snapshot=desk.snapshotted,
+                last_work=facts.last_work,
+                last_outcome=facts.last_outcome,
+                turn_open=facts.open,
+                since_s=now - self.snapshot_s,
+            ),
             **self._rest(facts),
         )
 

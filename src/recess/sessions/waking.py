@@ -56,14 +56,15 @@ async def stored_snapshots(
     entries: list[Entry] = []
     if head > 0:
         entries = on_branch(await log.read(row.id, after=max(0, head - scan), to=head, limit=scan))
-    found = [_stored(e) for e in reversed(entries) if e.kind == "machine.snapshot"]
+    found = [stored_of(e) for e in reversed(entries) if e.kind == "machine.snapshot"]
     own = Stored(row.snapshot, row.snapshot_position, str(row.meta.get("job", "")))
     if row.snapshot and row.snapshot_position <= head and all(one.snapshot != row.snapshot for one in found):
         found.append(own)
     return sorted(found, key=lambda one: -one.position)
 
 
-def _stored(entry: Entry) -> Stored:
+def stored_of(entry: Entry) -> Stored:
+    """Return what a machine.snapshot entry records."""
     body = entry.body
     return Stored(
         str(body.get("snapshot", "")),

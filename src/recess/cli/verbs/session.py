@@ -1,4 +1,4 @@
-"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|fork|rewind|close`."""
+"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|fork|rewind|snapshots|diff|close`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import click
 
 from recess.cli.common import Invocation, new_key, parse_pairs, verb
 from recess.cli.entry_lines import render
-from recess.cli.output import ago
+from recess.cli.output import ago, short
+from recess.cli.verbs.snapshots import diff_lines
 from recess.errors import ServerUnavailable
 from recess.sdk.transport import Json, Transport
+from recess.units import format_bytes
 
 RECONNECT_S = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0, 6.0, 6.0)
 
@@ -212,6 +214,49 @@ def fork(inv: Invocation, ref: str, at: int | None, name: str) -> None:
 def rewind(inv: Invocation, ref: str, to: int) -> None:
     """Take a session back to a position, log and machine together; what came after stays in the log."""
     _say(inv, inv.server.call("POST", f"/v1/sessions/{ref}/rewind", {"to": to}))
+
+
+@session.command("snapshots")
+@click.argument("ref")
+@verb
+def snapshots(inv: Invocation, ref: str) -> None:
+    """List a session's snapshots: the turn each is of, why it was taken, what it cost."""
+    found = inv.server.call("GET", f"/v1/sessions/{ref}/snapshots")
+    if inv.out.as_json:
+        inv.out.data(found)
+        return
+    rows = [
+        {
+            **one,
+            "short": short(one["snapshot"]),
+            "turn": str(one["turn"]) + ("" if one["whole"] else " (at work)"),
+            "stored": format_bytes(int(one["new_bytes"])) + ("" if one["here"] else " (pruned)"),
+            "still": f"{one['standstill_s'] * 1000:.0f} ms",
+            "age": ago(one["ts"]),
+        }
+        for one in found["snapshots"]
+    ]
+    columns = [
+        ("SNAPSHOT ID", "short"), ("AT", "position"), ("TURN", "turn"), ("WHY", "why"), ("STORED", "stored"),
+        ("STANDSTILL", "still"), ("CREATED", "age"),
+    ]  # fmt: skip
+    inv.out.table(rows, columns)
+    cost = found["cost"]
+    inv.out.progress(f"in all {format_bytes(int(cost['new_bytes']))} stored, {cost['standstill_s']:.2f} s stood still")
+
+
+@session.command("diff")
+@click.argument("ref")
+@click.argument("left", metavar="TURN_A", type=click.IntRange(min=0))
+@click.argument("right", metavar="TURN_B", type=click.IntRange(min=0))
+@verb
+def diff(inv: Invocation, ref: str, left: int, right: int) -> None:
+    """Show what changed in a session's machine from the end of TURN_A to that of TURN_B, by the newest snapshots that are not
+    newer: with the agent's setting snapshot="turn" there is one of each turn."""
+    found = inv.server.call("GET", f"/v1/sessions/{ref}/diff", query={"from": left, "to": right})
+    ends = [f"turn {one['turn']}, entry {one['position']}" for one in (found["from"], found["to"])]
+    inv.out.progress(f"from {ends[0]} to {ends[1]}")
+    inv.out.data(found, "\n".join(diff_lines(found)))
 
 
 @session.command("close")

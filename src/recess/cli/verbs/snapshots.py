@@ -90,10 +90,11 @@ def diff(inv: Invocation, left: str, right: str) -> None:
     """Show what changed from snapshot A to B: files, processes, memory. Both are looked at in scratch machines whose
     programs stand still; nothing runs."""
     found = inv.server.call("GET", f"/v1/snapshots/{left}/diff", query={"to": right})
-    inv.out.data(found, "\n".join(_diff_lines(found)))
+    inv.out.data(found, "\n".join(diff_lines(found)))
 
 
-def _diff_lines(found: Mapping[str, Any]) -> list[str]:
+def diff_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a diff's lines, for `session diff` too."""
     lines = []
     for what in ("files", "processes"):
         changes = found[what] or {}
