@@ -20,6 +20,7 @@ OWNER_KINDS = frozenset(
     }
 )  # fmt: skip  # and the open namespace "x.*"
 INLINE_BYTES_MAX = 16 * 1024
+INBOX_BYTES_MAX = 6 * 1024 * 1024  # a body that anybody may append must fit the line in which the agent gets it
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class ContextLog(Protocol):
         ...
 
     async def append_inbox(self, session: str, draft: Draft) -> Appended:
-        """Inbox append: needs a key (BadInput without), no epoch. Closed sessions refuse (IllegalState)."""
+        """Inbox append: needs a key (BadInput without), no epoch; a body of at most INBOX_BYTES_MAX as JSON (BadInput).
+        Closed sessions refuse (IllegalState)."""
         ...
 
     async def update(self, session: str, epoch: int, **changes: Any) -> SessionRow:

@@ -14,7 +14,15 @@ import msgspec
 from blake3 import blake3
 
 from recess.catalog.names import check_name
-from recess.contextlog.contract import INBOX_KINDS, INLINE_BYTES_MAX, Appended, Delta, Draft, SessionRow
+from recess.contextlog.contract import (
+    INBOX_BYTES_MAX,
+    INBOX_KINDS,
+    INLINE_BYTES_MAX,
+    Appended,
+    Delta,
+    Draft,
+    SessionRow,
+)
 from recess.errors import BadInput, Fenced, IllegalState, KeyReused
 
 CLOSED = "closed"
@@ -85,6 +93,10 @@ def pack(draft: Draft, *, inbox: bool) -> Packed:
     if not 0 <= draft.turn <= NUMBER_MAX or not 1 <= draft.schema <= NUMBER_MAX:
         raise BadInput(f"an entry's turn and schema are small numbers, not {draft.turn} and {draft.schema}")
     body = encode_object(draft.body, f"the body of {draft.kind!r}")
+    if inbox and len(body) > INBOX_BYTES_MAX:
+        raise BadInput(
+            f"{draft.kind!r}: {len(body)} bytes, more than {INBOX_BYTES_MAX}", hint="send it as a file: recess cp"
+        )
     head = f"{draft.kind}\x00{draft.turn}\x00{draft.ref}\x00{draft.schema}\x00".encode()
     digest = blake3(head + body).digest(length=16)
     return Packed(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from recess.contextlog import ContextLog, Delta, Draft, Entry, MemoryLog, SessionRow, SqliteLog
+from recess.contextlog.contract import INBOX_BYTES_MAX
 from recess.errors import BadInput, Fenced, IllegalState, KeyReused, NameInUse, NotFound
 
 FAR_S = 1e12  # a lease that does not end
@@ -400,6 +401,16 @@ class ContextLogSuite:
         assert len((await log.inbox_after(row.id, 0))[0].body["text"]) == 100_000
         child = await log.fork(row.id)
         assert [e.body for e in await log.tail(child.id)] == [e.body for e in await log.read(row.id)]
+
+    async def test_what_anybody_may_append_is_bounded(self, log: ContextLog) -> None:
+        row = await owned(log)
+        most = INBOX_BYTES_MAX - len('{"text":""}')
+        for text in ("x" * (most + 1), "\u0001" * (most // 6 + 1)):
+            with pytest.raises(BadInput, match="more than"):
+                await log.append_inbox(row.id, user(text, "k"))
+        assert await log.inbox_after(row.id, 0) == []
+        await log.append_inbox(row.id, user("x" * most, "k"))
+        assert len((await log.inbox_after(row.id, 0))[0].body["text"]) == most
 
     # --- reading
 
