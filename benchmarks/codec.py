@@ -11,29 +11,37 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.peers import start_work
-from benchmarks.run import SPEC, machine_facts, open_node, say
+from benchmarks.run import SPEC, close_node, machine_facts, open_node, say
 from benchmarks.snapshots import new_pages
 from benchmarks.workload import CHROMIUM, NODE, WORK
 from recess.blobs import LocalBlobs
 from recess.config import load_config
-from recess.frames import FrameEncoder, decode_frame
-from recess.guestlink.link import ExecRequest, GuestLink
+from recess.drivers.qemu import start
+from recess.frames import FrameEncoder, WorkPool, decode_frame
+from recess.machines import warmup
+from recess.machines.contract import VmSpec
+from recess.machines.emptying import drop_caches
 from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
-from recess.snapshots.contract import PageData
+from recess.snapshots.contract import PageData, PageSource
+from recess.snapshots.pagemap import KIND_BLOCKS
+from recess.snapshots.reader import OpenSnapshot, by_hash
 from recess.units import KIB, MIB
 
-LEVELS = (-5, 1, 3, 6, 9, 12, 15, 19, 22)
+LEVELS = (-5, 1, 3, 6, 9, 12, 19)
 FRAMES = (64 * KIB, 256 * KIB, 2 * MIB)
 SETTLE_S = 2.0
 
@@ -46,6 +54,8 @@ class Guest:
     image: str
     code: str
     memory_bytes: int = 512 * MIB
+    warm: bool = True  # over a template that was pre-warmed
+    zeroed: bool = True  # a kernel that zeroes what it frees
 
 
 GUESTS = (
@@ -53,6 +63,8 @@ GUESTS = (
     Guest("Python agent", "base", WORK),
     Guest("Node server", "node", NODE),
     Guest("Chromium, a page open", "chromium", CHROMIUM, 1024 * MIB),
+    Guest("Python agent, cold template", "base", WORK, warm=False),
+    Guest("Python agent, without init_on_free", "base", WORK, zeroed=False),
 )
 
 
@@ -91,24 +103,55 @@ async def measure(node: LocalNode, guest: Guest) -> dict[str, Any]:
         await asyncio.sleep(SETTLE_S)
         snap = await machines.snapshot(row.id)
         pages = await asyncio.to_thread(new_pages, blobs, snap.id)
+        sources = machines.fleet.need(row.id).template.sources
+        matched = await asyncio.to_thread(block_pages, blobs, snap.id, sources)
         levels = await asyncio.to_thread(levels_of, pages)
         await machines.keeping.remove(snap.id, force=True)  # so the next one stores everything anew
-        await drop_caches(link)
+        if not await drop_caches(link):
+            raise RuntimeError("the guest did not drop its caches")
         again = await machines.snapshot(row.id)
         return {
             "stored": snap.figures["new_bytes"], "pages_new": snap.figures["pages_new"], "raw_bytes": pages.nbytes,
             "pages_shared": dict(snap.figures["pages_shared"]), "levels": levels,
-            "stored_after_drop_caches": again.figures["new_bytes"],
+            "matched_bytes": size_at(matched, node.config.zstd_level), "stored_after_drop_caches": again.figures["new_bytes"],
         }  # fmt: skip
     finally:
         await machines.remove(row.id, force=True)
 
 
-async def drop_caches(link: GuestLink) -> None:
-    """Have the guest give up its page cache."""
-    job = await link.exec(ExecRequest(argv=["sh", "-c", "sync; echo 3 > /proc/sys/vm/drop_caches"]))
-    if await job.wait():
-        raise RuntimeError("the guest did not drop its caches")
+def block_pages(blobs: LocalBlobs, snapshot_id: str, sources: list[PageSource]) -> PageData:
+    """Return the pages that were not stored because the image or the kernel has them."""
+    pool = WorkPool(1)
+    snapshot = OpenSnapshot(blobs, snapshot_id, pool)
+    found = []
+    for name in snapshot.manifest.parts:
+        page_map = snapshot.page_map(name)
+        kinds = np.array([0, *(source.kind for source in page_map.sources)])[page_map.source]
+        found.append(snapshot.read_pages(page_map.select(kinds == KIND_BLOCKS), by_hash(sources)))
+    pool.close()
+    return np.concatenate(found)
+
+
+def size_at(pages: PageData, level: int) -> int:
+    """Return what pages would cost to store."""
+    content, encoder = pages.data.cast("B"), FrameEncoder(level)
+    return sum(encoder.encode(content[at : at + FRAMES[0]]).stored_bytes for at in range(0, len(content), FRAMES[0]))
+
+
+@contextlib.contextmanager
+def set_up(guest: Guest) -> Iterator[None]:
+    """Have templates made as this guest wants them, while this lasts."""
+    steps, parameters = warmup.STEPS, vars(start)["kernel_command_line"]
+
+    def unzeroed(spec: VmSpec, tsc_khz: int) -> str:
+        return parameters(spec, tsc_khz).replace("init_on_free=1", "init_on_free=0")
+
+    warmup.STEPS = steps if guest.warm else ()
+    vars(start)["kernel_command_line"] = parameters if guest.zeroed else unzeroed
+    try:
+        yield
+    finally:
+        warmup.STEPS, vars(start)["kernel_command_line"] = steps, parameters
 
 
 async def run(wanted: Sequence[str]) -> dict[str, Any]:
@@ -124,12 +167,12 @@ async def run(wanted: Sequence[str]) -> dict[str, Any]:
                 out[guest.name] = f"skipped: there is no image {guest.image}; recess images create makes it"
                 continue
             say(f"guest: {guest.name}")
-            node = await open_node(scratch / str(number), images)
-            try:
-                out[guest.name] = await measure(node, guest)
-            finally:
-                await node.close(detach=False)
-            shutil.rmtree(scratch / str(number))
+            with set_up(guest):
+                node = await open_node(scratch / str(number), images)
+                try:
+                    out[guest.name] = await measure(node, guest)
+                finally:
+                    await close_node(node)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
@@ -153,6 +196,7 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
     for title, cells in (
         ("pages packed, MB", [f"{one['raw_bytes'] / 1e6:.1f}" for one in measured.values()]),
         ("stored, all counted", [f"{one['stored'] / 1e6:.2f}" for one in measured.values()]),
+        ("more without image and kernel blocks", [f"{one['matched_bytes'] / 1e6:.2f}" for one in measured.values()]),
         ("stored after drop_caches", [f"{one['stored_after_drop_caches'] / 1e6:.2f}" for one in measured.values()]),
         ("captured pages that cost nothing", [_counts(one["pages_shared"]) for one in measured.values()]),
     ):

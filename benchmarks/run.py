@@ -240,7 +240,7 @@ async def cold_template(home: Path, images: Path) -> list[Figure]:
             snap = await node.machines.snapshot(row.id)
             await node.machines.remove(row.id, force=True)
         finally:
-            await node.close(detach=False)
+            await close_node(node)
     finally:
         warmup.STEPS = steps
     return [Figure("stored, first snapshot over a cold template", "MB", (snap.figures["new_bytes"] * 1e-6,), (), 10)]
@@ -256,6 +256,12 @@ def make_home(home: Path, images: Path) -> Config:
 async def open_node(home: Path, images: Path) -> LocalNode:
     """Open a node on a fresh home."""
     return await LocalNode.open(make_home(home, images), progress=say)
+
+
+async def close_node(node: LocalNode) -> None:
+    """End a node on a home of our own, and what it left in shared memory: its templates."""
+    await node.close(detach=False)
+    shutil.rmtree(node.config.run_dir, ignore_errors=True)
 
 
 def bare_files(node: LocalNode, images: Path, scratch: Path) -> Files:
@@ -289,7 +295,7 @@ async def measure(repeats: int, seconds: float) -> list[Figure]:
         figures = [*await snapshots(node, bare, repeats), *figures]
     finally:
         bare.close()
-        await node.close(detach=False)
+        await close_node(node)
     say("a cold template")
     figures += await cold_template(scratch / "cold", images)
     shutil.rmtree(scratch)

@@ -24,7 +24,7 @@ from benchmarks.figures import quantile
 from benchmarks.limits import limits
 from benchmarks.peers import BETWEEN_S, KEYS, PEERS, Samples, measure_peers, start_work
 from benchmarks.plots import PANELS, plot_snapshots
-from benchmarks.run import SPEC, bare_files, machine_facts, open_node, say
+from benchmarks.run import SPEC, bare_files, close_node, machine_facts, open_node, say
 from benchmarks.workload import DIRTIER
 from recess.blobs import LocalBlobs
 from recess.config import load_config
@@ -88,7 +88,7 @@ async def measure(repeats: int, wanted: list[str]) -> dict[str, Any]:
             files = bare_files(node, images, scratch)
             sides, bounds = await ours(node, repeats)
         finally:
-            await node.close(detach=False)
+            await close_node(node)
         async for name, found in measure_peers(files, scratch / "peers", DIRTIER, repeats, wanted):
             if isinstance(found, str):
                 skipped[name] = found
