@@ -228,6 +228,15 @@ class Session:
         a session like any other and stays. Several at once: `asyncio.gather`. Raises TurnCancelled."""
         return await self._of_turn(self._waits).spawn(agent, text, ref)
 
+    async def fork(self, text: str = "", *, name: str = "", ref: str = "") -> str:
+        """Fork this session, conversation and machine together as they are now, and return the child's id at once. Both go
+        on by themselves: the child has this turn's past but not its task, it begins with `text` or waits for a message.
+        Begun anew after a crash, a turn finds the forks it made."""
+        self.turn.stop.check()
+        ref = ref or self._of_turn(self._waits).name("fork", text, name)
+        asked = self._wire.request("fork", ref=ref, text=text, name=name, turn=self.turn.number)
+        return str((await self.turn.stop.race(asked))["session"])
+
     @contextlib.asynccontextmanager
     async def hold(self, why: str = "") -> AsyncIterator[None]:
         """Keep the machine awake while background work goes on between turns."""

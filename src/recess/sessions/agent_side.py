@@ -24,20 +24,20 @@ HOLDS_MAX = 64
 WAITS_MAX = 64
 ACCEPT_S = 30.0
 
-Spawn = Callable[[Desk, Request], Awaitable[dict[str, Any]]]
+Begin = Callable[[Desk, Request], Awaitable[dict[str, Any]]]  # another session
 
 
 class AgentSide:
     """`handler` goes to the machine; `ring` is called whenever the supervisor should look again."""
 
     def __init__(
-        self, deps: Deps, session: str, ring: Callable[[], None], on_fenced: Callable[[Fenced], None], spawn: Spawn
+        self, deps: Deps, session: str, ring: Callable[[], None], on_fenced: Callable[[Fenced], None], begin: Begin
     ) -> None:
         self._deps = deps
         self._session = session
         self._ring = ring
         self._on_fenced = on_fenced
-        self._spawn = spawn
+        self._begin = begin
         self.active_s = deps.clock.monotonic_s()  # when the agent last said something
         self._open = asyncio.Event()
         self._over = False
@@ -191,9 +191,9 @@ class AgentSide:
                 channel.waits[request.id] = request
                 self._ring()
                 return None
-            case "spawn":
+            case "spawn" | "fork":
                 desk.check_turn(request.turn)
-                return await self._spawn(desk, request)
+                return await self._begin(desk, request)
             case "append":
                 written = await desk.agent_append(request)
                 await channel.catch_up(to=written.position - 1)

@@ -16,11 +16,15 @@ from recess.errors import BadInput, IllegalState, NotFound, RecessError
 from recess.sessions.decisions import snapshot_for
 from recess.sessions.deps import Deps
 from recess.sessions.freezing import snapshot_running
+from recess.sessions.keys import child_id
+from recess.sessions.protocol import Request
 from recess.sessions.states import next_state
 from recess.sessions.waking import Stored, stored_snapshots
 
 if TYPE_CHECKING:
     from recess.sessions.supervisor import Supervisor
+
+FORKS_MAX = 64  # of one turn, by its agent
 
 # What a row's meta says of its machine and of what waits for it; a fork and a rewound session begin without.
 MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due")
@@ -29,19 +33,54 @@ MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due")
 async def fork_live(sup: Supervisor, name: str) -> SessionRow:
     """Fork a live session at its head (runs inside its actor): snapshot the running machine, then fork the log at the
     snapshot's own entry, so that the child's memory equals its log."""
+    child, stored = await _split(sup, name)
+    await sup.held_desk.append([Draft("fork", {"child": child.id, "at": child.fork_position})])
+    return await _seed(sup.deps, child, stored, sup.held_desk.code_version)
+
+
+async def fork_turn(sup: Supervisor, request: Request) -> str:
+    """Fork a session because its agent asks for it, in the middle of its turn (runs inside its actor); returns the child's id.
+    The child has the machine as it is now and the log up to here; it waits for a message of its own, or gets `text`.
+
+    Crash safety: the child's id comes from (session, turn, ref). Its parent's log names it last, when it is whole: until then
+    a request that is sent again finds the child and does what is not done yet. Raises BadInput over the cap.
+    """
+    desk, deps = sup.held_desk, sup.deps
+    desk.check_turn(request.turn)
+    ident, key = child_id(sup.session, request.turn, f"fork/{request.ref}"), f"t{request.turn}/fork/{request.ref}"
+    if key in desk.facts.keys:
+        return ident
+    if sum("/fork/" in one for one in desk.facts.keys) >= FORKS_MAX:
+        raise BadInput(f"a turn forks at most {FORKS_MAX} times")
+    try:
+        child = await deps.log.get(ident)
+        stored = await _newest(deps, await deps.log.get(sup.session), child.fork_position)
+    except NotFound:
+        child, stored = await _split(sup, str(request.body["name"]), ident)
+    if child.state == "cold" and not await deps.log.inbox_after(ident, child.fork_position):
+        await _seed(deps, child, stored, desk.code_version)
+    text = str(request.body["text"])
+    if text:
+        await deps.log.append_inbox(ident, Draft("user", {"text": text, "from": sup.session}, key="fork"))
+    body = {"child": ident, "at": child.fork_position}
+    await desk.append([Draft("fork", body, turn=request.turn, ref=request.ref, key=key)])
+    return ident
+
+
+async def _split(sup: Supervisor, name: str, ident: str = "") -> tuple[SessionRow, Stored]:
+    """Snapshot the running machine and fork the log there."""
     desk, deps = sup.held_desk, sup.deps
     if sup.state == "parked":
         await deps.machines.unpause(sup.hand.machine_id)
         await sup.set_state("unpark")
+    stored_at = sup.agent.at
     taken = await snapshot_running(
-        deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=sup.agent.at, why="fork"
-    )  # fmt: skip
+        deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=stored_at, why="fork"
+    )
     row = await deps.log.get(sup.session)
-    stored = Stored(taken.id, taken.log_position, sup.job.job_id, sup.agent.at)
-    child = await deps.log.fork(sup.session, at=row.snapshot_position, name=name)
+    child = await deps.log.fork(sup.session, at=row.snapshot_position, name=name, session_id=ident)
     crash_point("session.after_fork")
-    await desk.append([Draft("fork", {"child": child.id, "at": row.snapshot_position})])
-    return await _seed(deps, child, stored, desk.code_version)
+    return child, Stored(taken.id, taken.log_position, sup.job.job_id, stored_at)
 
 
 async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> SessionRow:
@@ -68,7 +107,9 @@ async def _seed(deps: Deps, child: SessionRow, stored: Stored | None, code_versi
     """Give a child its snapshot and its place in the inbox: messages it inherits are its parent's, not its own work."""
     settings = deps.settings
     row = await deps.log.claim(child.id, settings.owner, settings.lease_s, now=deps.clock.wall_s(), force=True)
-    await deps.log.append(row.id, row.epoch, [Draft("fork", {"parent": row.parent, "at": row.fork_position})])
+    await deps.log.append(
+        row.id, row.epoch, [Draft("fork", {"parent": row.parent, "at": row.fork_position}, key="born")]
+    )
     entries = await deps.log.inbox_after(row.id, 0)
     inherited = max((e.position for e in entries if e.position <= row.fork_position), default=0)
     turn = 0

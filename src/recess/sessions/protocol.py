@@ -57,7 +57,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Request:
-    """A request with an id: op is next | append | wait | spawn | hold | release | crashed."""
+    """A request with an id: op is next | append | wait | spawn | fork | hold | release | crashed."""
 
     id: int
     op: str
@@ -202,6 +202,8 @@ def _request(data: dict[str, Any]) -> Request:
             )
         case "spawn":
             return _spawn(number, data)
+        case "fork":
+            return _fork(number, data)
         case "hold":
             return Request(number, "hold", token=_string(data, "token"), why=_string(data, "why"))
         case "release":
@@ -235,6 +237,13 @@ def _spawn(number: int, data: dict[str, Any]) -> Request:
     if not ref or not agent or not text or not _number(data, "turn"):
         raise BadInput("spawn: ref, agent, text and turn are needed")
     return Request(number, "spawn", ref=ref, body={"agent": agent, "text": text}, turn=_number(data, "turn"))
+
+
+def _fork(number: int, data: dict[str, Any]) -> Request:
+    ref, turn, text = _string(data, "ref", REF_MAX), _number(data, "turn"), _string(data, "text", LINE_BYTES_MAX)
+    if not ref or not turn:
+        raise BadInput("fork: ref and turn are needed")
+    return Request(number, "fork", ref=ref, body={"text": text, "name": _string(data, "name", REF_MAX)}, turn=turn)
 
 
 def _refs(data: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from recess.sessions import moves
 from recess.sessions.agent_config import AgentConfig, check_config
 from recess.sessions.agent_job import AgentJob, Ended
 from recess.sessions.agent_side import AgentSide
+from recess.sessions.branching import fork_turn
 from recess.sessions.children import report, spawn
 from recess.sessions.decisions import Act, View, decide, snapshot_in, upgrade_target
 from recess.sessions.deps import Deps
@@ -43,7 +44,7 @@ class Supervisor:
         self._bell = asyncio.Event()
         self.hand = MachineHand(deps, gate, session, self._handler, self._machine_died)
         self.job = AgentJob(deps, self._agent_ended)
-        self.agent = AgentSide(deps, session, self._bell.set, self._fenced, self._spawn)
+        self.agent = AgentSide(deps, session, self._bell.set, self._fenced, self._begin)
         self.desk: Desk | None = None
         self.lease: Lease | None = None
         self.row: SessionRow | None = None
@@ -283,9 +284,13 @@ class Supervisor:
             "due_s": None if due is None else max(0.001, due - wall),
         }
 
-    async def _spawn(self, desk: Desk, request: Request) -> dict[str, Any]:
-        child = await spawn(self.deps, desk, request)
-        self.wake_other(child)
+    async def _begin(self, desk: Desk, request: Request) -> dict[str, Any]:
+        if request.op == "fork":
+            child = await self.command(lambda: fork_turn(self, request))
+        else:
+            child = await spawn(self.deps, desk, request)
+        if request.body["text"]:
+            self.wake_other(child)
         return {"session": child}
 
     async def _give_up(self, exc: RecessError) -> None:
