@@ -78,13 +78,14 @@ class Account:
         assert not wrong, f"the transcript is invalid: {wrong}"
         positions = [e.position for e in entries]
         assert positions == list(range(1, len(entries) + 1)), "positions with gaps"
-        self._messages(branch)
+        self._messages(branch, hidden=set(positions) - {e.position for e in branch})
         self._charges(branch, pay)
         self._losses(branch, journal)
 
-    def _messages(self, branch: list[Entry]) -> None:
+    def _messages(self, branch: list[Entry], *, hidden: set[int]) -> None:
+        """`hidden`: positions that a rewind took off the branch; nothing else excuses a message that is not there."""
         users = [e for e in branch if e.kind == "user"]
-        wanted = {text: at for text, at in self.said.items() if any(e.position == at for e in branch)}
+        wanted = {text: at for text, at in self.said.items() if at not in hidden}
         assert {str(e.body["text"]): e.position for e in users} == wanted, "an acknowledged message is lost or doubled"
         turns: dict[int, set[int]] = {}
         for e in branch:
