@@ -70,7 +70,7 @@ GUESTS = (
 
 def levels_of(pages: PageData) -> list[dict[str, float]]:
     """Return size and speed at each level and frame size; MB/s of content, one thread."""
-    content = pages.data.cast("B")
+    content = pages.data.cast("B") if len(pages) else memoryview(b"")
     rows = []
     for level, frame in [(level, FRAMES[0]) for level in LEVELS] + [
         (level, f) for f in FRAMES[1:] for level in (1, 19)
@@ -134,6 +134,8 @@ def block_pages(blobs: LocalBlobs, snapshot_id: str, sources: list[PageSource]) 
 
 def size_at(pages: PageData, level: int) -> int:
     """Return what pages would cost to store."""
+    if not len(pages):
+        return 0
     content, encoder = pages.data.cast("B"), FrameEncoder(level)
     return sum(encoder.encode(content[at : at + FRAMES[0]]).stored_bytes for at in range(0, len(content), FRAMES[0]))
 
@@ -144,7 +146,7 @@ def set_up(guest: Guest) -> Iterator[None]:
     steps, parameters = warmup.STEPS, vars(start)["kernel_command_line"]
 
     def unzeroed(spec: VmSpec, tsc_khz: int) -> str:
-        return parameters(spec, tsc_khz).replace("init_on_free=1", "init_on_free=0")
+        return str(parameters(spec, tsc_khz)).replace("init_on_free=1", "init_on_free=0")
 
     warmup.STEPS = steps if guest.warm else ()
     vars(start)["kernel_command_line"] = parameters if guest.zeroed else unzeroed
