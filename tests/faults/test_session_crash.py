@@ -1,6 +1,7 @@
 """Crashes in the middle of a turn: what is lost is said, what happened once stays once."""
 
 import asyncio
+import os
 
 import pytest
 
@@ -112,7 +113,10 @@ async def test_a_snapshot_that_cannot_be_used_leaves_its_disk(tmp_path):
         position = (await w.log.get(s)).snapshot_position
         w.machines.fail_next["resume"] = Corrupt("a layer is damaged")
         w.machines.fail_next["restore"] = Incompatible("another CPU")
+        before = notes(await w.entries(s))[0]["pid"]
         await w.say(s, "again", turn=2)
+        with pytest.raises(ProcessLookupError):
+            os.kill(before, 0)  # what a cold boot ends is gone
         restore = (await w.entries(s, "machine.restore"))[-1]
         assert restore.body["rung"] == 4
         assert restore.body["position"] == position

@@ -332,6 +332,8 @@ class ProcessMachines:
         old = self.machines.get(ident)
         if old is not None:
             machine.handlers = old.handlers
+            old.link.signal_all(signal.SIGKILL)  # one that was put away has stopped processes, which nobody would end
+            await old.link.reap()
         self.machines[ident] = machine
         await self._listen(machine)
         return machine
