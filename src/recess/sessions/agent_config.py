@@ -12,11 +12,13 @@ from typing import Any
 
 from recess.errors import BadInput
 from recess.machines.service import MachineSpec
+from recess.sessions.cron import parse_cron
 from recess.sessions.decisions import POLICIES
 from recess.units import parse_duration, parse_size
 
 ENTRY = "agent.py"
 SNAPSHOT_LEAST_S = 1.0
+CRONS_MAX = 16
 _KEYS = frozenset(
     {
         "image",
@@ -32,6 +34,7 @@ _KEYS = frozenset(
         "entry",
         "upgrade",
         "snapshot",
+        "cron",
     }
 )
 
@@ -46,6 +49,7 @@ class AgentConfig:
     policy: str = "turn"
     snapshot: str = "off"  # beside those of idle times: off | turn | tool | seconds (then every `snapshot_s`)
     snapshot_s: float = 0.0
+    cron: Mapping[str, str] = field(default_factory=dict)  # expression -> the message that comes at that time
     memory_bytes: int = 512 << 20
     cpus: int = 1
     disk_bytes: int = 4 << 30
@@ -109,6 +113,7 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         policy=policy,
         snapshot=snapshot,
         snapshot_s=snapshot_s,
+        cron=_crons(config.get("cron") or {}),
         memory_bytes=parse_size(config["memory"]) if config.get("memory") else default.memory_bytes,
         cpus=_count(config.get("cpus", default.cpus)),
         disk_bytes=parse_size(config["disk"]) if config.get("disk") else default.disk_bytes,
@@ -129,6 +134,15 @@ def _snapshot(value: object) -> tuple[str, float]:
     if seconds < SNAPSHOT_LEAST_S:
         raise BadInput(f"agent config: snapshot: at least {SNAPSHOT_LEAST_S:.0f} s apart")
     return "seconds", seconds
+
+
+def _crons(value: object) -> dict[str, str]:
+    found = _pairs("cron", value)
+    if len(found) > CRONS_MAX or not all(found.values()):
+        raise BadInput(f"agent config: cron: at most {CRONS_MAX} times, each with a message")
+    for text in found:
+        parse_cron(text)
+    return found
 
 
 def _count(value: object) -> int:

@@ -35,6 +35,15 @@ class Alarms:
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="session-alarms")
 
+    @property
+    def any(self) -> bool:
+        """Whether some alarm is set."""
+        return bool(self._due)
+
+    def has(self, session: str) -> bool:
+        """Tell whether the session's alarm is set."""
+        return session in self._due
+
     async def close(self) -> None:
         """Ring no more. May be called twice."""
         task, self._task = self._task, None

@@ -24,6 +24,7 @@ from recess.sessions.deps import Deps
 from recess.sessions.following import Feed, Piece, Place
 from recess.sessions.holding import snapshot_holds
 from recess.sessions.lease import LeaseGate
+from recess.sessions.schedules import Schedules
 from recess.sessions.supervisor import Supervisor
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ SUSPEND_S = 120.0
 STOP_S = 10.0
 RETRY_LATER_S = 60.0  # a session with work that does not come up is tried again as long as this server lives
 RESUME_TRIES = 5
+OPEN_STATES = ("running", "parked", "frozen", "cold")
 
 
 class Sessions:
@@ -45,6 +47,7 @@ class Sessions:
         self._live: dict[str, Supervisor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._alarms = Alarms(deps.clock, self._wake)
+        self._schedules = Schedules(deps, self._wake)
         self._again: set[str] = set()  # woken while their supervisor was ending: the next one starts when it has
         self._closing = False
 
@@ -68,6 +71,8 @@ class Sessions:
         version = await self._deps.agents.deploy(name, raw, merged, now=self._deps.clock.wall_s())
         for supervisor in self._live.values():
             supervisor.poke()
+        if check_config(merged).cron or self._schedules.any:
+            await self._schedules.look_all(row for row in await self._all_open() if row.agent == name)
         return version
 
     # -- sessions --------------------------------------------------------------------------------------------------
@@ -78,6 +83,7 @@ class Sessions:
         """Make a session of the agent's current version. `eager` brings its machine up at once, not at the first message."""
         version = await self._deps.agents.current(agent)
         row = await self._deps.log.create(agent=agent, code_version=version.version, name=name, labels=labels)
+        await self._schedules.look_all([row])
         if eager:
             return await self.resume(row.id)
         return row
@@ -120,7 +126,7 @@ class Sessions:
 
     async def list_sessions(self, *, everything: bool = False) -> list[SessionRow]:
         """Return sessions, newest first; closed ones only with `everything`."""
-        states = () if everything else ("running", "parked", "frozen", "cold")
+        states = () if everything else OPEN_STATES
         return await self._deps.log.list_sessions(states=states)
 
     async def read(self, ref: str, *, after: int = 0, limit: int = 1000) -> list[Entry]:
@@ -212,6 +218,7 @@ class Sessions:
         row = await self._deps.log.get(ref)
         if row.state == "closed":
             return row
+        self._schedules.forget(row.id)
         supervisor = self._live.get(row.id)
         closed = False
         if supervisor is not None and not supervisor.stopping:
@@ -265,7 +272,8 @@ class Sessions:
         an open turn; set the alarms of those that wait for a time. Returns the ids of the woken. Machines of sessions
         that were put away half-way are ended."""
         woken: list[str] = []
-        for row in await self._deps.log.list_sessions(states=("running", "parked", "frozen", "cold"), limit=100_000):
+        rows = await self._all_open()
+        for row in rows:
             if not self._deps.settings.embedded and row.owner not in ("", self._deps.settings.owner):
                 continue
             live = row.state in ("running", "parked")
@@ -275,13 +283,18 @@ class Sessions:
             if live or await self._deps.log.inbox_after(row.id, row.consumed):
                 self._wake(row.id)
                 woken.append(row.id)
+        await self._schedules.look_all(rows)
         return woken
+
+    async def _all_open(self) -> list[SessionRow]:
+        return await self._deps.log.list_sessions(states=OPEN_STATES, limit=100_000)
 
     async def shutdown(self, *, detach: bool = True) -> None:
         """Stop serving. `detach`: machines run on for the next server; else sessions are put away where that is
         possible within a short time, and what remains is left as it is."""
         self._closing = True
         await self._alarms.close()
+        await self._schedules.close()
         if not detach:
             waiting = [self._quiet_suspend(session) for session in list(self._live)]
             await asyncio.gather(*waiting)
@@ -292,6 +305,7 @@ class Sessions:
         """Drop everything without writing a word, as a crash does. For tests of what comes after."""
         self._closing = True
         await self._alarms.close()
+        await self._schedules.close()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
