@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ def set_up(guest: Guest) -> Iterator[None]:
         warmup.STEPS, vars(start)["kernel_command_line"] = steps, parameters
 
 
-async def run(wanted: Sequence[str]) -> dict[str, Any]:
-    """Measure every guest whose image is there."""
+async def run(wanted: Sequence[str], keep: Callable[[dict[str, Any]], None]) -> None:
+    """Measure every guest whose image is there; `keep` is told all there is after each: a long run may be cut short."""
     images = load_config().images_dir
     scratch = Path(tempfile.mkdtemp(prefix="recess-codec-"))
     out: dict[str, Any] = {}
@@ -175,9 +175,10 @@ async def run(wanted: Sequence[str]) -> dict[str, Any]:
                     out[guest.name] = await measure(node, guest)
                 finally:
                     await close_node(node)
+            keep(out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return out
+    keep(out)
 
 
 def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -217,13 +218,16 @@ def main() -> None:
     parser.add_argument("--guest", action="append", default=[], help="only guests with this in their name")
     parser.add_argument("--out", default="build/bench-codec", help="folder for the table and the figures")
     args = parser.parse_args()
-    found, facts = asyncio.run(run(args.guest)), machine_facts()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "codec.json").write_text(json.dumps({"machine": facts, "guests": found}, indent=1))
-    text = markdown(found, facts)
-    (out / "codec.md").write_text(text + "\n")
-    print(text)
+    facts = machine_facts()
+
+    def keep(found: dict[str, Any]) -> None:
+        (out / "codec.json").write_text(json.dumps({"machine": facts, "guests": found}, indent=1))
+        (out / "codec.md").write_text(markdown(found, facts) + "\n")
+
+    asyncio.run(run(args.guest, keep))
+    print((out / "codec.md").read_text(), end="")
 
 
 if __name__ == "__main__":

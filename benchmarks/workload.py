@@ -49,7 +49,7 @@ os.makedirs("/root/app", exist_ok=True)
 open("/root/app/package.json", "w").write('{"name": "app", "version": "1.0.0", "dependencies": {"express": "*"}}')
 open("/root/app/server.js", "w").write('''
 const express = require("express"); const app = express(); const seen = {};
-for (let i = 0; i < 20000; i++) seen["key-" + i] = {n: i, text: "value " + i};
+for (let i = 0; i < 500; i++) seen["key-" + i] = {n: i, text: "value " + i};
 app.get("/", (q, r) => r.json({keys: Object.keys(seen).length}));
 app.listen(8080, "127.0.0.1");
 ''')
