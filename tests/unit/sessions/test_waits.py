@@ -89,7 +89,7 @@ async def me(s):
             await s.say(reply.text + " and " + answer)
         elif word == "impatient":
             try:
-                await asyncio.wait_for(s.ask("well?"), 0.2)
+                await asyncio.wait_for(s.ask("well?"), 0.02)  # well before the machine rests
             except asyncio.TimeoutError:
                 while not (SHARED / "go-on").exists():
                     await asyncio.sleep(0.01)
