@@ -62,6 +62,33 @@ async def test_a_stream_that_comes_while_nobody_serves_finds_the_next_server_soo
         assert kinds(await w.entries(s)).count("turn.start") == 1
 
 
+async def test_a_server_that_is_cut_off_while_it_leaves_keeps_no_agent_to_itself(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        machine = w.machines.machines[await machine_of(w, s)]
+        left = asyncio.Event()
+
+        async def endless():
+            left.set()
+            await asyncio.Event().wait()
+
+        w.sessions._live[s].job.forget = endless
+        w.sessions._tasks[s].cancel()
+        await left.wait()
+        await w.sessions.abandon()
+        await w.machines.drop_streams()
+        before = machine.accepted
+        async with asyncio.timeout(10):
+            while machine.accepted < before + 2:  # it is sent away, and comes again
+                await asyncio.sleep(0.01)
+        w.new_server()
+        await w.sessions.recover()
+        (tmp_path / "go-a").touch()
+        await w.until(s, "turn.end", timeout_s=10)
+        assert kinds(await w.entries(s)).count("turn.start") == 1
+
+
 async def test_machine_dies_in_a_local_tool(tmp_path):
     async with coder_world(tmp_path) as (w, s):
         await w.say(s, "hi", turn=1)

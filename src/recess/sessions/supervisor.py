@@ -359,14 +359,15 @@ class Supervisor:
         await self.held_desk.save_meta(**changes)
 
     async def leave(self) -> None:
-        """Stop acting on everything; nothing in the machine is touched. May be called twice."""
+        """Stop acting on everything; nothing in the machine is touched. May be called twice. Before anything is waited for no
+        agent is let in any more: one that talked to a server which was cut off in here would get no answer, for ever."""
+        await self.agent.close()
         renewer, self._renewer = self._renewer, None
         if renewer is not None:
             renewer.cancel()
             await asyncio.gather(renewer, return_exceptions=True)
         await self.job.forget()
         await self.hand.let_go()
-        await self.agent.close()
 
     # -- what comes from the machine -------------------------------------------------------------------------------
 
