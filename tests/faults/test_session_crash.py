@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from recess import crashpoints
 from recess.contextlog.transcript import messages
 from recess.errors import Corrupt, Incompatible, NotFound
 from recess.testing.session_agents import coder
@@ -111,6 +112,29 @@ async def test_machine_dies_in_a_local_tool(tmp_path):
         assert texts(log)[-1].count("[recess]") == 1
         assert f"on rung 2 from its snapshot at entry {restore.body['position']} of the log" in texts(log)[-1]
         assert [m["text"] for m in messages(log) if m.get("note")] == [texts(log)[-1].removeprefix("after: ")]
+
+
+async def test_a_crash_between_a_restore_and_its_entry_does_not_hide_the_loss(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await deploy_coder(w, tmp_path, "quiet", idle="60s")
+        await w.say(s, "hi", turn=1)
+        await w.sessions.suspend(s)
+        await w.say(s, "again", turn=2)
+        await w.sessions.abandon()
+        await w.machines.kill(await machine_of(w, s), why="test")
+        crashpoints.arm("session.before_append")
+        w.new_server()
+        await w.sessions.recover()
+        async with asyncio.timeout(10):
+            while crashpoints.is_armed("session.before_append"):
+                await asyncio.sleep(0.005)
+        assert (await w.machines.get(await machine_of(w, s))).state == "running", "it is back, and nobody was told"
+        await w.crash_server()
+        await w.sessions.recover()
+        restore = await w.until(s, "machine.restore", count=3)
+        assert (restore.body["rung"], restore.body["stale"]) == (2, True)
+        assert restore.body["lost"].startswith("files, processes and memory changed after entry")
+        await w.say(s, "and now", turn=3)
 
 
 async def test_machine_dies_before_any_snapshot_and_its_disk_is_booted(tmp_path):

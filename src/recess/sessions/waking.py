@@ -2,7 +2,7 @@
 
 Order, and what a crash at each place means: the machine first (a second server finds its id in the row, or makes
 another and the reaper ends the first), then the settle pass (keys depend on the log alone: a repeat writes nothing),
-then `machine.restore`, and only then is an agent let in.
+then `machine.restore`, then the row says whose the machine is, and only then is an agent let in.
 """
 
 from __future__ import annotations
@@ -90,17 +90,21 @@ async def wake(sup: Supervisor) -> Woken:
     )
     plan = replace(plan, why=sup.hand.damage or plan.why)
     reached = await sup.hand.climb(plan, sup.config.machine_spec(sup.session), sup.held_lease, row.epoch)
-    await sup.save_meta(machine=sup.hand.machine_id, machine_epoch=desk.epoch, failure="")
+    in_place = reached.rung in (Rung.REATTACH, Rung.UNPAUSE)
+    # One that ran on is known as ours at once. One that was brought back is so only when the log says what that has cost: a
+    # crash before takes it for older than the log, ends it and brings it back once more. Else the loss would never be told.
+    known_as_ours = {"machine_epoch": desk.epoch}
+    await sup.save_meta(machine=sup.hand.machine_id, failure="", **(known_as_ours if in_place else {}))
     woken, job_id = await _judge(sup, reached, known)
     if not woken.agent_kept:
         await _end_agents(sup, reached.rung)
-    in_place = reached.rung in (Rung.REATTACH, Rung.UNPAUSE)
     # A kept process goes on with the open turn if it has it: it never went away, or it was put away resting in it.
     goes_on = woken.agent_kept and (in_place or desk.facts.started <= woken.position)
     if desk.facts.open and not desk.facts.cut and not goes_on:
         detail = "the machine runs on, the agent process was gone" if in_place else "the machine was gone"
         await desk.settle(cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position)
     await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
+    await sup.save_meta(**known_as_ours)
     await sup.set_state("wake")
     if woken.agent_kept:
         if row.parent and not row.meta.get("machine"):
