@@ -21,6 +21,7 @@ from recess.guestlink.link import IncomingHandler
 from recess.ids import new_id
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.testing.proxy_port import SocketStream
+from recess.testing.session_door import Door
 from recess.testing.session_link import ProcessLink
 
 
@@ -41,11 +42,10 @@ class ProcessMachine:
     row: MachineRow
     folder: Path
     link: ProcessLink
-    server: asyncio.Server | None = None
+    door: Door | None = None
     handlers: dict[str, IncomingHandler] = field(default_factory=dict)
     streams: set[SocketStream] = field(default_factory=set)
     accepted: int = 0  # streams so far
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
     epoch: int = 0
 
@@ -60,6 +60,7 @@ class ProcessMachines:
         self.deadlines: dict[str, float | None] = {}
         self._keepers: dict[str, asyncio.TimerHandle] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._doors: list[Door] = []  # all there ever were: somebody may still talk to a server that is gone
         self.calls: list[tuple[str, str]] = []  # (method, machine or snapshot id), for tests
         self.fail_next: dict[str, Exception] = {}  # method -> raised once by its next call
 
@@ -160,8 +161,8 @@ class ProcessMachines:
         if rung is None:
             raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot resume")
         machine.epoch = epoch
-        if machine.server is None:
-            await self._listen(machine)
+        if machine.door is None:
+            self._listen(machine)
         self._set(machine, state="running")
         machine.link.signal_all(signal.SIGCONT)
         snapshot = machine.row.snapshot if rung == 2 else ""
@@ -287,7 +288,7 @@ class ProcessMachines:
         """Kill everything."""
         for machine in list(self.machines.values()):
             await self.kill(machine.row.id, why="the harness ends")
-        await asyncio.gather(*self._ending)
+        await asyncio.gather(*self._ending, *(door.empty() for door in self._doors))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -335,33 +336,27 @@ class ProcessMachines:
             old.link.signal_all(signal.SIGKILL)  # one that was put away has stopped processes, which nobody would end
             await old.link.reap()
         self.machines[ident] = machine
-        await self._listen(machine)
+        self._listen(machine)
         return machine
 
-    async def _listen(self, machine: ProcessMachine) -> None:
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            stream = SocketStream(reader, writer)
+    def _listen(self, machine: ProcessMachine) -> None:
+        async def talk(stream: SocketStream) -> None:
             machine.accepted += 1
             handler = machine.handlers.get("session")
             if handler is None or machine.row.state != "running":
-                await stream.close()
                 return
             machine.streams.add(stream)
             try:
                 await handler("session", {}, stream)
             finally:
                 machine.streams.discard(stream)
-                await stream.close()
 
-        path = machine.folder / "session.sock"
-        path.unlink(missing_ok=True)
-        # Known before it serves: who is cancelled in between leaves a server that `_cut` finds.
-        machine.server = await asyncio.start_unix_server(connected, str(path), limit=16 << 20, start_serving=False)
-        await machine.server.start_serving()
+        machine.door = Door(machine.folder / "session.sock", talk)
+        self._doors.append(machine.door)
 
     async def _cut(self, machine: ProcessMachine) -> None:
-        server, machine.server = machine.server, None
-        if server is not None:
-            server.close()
+        door, machine.door = machine.door, None
+        if door is not None:
+            door.close()
         for stream in list(machine.streams):
             await stream.close()
