@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,3 +164,14 @@ def test_machines_are_put_away_and_come_back_over_a_restart(recess):
     assert envelope(recess("ps", "-a", "--json"))["data"][0]["state"] == "suspended"
     recess("resume", "dev")
     recess("exec", "dev", "true")
+
+
+def test_down_returns_when_the_server_has_ended_and_nothing_runs(recess, tmp_path):
+    recess("run", "-d", "--name", "dev", "base", "sleep", "1000")
+    (pid,) = (tmp_path / "home" / "server.lock").read_text().split()
+    recess("down", "--all")
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        state = "gone"
+    assert state in ("gone", "Z")  # a zombie is its parent's business

@@ -6,15 +6,18 @@ import asyncio
 import json
 import logging
 import os
+import select
 import signal
 import sys
-import time
 
 import click
 
 from recess.cli.common import Invocation, verb
-from recess.errors import BadInput, RecessError
+from recess.errors import BadInput, RecessError, Timeout
 from recess.sdk.local_server import is_up, transport_for
+
+END_S = 120.0
+"""How long a server may take to put its machines away and end."""
 
 
 def _address(text: str) -> tuple[str, int] | None:
@@ -66,8 +69,21 @@ def down(inv: Invocation, everything: bool) -> None:
     if not is_up(transport):
         inv.out.data({"stopped": False}, "no server is running")
         return
-    transport.call("POST", "/v1/shutdown", {"detach": not everything})
-    deadline = time.monotonic() + 30
-    while inv.config.socket_path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    # Its process, not its socket: the socket goes first, while machines are still being put away.
+    local = None if inv.config.url else _process(int(transport.call("GET", "/v1/info")["pid"]))
+    try:
+        transport.call("POST", "/v1/shutdown", {"detach": not everything})
+        if local is not None and not select.select([local], [], [], END_S)[0]:
+            raise Timeout(f"the server has not ended in {END_S:g} s", hint="it may still be putting machines away")
+    finally:
+        if local is not None:
+            os.close(local)
     inv.out.data({"stopped": True}, "stopped")
+
+
+def _process(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when the process ends; None if it has."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
