@@ -40,12 +40,13 @@ class Stop:
 
     async def race(self, work: Awaitable[T]) -> T:
         """Return what `work` returns, or cancel it and raise TurnCancelled when the turn is to stop."""
-        task: asyncio.Future[Any] = asyncio.ensure_future(work)
-        stop = asyncio.ensure_future(self._event.wait())
+        task: asyncio.Future[T] = asyncio.ensure_future(work)
+        stop: asyncio.Future[Any] = asyncio.ensure_future(self._event.wait())
+        both: set[asyncio.Future[Any]] = {task, stop}
         try:
-            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
-                return task.result()  # type: ignore[no-any-return]
+                return task.result()
             raise TurnCancelled(self.why)
         finally:
             for one in (task, stop):

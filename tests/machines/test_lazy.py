@@ -14,7 +14,7 @@ import pytest
 from recess.blobs import LocalBlobs
 from recess.drivers.qemu import QemuVm
 from recess.errors import RecessError
-from recess.machines.contract import RestoreParts, TemplateRef, Vm
+from recess.machines.contract import PageSet, RestoreParts, TemplateRef, Vm
 from recess.machines.mapped import DISK, MEMORY, MappedTemplate, capture_parts, to_pages
 from recess.node.pagers import Pager, Pagers
 from recess.snapshots import SnapshotMeta, Store
@@ -39,10 +39,10 @@ class Room:
     snapshot: str = ""
 
     async def restore(self) -> tuple[Vm, Pager]:
-        async def read_all() -> object:
+        async def read_all() -> PageSet:
             return to_pages(self.store.overlay(self.snapshot, MEMORY, template=self.template))
 
-        pager = await self.pagers.make(self.snapshot, MEMORY, self.ref.ram, {}, read_all)  # type: ignore[arg-type]
+        pager = await self.pagers.make(self.snapshot, MEMORY, self.ref.ram, {}, read_all)
         disk = to_pages(self.store.overlay(self.snapshot, DISK, template=self.template))
         state = self.store.vmstate(self.snapshot)
         parts = RestoreParts(self.ref, NO_PAGES, disk, state, self.snapshot, lazy=pager, choice="lazy: a test")
