@@ -1,8 +1,10 @@
-"""The main job: `recess demo` on real machines, as a user runs it. It checks itself; here we check that it did."""
+"""The main job: `recess demo` on real machines, as a user runs it, on each driver. It checks itself; here we check that it
+did."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from recess.config import load_config
 from recess.demo.processes import processes_of
+from recess.testing.gvisor_rig import has_runsc
 
 ACTS = ["start", "build", "lunch", "message", "fork", "crash", "upgrade", "end"]
 MOVED = {
@@ -29,13 +32,17 @@ def left_homes(folder: Path) -> set[str]:
 @pytest.mark.machines
 @pytest.mark.e2e
 @pytest.mark.timeout(400)
-def test_the_story_holds_and_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", ["qemu", "gvisor"])
+def test_the_story_holds_and_leaves_nothing_behind(tmp_path: Path, driver: str) -> None:
+    if driver == "gvisor" and not has_runsc():
+        pytest.skip("runsc is not installed")
     report_path = tmp_path / "report.json"
     homes = load_config().home
     before = left_homes(homes)
     done = subprocess.run(
         [sys.executable, "-m", "recess.cli.main", "demo", "--json", str(report_path)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=380, check=False,
+        env={**os.environ, "RECESS_DRIVER": driver}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=380, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     report = json.loads(report_path.read_text())

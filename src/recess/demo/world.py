@@ -122,6 +122,7 @@ def server_command(config: Config) -> list[str]:
         "RECESS_DRIVER": config.driver,
         "RECESS_QEMU_BIN": config.qemu_bin,
         "RECESS_ACCELERATOR": config.accelerator,
+        "RECESS_RUNSC_BIN": config.runsc_bin,
         "RECESS_BIN_DIR": str(config.bin_dir),
         "RECESS_AGENT_DIR": str(config.agent_dir),
         "RECESS_URL": "",
@@ -133,9 +134,10 @@ def server_command(config: Config) -> list[str]:
 
 def story_config(user: Config, home: Path) -> Config:
     """Return the configuration of the story's home: the user's driver and tools, another home and run directory."""
+    own = user.home / "bin" / "runsc"  # where the set-up puts it
     return load_config(
         {}, home=str(home), driver=user.driver, qemu_bin=user.qemu_bin, accelerator=user.accelerator,
-        bin_dir=str(user.bin_dir), agent_dir=str(user.agent_dir),
+        runsc_bin=user.runsc_bin or (str(own) if own.exists() else ""), bin_dir=str(user.bin_dir), agent_dir=str(user.agent_dir),
     )  # fmt: skip
 
 

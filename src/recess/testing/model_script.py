@@ -20,7 +20,8 @@ SITE_PORT = 8000
 # environment (their number), the page.
 LOOK = (
     f"curl -sS http://127.0.0.1:{SITE_PORT}/_life; echo; cat /proc/sys/kernel/random/boot_id /proc/uptime; hostname; "
-    "cat /etc/machine-id; od -An -N16 -tx1 /dev/urandom; cat /proc/sys/kernel/random/uuid; "
+    "cat /etc/machine-id; od -An -N16 -tx1 /dev/urandom; "
+    "cat /proc/sys/kernel/random/uuid 2>/dev/null || python3 -c 'import uuid; print(uuid.uuid4())'; "
     "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -c -e '=sk-' -e '=pk-'; "
     f"curl -sS http://127.0.0.1:{SITE_PORT}/"
 )
