@@ -21,15 +21,9 @@ impl Tail {
     /// `limit` is the file's greatest size in bytes; when it is reached the newest half is kept.
     pub fn new(pipe: OwnedFd, path: &Path, limit: u64) -> io::Result<Tail> {
         sys::set_nonblocking(&pipe)?;
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(path)?;
         Ok(Tail {
             pipe,
-            file,
+            file: new_file(path)?,
             size: 0,
             limit,
         })
@@ -50,6 +44,15 @@ impl Tail {
                 }
             }
         }
+    }
+
+    /// Go on in another file, which begins with what this one holds.
+    pub fn move_to(&mut self, path: &Path) -> io::Result<()> {
+        let so_far = self.last(self.limit as usize)?;
+        let mut file = new_file(path)?;
+        file.write_all(&so_far)?;
+        (self.file, self.size) = (file, so_far.len() as u64);
+        Ok(())
     }
 
     fn append(&mut self, data: &[u8]) -> io::Result<()> {
@@ -76,6 +79,15 @@ impl Tail {
     }
 }
 
+fn new_file(path: &Path) -> io::Result<File> {
+    File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +105,13 @@ mod tests {
         }
         assert!(std::fs::metadata(&path).unwrap().len() <= 100_000);
         assert_eq!(tail.last(10_000).unwrap(), vec![39; 10_000]);
+        let moved = path.with_extension("moved");
+        tail.move_to(&moved).unwrap();
+        pipe.write_all(&[40; 5]).unwrap();
+        assert!(tail.drain());
+        let held = std::fs::read(&moved).unwrap();
+        assert_eq!(held[held.len() - 6..], [39, 40, 40, 40, 40, 40]);
+        std::fs::remove_file(&moved).unwrap();
         drop(pipe);
         // A child that another test forks holds the pipe for a moment, too: the end comes when it has closed it.
         let mut end = libc::pollfd {

@@ -185,6 +185,22 @@ class Keeper:
         """Have the VM ended if the other end of this pipe closes before a word was said there."""
         await self._ask("guard", pipe)
 
+    async def tether(self, pipe: int) -> None:
+        """Have a VM that only waits to be used ended if the other end of this pipe closes before a word was said there:
+        whoever knows of it is gone then."""
+        await self._ask("tether", pipe)
+
+    async def move(self, layout: Layout) -> None:
+        """Have the console and the record of the end written into this layout's directory from now on, the console with
+        what it holds so far. The run folder may be renamed at any time: the keeper lives in it and follows."""
+        layout.end_record.unlink(missing_ok=True)  # of an earlier life
+        folder = os.open(layout.directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            await self._ask(f"move {layout.console.name} {layout.end_record.name}", folder)
+        finally:
+            os.close(folder)
+        self._layout = layout
+
     async def tracking(self) -> tuple[str, str, bool]:
         """Return how the VM is tracked (kernel, user, none), the base, and whether pages are still being brought."""
         text, _ = await self._ask("tracking")

@@ -76,6 +76,49 @@ async def test_last_words_and_exit_code_are_told(layout: Layout) -> None:
     assert layout.console.read_text() == "con\n"
 
 
+async def test_a_tethered_one_ends_with_its_server(layout: Layout) -> None:
+    """Whoever dies without a word takes it along; a word sets it free for good."""
+    keeper = start(layout, "/bin/sleep", "60")
+    watched, ours = os.pipe()
+    await keeper.tether(watched)
+    os.close(watched)
+    assert await keeper.tracking() == ("none", "", False)  # no pager: nothing keeps a capture waiting
+    os.close(ours)
+    assert (await asyncio.wait_for(keeper.death, 20)).line() == "nobody is left to use it (signal 9)"
+
+
+async def test_a_word_unties_it(layout: Layout) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    watched, ours = os.pipe()
+    await keeper.tether(watched)
+    os.close(watched)
+    os.write(ours, b"taken")
+    os.close(ours)
+    await keeper.tracking()  # served after the pipe was looked at
+    assert read_pids(layout)["vmm"].alive()
+
+
+async def test_it_moves_to_another_machine(layout: Layout, tmp_path: Path) -> None:
+    """Run folder, console and record are those of the machine that takes it: later on, nothing is left elsewhere."""
+    waits = Layout(tmp_path / "waits", tmp_path / "waits")
+    waits.run.mkdir()
+    os.mkfifo(waits.run / "go")
+    launch(BINARY, waits, layout.ram, ["/bin/sh", "-c", "echo one >&4; read line < go; echo two >&4; exit 7"])
+    keeper = connect(waits)
+    layout.end_record.write_text("dead exit:0 of an earlier life\n")
+    layout.run.rename(tmp_path / "aside")  # what the fixture made there
+    waits.run.rename(layout.run)
+    await keeper.move(layout)
+    assert read_obituary(layout) is None
+    second = connect(layout)  # its socket is where the folder is
+    await asyncio.to_thread((layout.run / "go").write_text, "on\n")
+    assert (await asyncio.wait_for(second.death, 20)).end == "exit:7"
+    await asyncio.wait_for(keeper.gone, 20)
+    assert read_obituary(layout) == second.death.result()
+    assert layout.console.read_text() == "one\ntwo\n"
+    assert not layout.run.exists()
+
+
 async def test_a_deadline_can_be_moved_and_then_kills(layout: Layout) -> None:
     keeper = start(layout, "/bin/sleep", "60")
     await keeper.deadline(0.2)
