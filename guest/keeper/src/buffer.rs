@@ -77,6 +77,17 @@ impl Buffer {
         out
     }
 
+    /// Let the file go: from now on nobody can change or cut it, so it may be mapped over a VM's memory.
+    pub fn seal(self) -> io::Result<OwnedFd> {
+        let Buffer { fd, map, .. } = self;
+        drop(map); // the kernel refuses while somebody could write
+        let seals =
+            libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_WRITE | libc::F_SEAL_SEAL;
+        // SAFETY: plain fcntl on a descriptor that we own.
+        sys::check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) })?;
+        Ok(fd)
+    }
+
     /// Put the page numbers behind the data of as many slots, and cut the file to size.
     pub fn finish(&mut self, numbers: &[u32]) -> io::Result<()> {
         let at = numbers.len() * PAGE;
@@ -95,6 +106,8 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
 
     fn filled(numbers: &[u32]) -> Buffer {
         let mut buffer = Buffer::new(16).unwrap();
@@ -132,10 +145,13 @@ mod tests {
         buffer.touch(0, 99);
         buffer.finish(&[3, 9]).unwrap();
         let mut all = Vec::new();
-        let mut file = std::fs::File::from(buffer.fd.try_clone().unwrap());
+        let mut file = File::from(buffer.fd.try_clone().unwrap());
         file.read_to_end(&mut all).unwrap();
         assert_eq!(all.len(), 2 * 4100);
         assert_eq!(all[8192..], [3, 0, 0, 0, 9, 0, 0, 0]);
         assert_eq!((all[0], all[4096]), (3, 9));
+        let sealed = File::from(buffer.seal().unwrap());
+        assert!(sealed.write_at(&[1], 0).is_err());
+        assert!(sealed.set_len(0).is_err());
     }
 }

@@ -10,11 +10,15 @@
 mod bitmap;
 mod buffer;
 mod memory;
+mod remap;
 mod remote;
 mod request;
+mod segments;
 mod serve;
 mod sys;
 mod tail;
+#[cfg(test)]
+mod testing;
 mod track;
 mod tsc;
 mod uffd;
@@ -26,7 +30,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use memory::Ram;
-use serve::Keeper;
+use serve::{Home, Keeper};
 use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
@@ -209,12 +213,16 @@ fn start(options: Options) -> io::Result<Keeper> {
     );
     serve::write_whole(&options.dir.join(serve::PIDS), pids.as_bytes())?;
     Ok(Keeper {
-        record: options.record,
+        home: Home {
+            run_dir: options.dir,
+            record: options.record,
+        },
         listener,
         sigterm,
         timer,
         vmm,
         ram,
+        files: Vec::new(),
         log: log_tail,
         console: Some(console_tail),
         clients: Vec::<OwnedFd>::new(),

@@ -15,7 +15,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use crate::bitmap::Bitmap;
 use crate::buffer::{Buffer, INDEX};
+pub use crate::segments::Segment;
+use crate::segments::{find_segments, Wanted};
 use crate::sys::{self, Mapping, Remote, Way, PAGE};
 
 const PRESENT: u64 = 1 << 63;
@@ -38,16 +41,8 @@ pub struct Ram {
     pub pages: usize,
     /// Found once: what is mapped there later (other files, over parts of it) does not move it.
     found: OnceCell<Vec<Segment>>,
-}
-
-/// One mapped piece of the RAM file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Segment {
-    pub address: u64,
-    pub first_page: usize,
-    pub pages: usize,
-    /// Mapped shared: its written pages are the file's own, not private ones.
-    pub shared: bool,
+    /// Pages that other files were mapped over (remap.rs): they differ from the RAM file without being private.
+    pub placed: Bitmap,
 }
 
 impl Ram {
@@ -62,6 +57,7 @@ impl Ram {
             inode: about.ino(),
             pages,
             found: OnceCell::new(),
+            placed: Bitmap::new(pages),
         })
     }
 
@@ -90,7 +86,16 @@ impl Ram {
         Ok(self.found.get_or_init(|| found))
     }
 
+    /// Pages that may differ from what the RAM file holds, ascending: private ones, and those that were placed.
     pub fn private_pages(&self, segments: &[Segment]) -> io::Result<Vec<u32>> {
+        let mut all = self.placed.clone();
+        for page in self.unshared_pages(segments)? {
+            all.add(page as usize, 1);
+        }
+        Ok(all.members())
+    }
+
+    fn unshared_pages(&self, segments: &[Segment]) -> io::Result<Vec<u32>> {
         let pagemap = File::open(format!("/proc/{}/pagemap", self.pid))?;
         let mut out = Vec::new();
         let mut raw = vec![0u8; 32768 * 8];
@@ -264,55 +269,6 @@ fn select_private(raw: &[u8], first: usize, out: &mut Vec<u32>) {
     }
 }
 
-/// What a line of `/proc/PID/maps` must be to count as RAM.
-struct Wanted<'a> {
-    path: &'a Path,
-    device: u64,
-    inode: u64,
-    pages: usize,
-}
-
-/// The mapped pieces of one file, by path or, should the file have been renamed, by device and inode. Some file
-/// systems (overlayfs, btrfs) show another device here than `stat` does, hence both.
-fn find_segments(maps: &str, wanted: &Wanted) -> Vec<Segment> {
-    let mut out = Vec::new();
-    for line in maps.lines() {
-        let fields: Vec<&str> = line.splitn(6, ' ').collect();
-        let [range, access, offset, device, inode, rest] = fields[..] else {
-            continue;
-        };
-        let path = rest.trim_start().trim_end_matches(" (deleted)");
-        let same_file = wanted.inode != 0
-            && device_number(device) == Some(wanted.device)
-            && inode.parse() == Ok(wanted.inode);
-        if Path::new(path) != wanted.path && !same_file {
-            continue;
-        }
-        let Some((from, to)) = range.split_once('-') else {
-            continue;
-        };
-        let hex = |text| u64::from_str_radix(text, 16);
-        if let (Ok(from), Ok(to), Ok(offset)) = (hex(from), hex(to), hex(offset)) {
-            let first_page = offset as usize / PAGE;
-            let pages = ((to - from) as usize / PAGE).min(wanted.pages.saturating_sub(first_page));
-            out.push(Segment {
-                address: from,
-                first_page,
-                pages,
-                shared: access.ends_with('s'),
-            });
-        }
-    }
-    out.sort_by_key(|s| s.first_page);
-    out
-}
-
-fn device_number(text: &str) -> Option<u64> {
-    let (major, minor) = text.split_once(':')?;
-    let hex = |part| u32::from_str_radix(part, 16).ok();
-    Some(libc::makedev(hex(major)?, hex(minor)?))
-}
-
 /// Pages that lie one after the other both in the VM and in the slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stretch {
@@ -403,52 +359,6 @@ fn is_zero(page: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const MAPS: &str = "\
-7f0000000000-7f0000004000 rw-p 00000000 00:19 77 /dev/shm/a b/ram (deleted)
-7f0000004000-7f0000006000 rw-p 00004000 00:19 77 /dev/shm/a b/ram (deleted)
-7f0000010000-7f0000011000 rw-p 00000000 00:00 0 
-7f0000020000-7f0000022000 r-xp 00000000 fe:00 12 /usr/bin/qemu
-";
-
-    #[test]
-    fn segments_are_found_by_path_or_by_inode() {
-        let by_path = Wanted {
-            path: Path::new("/dev/shm/a b/ram"),
-            device: 1,
-            inode: 1,
-            pages: 6,
-        };
-        let both = vec![
-            Segment {
-                address: 0x7f00_0000_0000,
-                first_page: 0,
-                pages: 4,
-                shared: false,
-            },
-            Segment {
-                address: 0x7f00_0000_4000,
-                first_page: 4,
-                pages: 2,
-                shared: false,
-            },
-        ];
-        assert_eq!(find_segments(MAPS, &by_path), both);
-        let moved = Wanted {
-            path: Path::new("/new"),
-            device: libc::makedev(0, 0x19),
-            inode: 77,
-            pages: 6,
-        };
-        assert_eq!(find_segments(MAPS, &moved), both);
-        let other = Wanted {
-            path: Path::new("/new"),
-            device: 1,
-            inode: 77,
-            pages: 6,
-        };
-        assert!(find_segments(MAPS, &other).is_empty());
-    }
 
     #[test]
     fn private_means_present_or_swapped_and_not_of_the_file() {

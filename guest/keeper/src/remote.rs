@@ -8,6 +8,7 @@
 //! If the thread cannot be let go again with its own registers the process is killed: it would run wild.
 
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::sys::{self, Remote, Way};
 
@@ -17,6 +18,8 @@ pub type Call = [u64; 7];
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// The vDSO is two pages; anything far beyond is not one.
 const VDSO_LIMIT: u64 = 1 << 20;
+/// Room for `/proc/PID/fd/N` and the zero behind it.
+const PATH: usize = 48;
 
 /// Have process `pid` make these calls and return their results; a negative one is an errno of that call.
 pub fn system_calls(pid: libc::pid_t, calls: &[Call]) -> io::Result<Vec<i64>> {
@@ -28,6 +31,62 @@ pub fn system_calls(pid: libc::pid_t, calls: &[Call]) -> io::Result<Vec<i64>> {
         .collect();
     held.release()?;
     done
+}
+
+/// Have process `pid` open these files of ours (`/proc/OURS/fd/N`) for reading, and return its numbers for them. A path
+/// is handed over in a page that is mapped there for as long as this takes.
+pub fn open_ours(pid: libc::pid_t, files: &[OwnedFd]) -> io::Result<Vec<u64>> {
+    let access = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let bytes = (files.len() * PATH).next_multiple_of(sys::PAGE) as u64;
+    let map = [libc::SYS_mmap as u64, 0, bytes, access, flags, u64::MAX, 0];
+    let page = result(system_calls(pid, &[map])?[0])?;
+    let me = std::process::id();
+    let mut paths = vec![0u8; files.len() * PATH];
+    for (place, file) in paths.chunks_exact_mut(PATH).zip(files) {
+        let path = format!("/proc/{me}/fd/{}", file.as_raw_fd());
+        place[..path.len()].copy_from_slice(path.as_bytes());
+    }
+    let there = [Remote {
+        address: page,
+        bytes: paths.len(),
+    }];
+    let here = [sys::local(paths.as_mut_ptr(), paths.len())];
+    let written = sys::process_vm(&Way::Write, pid, &here, &there);
+    let flags = (libc::O_RDONLY | libc::O_CLOEXEC) as u64;
+    let open = libc::SYS_openat as u64;
+    let mut calls: Vec<Call> = Vec::new();
+    if written.is_ok() {
+        let at = (0..files.len()).map(|number| page + (number * PATH) as u64);
+        calls.extend(at.map(|at| [open, libc::AT_FDCWD as u64, at, flags, 0, 0, 0]));
+    }
+    calls.push([libc::SYS_munmap as u64, page, bytes, 0, 0, 0, 0]);
+    let results = system_calls(pid, &calls)?;
+    written?;
+    let opened: Vec<u64> = results[..files.len()]
+        .iter()
+        .filter_map(|&r| result(r).ok())
+        .collect();
+    if opened.len() < files.len() {
+        close(pid, &opened)?;
+        let failed = results.iter().find(|&&r| r < 0).copied().unwrap_or(0);
+        return Err(io::Error::from_raw_os_error(-failed as i32));
+    }
+    Ok(opened)
+}
+
+/// Have process `pid` close descriptors.
+pub fn close(pid: libc::pid_t, descriptors: &[u64]) -> io::Result<()> {
+    let calls: Vec<Call> = descriptors
+        .iter()
+        .map(|&fd| [libc::SYS_close as u64, fd, 0, 0, 0, 0, 0])
+        .collect();
+    system_calls(pid, &calls).map(|_| ())
+}
+
+/// What a system call returned, as a number or an error.
+pub fn result(returned: i64) -> io::Result<u64> {
+    u64::try_from(returned).map_err(|_| io::Error::from_raw_os_error(-returned as i32))
 }
 
 fn find_instruction(pid: libc::pid_t) -> io::Result<u64> {

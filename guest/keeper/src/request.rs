@@ -8,12 +8,12 @@
 //!   capture file|file-all          ok pages=N + descriptor  pages that the RAM file holds (file-all: zero ones too)
 //!   release                        ok                       drop a prepared buffer
 //!   inject COUNT + descriptor      ok                       put pages into the VM's memory
+//!   file + descriptor              ok file=N                take a file that pages are mapped from
+//!   remap + descriptor             ok                       map runs of those files over the memory (remap.rs)
 //!
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
-//!   tether + pipe                  ok                       the same for a VM that waits to be used: its server's end
-//!   move CONSOLE RECORD + folder   ok                       console and record are files of this folder from now on
 //!   tracking                       ok way=WAY base=BASE absent=N     way none: not tracked; N pagers still bring pages
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
 //!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
@@ -22,6 +22,8 @@
 //!
 //! BASE is a snapshot's name as the server has it, or `-`: the RAM file as it was. `user` asks for a userfaultfd without
 //! rights. The descriptor of `track` holds pairs of u32: ranges (first page, count) that differ from the RAM file.
+//! The descriptor of `remap` holds runs as four u32 each: first page, count, file number, page in that file; afterwards, or
+//! if it fails, the files are let go.
 //! SEGMENTS says where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
 //!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
@@ -45,17 +47,14 @@ pub enum Request {
     },
     Release,
     Inject(usize),
+    File,
+    Remap,
     Track {
         base: String,
         faults: Faults,
     },
     Tracking,
     Guard,
-    Tether,
-    Move {
-        console: String,
-        record: String,
-    },
     PrepareTracked(Which),
     CaptureTracked(Which),
     Collect,
@@ -67,8 +66,6 @@ pub enum Request {
 
 /// Greatest length of a snapshot's name in bytes.
 const BASE_LIMIT: usize = 128;
-/// Greatest length of a file's name in bytes.
-const NAME_LIMIT: usize = 64;
 /// A year: more is a mistake, and it keeps the arithmetic far from overflow.
 const DEADLINE_LIMIT_MS: u64 = 366 * 86_400_000;
 
@@ -92,6 +89,8 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             .parse()
             .map(Request::Inject)
             .map_err(|_| "not a number of pages"),
+        ["file"] => Ok(Request::File),
+        ["remap"] => Ok(Request::Remap),
         ["track", base, faults] => Ok(Request::Track {
             base: base_name(base)?,
             faults: match faults {
@@ -102,11 +101,6 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             },
         }),
         ["guard"] => Ok(Request::Guard),
-        ["tether"] => Ok(Request::Tether),
-        ["move", console, record] => Ok(Request::Move {
-            console: file_name(console)?,
-            record: file_name(record)?,
-        }),
         ["tracking"] => Ok(Request::Tracking),
         ["prepare", which] => Ok(Request::PrepareTracked(parse_which(which)?)),
         ["capture", which] => Ok(Request::CaptureTracked(parse_which(which)?)),
@@ -124,15 +118,6 @@ fn parse_which(word: &str) -> Result<Which, &'static str> {
         "delta" => Ok(Which::Delta),
         "all" => Ok(Which::All),
         _ => Err("no such pages"),
-    }
-}
-
-fn file_name(word: &str) -> Result<String, &'static str> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if word.len() <= NAME_LIMIT && word.chars().all(plain) && !word.starts_with('.') {
-        Ok(word.to_string())
-    } else {
-        Err("not a plain file name")
     }
 }
 
@@ -159,13 +144,9 @@ mod tests {
             Ok(Request::CaptureFile { keep_zero: true })
         );
         assert_eq!(parse(b"inject 12"), Ok(Request::Inject(12)));
+        assert_eq!(parse(b"file"), Ok(Request::File));
+        assert_eq!(parse(b"remap"), Ok(Request::Remap));
         assert_eq!(parse(b"guard"), Ok(Request::Guard));
-        assert_eq!(parse(b"tether"), Ok(Request::Tether));
-        let moved = Request::Move {
-            console: "console.log".to_string(),
-            record: "vmm.end".to_string(),
-        };
-        assert_eq!(parse(b"move console.log vmm.end"), Ok(moved));
         let track = Request::Track {
             base: "snp_1".to_string(),
             faults: Faults::User,
@@ -197,9 +178,6 @@ mod tests {
             b"track",
             b"track a/b any",
             b"committed x y",
-            b"move console.log",
-            b"move ../console vmm.end",
-            b"move console.log .hidden",
             b"\xff",
             b"",
         ] {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::buffer::Buffer;
 use crate::memory::Ram;
+use crate::remap;
 use crate::request::{self, Request, REQUEST_LIMIT};
 use crate::sys;
 use crate::tail::Tail;
@@ -26,23 +27,22 @@ pub const MONITOR: &str = "qmp.sock";
 pub const PIDS: &str = "pids";
 pub const LOG: &str = "vmm.log";
 
-/// Whose end closes a pipe before a word was said there, and so ends the VM.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Guarded {
-    /// A pager that has not brought all pages yet.
-    Pager,
-    /// The server, of a VM that waits to be used: nobody would ever find it again.
-    Server,
+/// What the keeper was told to own.
+pub struct Home {
+    pub run_dir: PathBuf,
+    /// Where the VMM's end is recorded, outside the run folder.
+    pub record: Option<PathBuf>,
 }
 
 pub struct Keeper {
-    /// Where the VMM's end is recorded, outside the run folder.
-    pub record: Option<PathBuf>,
+    pub home: Home,
     pub listener: OwnedFd,
     pub sigterm: OwnedFd,
     pub timer: OwnedFd,
     pub vmm: Vmm,
     pub ram: Ram,
+    /// What the next `remap` maps from.
+    pub files: Vec<OwnedFd>,
     pub log: Tail,
     pub console: Option<Tail>,
     pub clients: Vec<OwnedFd>,
@@ -50,8 +50,8 @@ pub struct Keeper {
     pub prepared: Option<Buffer>,
     pub tracker: Option<Tracker>,
     pub copying: Option<Copying>,
-    /// Pipes that somebody must say a word on before they close.
-    pub guards: Vec<(OwnedFd, Guarded)>,
+    /// Pipes of pagers that have not brought all pages yet.
+    pub guards: Vec<OwnedFd>,
     /// Why we ended the VMM, once we have.
     pub reason: Option<&'static str>,
 }
@@ -114,7 +114,7 @@ impl Keeper {
             watch(console),
         ];
         let first_guard = fds.len();
-        fds.extend(self.guards.iter().map(|(pipe, _)| watch(pipe.as_raw_fd())));
+        fds.extend(self.guards.iter().map(|pipe| watch(pipe.as_raw_fd())));
         let fixed = fds.len();
         fds.extend(self.clients.iter().map(|c| watch(c.as_raw_fd())));
         // SAFETY: the array is valid for its length. EINTR leaves all revents zero: one idle turn.
@@ -205,32 +205,33 @@ impl Keeper {
                 self.ram.inject(&source, count, &self.stop())?;
                 done()
             }
-            Request::Guard => self.guard(Guarded::Pager, fd),
-            Request::Tether => self.guard(Guarded::Server, fd),
-            Request::Move { console, record } => {
-                let folder = fd.ok_or_else(|| invalid("no folder came"))?;
-                let folder = sys::path_of(&folder)?;
-                if let Some(tail) = self.console.as_mut() {
-                    tail.move_to(&folder.join(console))?;
-                }
-                self.record = Some(folder.join(record));
-                done()
+            Request::File | Request::Remap => {
+                self.untracked()?;
+                let fd = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                Ok((self.place(&request, fd)?, None))
             }
             request => self.answer_tracked(request, fd),
         }
     }
 
-    fn guard(&mut self, whose: Guarded, fd: Option<OwnedFd>) -> Answer {
-        let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
-        sys::set_nonblocking(&pipe)?;
-        self.guards.push((pipe, whose));
-        Ok(("ok".to_string(), None))
+    /// Files come one by one, since a message carries one descriptor; the runs that name them come last.
+    fn place(&mut self, request: &Request, fd: OwnedFd) -> io::Result<String> {
+        if *request == Request::File {
+            if self.files.len() == remap::FILES {
+                return Err(invalid("too many files"));
+            }
+            self.files.push(fd);
+            return Ok(format!("ok file={}", self.files.len() - 1));
+        }
+        let files = std::mem::take(&mut self.files);
+        let runs = remap::parse_runs(&read_whole(fd, (remap::RUNS * remap::RUN_BYTES) as u64)?)?;
+        remap::remap(&mut self.ram, &files, &runs)?;
+        Ok("ok".to_string())
     }
 
     fn answer_tracked(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
         let stop = self.stop();
-        let pagers = self.guards.iter().filter(|g| g.1 == Guarded::Pager);
-        let absent = pagers.count();
+        let absent = self.guards.len();
         let tracker = self.tracker.as_mut();
         let text = match request {
             // Reading an absent page would wait for the pager, and meanwhile nobody would see it die.
@@ -240,6 +241,12 @@ impl Keeper {
                 return Err(invalid("pages are still being brought"));
             }
             Request::Track { base, faults } => return self.track(&base, faults, fd),
+            Request::Guard => {
+                let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                sys::set_nonblocking(&pipe)?;
+                self.guards.push(pipe);
+                "ok".to_string()
+            }
             Request::PrepareTracked(which) => {
                 self.copying = None;
                 let ready = tracker.ok_or_else(not_tracked)?;
@@ -295,24 +302,25 @@ impl Keeper {
     }
 
     /// A pager that says something has put every page there; one that is gone before has left the VM with pages that
-    /// nobody will ever bring. A server that says something has taken the VM into use and written that down.
+    /// nobody will ever bring.
     fn check_guards(&mut self) {
-        let mut broken = None;
-        self.guards.retain(|(pipe, whose)| {
+        let mut broken = false;
+        self.guards.retain(|pipe| {
             let mut word = [0u8; 16];
             match sys::read_now(pipe, &mut word) {
                 Ok(None) => true,
-                Ok(Some(count)) if count > 0 => false,
-                _ => {
-                    broken = Some(*whose);
+                Ok(Some(count)) => {
+                    broken |= count == 0;
+                    false
+                }
+                Err(_) => {
+                    broken = true;
                     false
                 }
             }
         });
-        match broken {
-            Some(Guarded::Pager) => self.end("its pager died"),
-            Some(Guarded::Server) => self.end("nobody is left to use it"),
-            None => {}
+        if broken {
+            self.end("its pager died");
         }
     }
 
@@ -370,10 +378,10 @@ impl Keeper {
         self.welcome_all();
         let words = self.log.last(LAST_WORDS).unwrap_or_default();
         let obituary = obituary(end, self.reason, &words);
-        if let Some(path) = &self.record {
+        if let Some(path) = &self.home.record {
             let _ = write_whole(path, &obituary);
         }
-        remove_run_folder();
+        remove_folder(&self.home.run_dir);
         for client in &self.clients {
             let _ = sys::send(client, &obituary, None);
         }
@@ -392,7 +400,8 @@ struct Ready {
 }
 
 fn captured(done: io::Result<(Buffer, usize)>) -> Answer {
-    done.map(|(buffer, pages)| (format!("ok pages={pages}"), Some(buffer.fd)))
+    let (buffer, pages) = done?;
+    Ok((format!("ok pages={pages}"), Some(buffer.seal()?)))
 }
 
 fn invalid(why: &str) -> io::Error {
@@ -403,14 +412,22 @@ fn not_tracked() -> io::Error {
     invalid("the VM's writes are not tracked")
 }
 
-/// Pairs of u32 (little endian): first page and count, all inside the memory.
-fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
+/// All of a descriptor's bytes, from the beginning; more than `limit` is an error.
+fn read_whole(fd: OwnedFd, limit: u64) -> io::Result<Vec<u8>> {
     let mut raw = Vec::new();
-    let limit = 8 * pages as u64;
     let mut file = std::fs::File::from(fd);
     file.rewind()?; // whoever wrote it shares its position
     file.take(limit + 1).read_to_end(&mut raw)?;
-    if raw.len() as u64 > limit || raw.len() % 8 != 0 {
+    if raw.len() as u64 > limit {
+        return Err(invalid("the list is too long"));
+    }
+    Ok(raw)
+}
+
+/// Pairs of u32 (little endian): first page and count, all inside the memory.
+fn read_ranges(fd: OwnedFd, pages: usize) -> io::Result<Vec<(u32, u32)>> {
+    let raw = read_whole(fd, 8 * pages as u64)?;
+    if raw.len() % 8 != 0 {
         return Err(invalid("the list of ranges has an odd size"));
     }
     let number = |word: &[u8]| u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
@@ -446,14 +463,6 @@ pub fn write_whole(path: &Path, data: &[u8]) -> io::Result<()> {
     let aside = path.with_extension("new");
     std::fs::write(&aside, data)?;
     std::fs::rename(&aside, path)
-}
-
-/// Remove the run folder by the name it has now: the server renames that of a VM which it takes into use.
-fn remove_run_folder() {
-    // Gone already: there is nothing to remove.
-    if let Ok(path) = std::env::current_dir() {
-        remove_folder(&path);
-    }
 }
 
 /// Remove a flat folder. What is not ours to remove stays, and then so does the folder.

@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 pub const PAGE: usize = 4096;
 
@@ -187,16 +187,6 @@ pub fn send(socket: &OwnedFd, text: &[u8], fd: Option<&OwnedFd>) -> io::Result<(
     }
 }
 
-/// The path of an open folder, as it is now.
-pub fn path_of(folder: &OwnedFd) -> io::Result<PathBuf> {
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd()))?;
-    if path.is_dir() {
-        Ok(path)
-    } else {
-        Err(io::Error::from_raw_os_error(libc::ENOTDIR))
-    }
-}
-
 pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
     // SAFETY: no pointers.
     let ret = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
@@ -276,9 +266,18 @@ pub fn sigterm_fd() -> io::Result<OwnedFd> {
 pub fn memfd(name: &str, bytes: u64) -> io::Result<OwnedFd> {
     let name = cstring(name)?;
     // SAFETY: name is NUL-terminated.
-    let fd = own(unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) })?;
+    let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    let fd = own(unsafe { libc::memfd_create(name.as_ptr(), flags) })?;
     check(unsafe { libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) })?;
     Ok(fd)
+}
+
+/// Bytes of a file.
+pub fn size(fd: &OwnedFd) -> io::Result<u64> {
+    // SAFETY: all-zero is a valid stat, and it is ours.
+    let mut about: libc::stat = unsafe { std::mem::zeroed() };
+    check(unsafe { libc::fstat(fd.as_raw_fd(), &raw mut about) })?;
+    Ok(about.st_size as u64)
 }
 
 /// A shared mapping of a file, unmapped when dropped.

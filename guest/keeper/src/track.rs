@@ -318,138 +318,21 @@ impl Copying {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{content, keep_only, Writer};
     use std::os::fd::AsRawFd;
-    use std::os::unix::fs::FileExt;
-    use std::path::{Path, PathBuf};
-
-    const PAGES: usize = 256;
-
-    /// A child with a private mapping of a file, which writes the pages it is told to.
-    struct Writer {
-        pid: libc::pid_t,
-        order: OwnedFd,
-        done: OwnedFd,
-        path: PathBuf,
-    }
-
-    impl Writer {
-        fn start(name: &str, flags: libc::c_int) -> (Writer, Ram) {
-            let path =
-                Path::new("/dev/shm").join(format!("keeper-track-{name}-{}", std::process::id()));
-            let file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .open(&path)
-                .unwrap();
-            file.set_len((PAGES * PAGE) as u64).unwrap();
-            file.write_all_at(&[1; 16 * PAGE], 0).unwrap();
-            let (order_read, order) = crate::sys::pipe().unwrap();
-            let (done, done_write) = crate::sys::pipe().unwrap();
-            let access = libc::PROT_READ | libc::PROT_WRITE;
-            // SAFETY: the child makes system calls and writes to its own mapping, nothing else.
-            let pid = unsafe {
-                let map = libc::mmap(
-                    std::ptr::null_mut(),
-                    PAGES * PAGE,
-                    access,
-                    flags,
-                    file.as_raw_fd(),
-                    0,
-                );
-                assert_ne!(map, libc::MAP_FAILED);
-                let pid = libc::fork();
-                if pid == 0 {
-                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                    keep_only(order_read.as_raw_fd(), done_write.as_raw_fd());
-                    libc::write(done_write.as_raw_fd(), [0u8].as_ptr().cast(), 1);
-                    let mut told = [0u8; 2];
-                    while libc::read(order_read.as_raw_fd(), told.as_mut_ptr().cast(), 2) == 2 {
-                        *map.cast::<u8>().add(told[0] as usize * PAGE) = told[1];
-                        libc::write(done_write.as_raw_fd(), told.as_ptr().cast(), 1);
-                    }
-                    libc::_exit(0);
-                }
-                libc::munmap(map, PAGES * PAGE);
-                let mut ready = [0u8];
-                assert_eq!(
-                    libc::read(done.as_raw_fd(), ready.as_mut_ptr().cast(), 1),
-                    1
-                );
-                pid
-            };
-            let ram = Ram::new(pid, &path).unwrap();
-            let writer = Writer {
-                pid,
-                order,
-                done,
-                path,
-            };
-            (writer, ram)
-        }
-
-        fn write(&self, page: u8, value: u8) {
-            let mut back = [0u8];
-            // SAFETY: buffers are valid for their lengths.
-            unsafe {
-                let order = [page, value];
-                assert_eq!(
-                    libc::write(self.order.as_raw_fd(), order.as_ptr().cast(), 2),
-                    2
-                );
-                assert_eq!(
-                    libc::read(self.done.as_raw_fd(), back.as_mut_ptr().cast(), 1),
-                    1
-                );
-            }
-        }
-    }
-
-    impl Drop for Writer {
-        fn drop(&mut self) {
-            // SAFETY: our own child.
-            unsafe {
-                libc::kill(self.pid, libc::SIGKILL);
-                libc::waitpid(self.pid, std::ptr::null_mut(), 0);
-            }
-            std::fs::remove_file(&self.path).unwrap();
-        }
-    }
-
-    /// A forked child must not hold the pipes of tests that run beside this one.
-    unsafe fn keep_only(one: libc::c_int, other: libc::c_int) {
-        for fd in 3..256 {
-            if fd != one && fd != other {
-                libc::close(fd);
-            }
-        }
-    }
 
     fn go() -> io::Result<()> {
         Ok(())
     }
 
-    /// Page numbers and first bytes of a finished capture.
-    fn content(copying: Copying) -> Vec<(u32, u8)> {
-        let (buffer, count) = copying.collect().unwrap();
-        let file = File::from(buffer.fd.try_clone().unwrap());
-        let byte = |at: usize| {
-            let mut one = [0u8];
-            file.read_exact_at(&mut one, at as u64).unwrap();
-            one[0]
-        };
-        let number = |slot: usize| {
-            let at = count * PAGE + slot * 4;
-            u32::from_le_bytes([byte(at), byte(at + 1), byte(at + 2), byte(at + 3)])
-        };
-        (0..count)
-            .map(|slot| (number(slot), byte(slot * PAGE)))
-            .collect()
-    }
-
     fn take(tracker: &mut Tracker, ram: &Ram, which: Which) -> Vec<(u32, u8)> {
-        content(tracker.capture(ram, which, None, &go).unwrap())
+        content(
+            tracker
+                .capture(ram, which, None, &go)
+                .unwrap()
+                .collect()
+                .unwrap(),
+        )
     }
 
     #[test]
@@ -494,7 +377,7 @@ mod tests {
             .unwrap();
         writer.write(30, 77); // after the capture
         assert_eq!(
-            content(done),
+            content(done.collect().unwrap()),
             [(5, 5), (10, 10), (15, 15), (20, 99), (30, 30)]
         );
     }
