@@ -30,7 +30,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use memory::Ram;
-use serve::{Home, Keeper};
+use serve::Keeper;
 use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
@@ -213,10 +213,7 @@ fn start(options: Options) -> io::Result<Keeper> {
     );
     serve::write_whole(&options.dir.join(serve::PIDS), pids.as_bytes())?;
     Ok(Keeper {
-        home: Home {
-            run_dir: options.dir,
-            record: options.record,
-        },
+        record: options.record,
         listener,
         sigterm,
         timer,

@@ -14,6 +14,8 @@
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
+//!   tether + pipe                  ok                       the same for a VM that waits to be used: its server's end
+//!   move CONSOLE RECORD + folder   ok                       console and record are files of this folder from now on
 //!   tracking                       ok way=WAY base=BASE absent=N     way none: not tracked; N pagers still bring pages
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
 //!   capture delta|all              ok pages=N generation=G  the rest, of a stopped VM
@@ -55,6 +57,11 @@ pub enum Request {
     },
     Tracking,
     Guard,
+    Tether,
+    Move {
+        console: String,
+        record: String,
+    },
     PrepareTracked(Which),
     CaptureTracked(Which),
     Collect,
@@ -66,6 +73,8 @@ pub enum Request {
 
 /// Greatest length of a snapshot's name in bytes.
 const BASE_LIMIT: usize = 128;
+/// Greatest length of a file's name in bytes.
+const NAME_LIMIT: usize = 64;
 /// A year: more is a mistake, and it keeps the arithmetic far from overflow.
 const DEADLINE_LIMIT_MS: u64 = 366 * 86_400_000;
 
@@ -101,6 +110,11 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             },
         }),
         ["guard"] => Ok(Request::Guard),
+        ["tether"] => Ok(Request::Tether),
+        ["move", console, record] => Ok(Request::Move {
+            console: file_name(console)?,
+            record: file_name(record)?,
+        }),
         ["tracking"] => Ok(Request::Tracking),
         ["prepare", which] => Ok(Request::PrepareTracked(parse_which(which)?)),
         ["capture", which] => Ok(Request::CaptureTracked(parse_which(which)?)),
@@ -118,6 +132,15 @@ fn parse_which(word: &str) -> Result<Which, &'static str> {
         "delta" => Ok(Which::Delta),
         "all" => Ok(Which::All),
         _ => Err("no such pages"),
+    }
+}
+
+fn file_name(word: &str) -> Result<String, &'static str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
+    if word.len() <= NAME_LIMIT && word.chars().all(plain) && !word.starts_with('.') {
+        Ok(word.to_string())
+    } else {
+        Err("not a plain file name")
     }
 }
 
@@ -147,6 +170,12 @@ mod tests {
         assert_eq!(parse(b"file"), Ok(Request::File));
         assert_eq!(parse(b"remap"), Ok(Request::Remap));
         assert_eq!(parse(b"guard"), Ok(Request::Guard));
+        assert_eq!(parse(b"tether"), Ok(Request::Tether));
+        let moved = Request::Move {
+            console: "console.log".to_string(),
+            record: "vmm.end".to_string(),
+        };
+        assert_eq!(parse(b"move console.log vmm.end"), Ok(moved));
         let track = Request::Track {
             base: "snp_1".to_string(),
             faults: Faults::User,
@@ -178,6 +207,9 @@ mod tests {
             b"track",
             b"track a/b any",
             b"committed x y",
+            b"move console.log",
+            b"move ../console vmm.end",
+            b"move console.log .hidden",
             b"\xff",
             b"",
         ] {

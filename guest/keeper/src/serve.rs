@@ -27,15 +27,18 @@ pub const MONITOR: &str = "qmp.sock";
 pub const PIDS: &str = "pids";
 pub const LOG: &str = "vmm.log";
 
-/// What the keeper was told to own.
-pub struct Home {
-    pub run_dir: PathBuf,
-    /// Where the VMM's end is recorded, outside the run folder.
-    pub record: Option<PathBuf>,
+/// Whose end closes a pipe before a word was said there, and so ends the VM.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Guarded {
+    /// A pager that has not brought all pages yet.
+    Pager,
+    /// The server, of a VM that waits to be used: nobody would ever find it again.
+    Server,
 }
 
 pub struct Keeper {
-    pub home: Home,
+    /// Where the VMM's end is recorded, outside the run folder.
+    pub record: Option<PathBuf>,
     pub listener: OwnedFd,
     pub sigterm: OwnedFd,
     pub timer: OwnedFd,
@@ -50,8 +53,8 @@ pub struct Keeper {
     pub prepared: Option<Buffer>,
     pub tracker: Option<Tracker>,
     pub copying: Option<Copying>,
-    /// Pipes of pagers that have not brought all pages yet.
-    pub guards: Vec<OwnedFd>,
+    /// Pipes that somebody must say a word on before they close.
+    pub guards: Vec<(OwnedFd, Guarded)>,
     /// Why we ended the VMM, once we have.
     pub reason: Option<&'static str>,
 }
@@ -114,7 +117,7 @@ impl Keeper {
             watch(console),
         ];
         let first_guard = fds.len();
-        fds.extend(self.guards.iter().map(|pipe| watch(pipe.as_raw_fd())));
+        fds.extend(self.guards.iter().map(|(pipe, _)| watch(pipe.as_raw_fd())));
         let fixed = fds.len();
         fds.extend(self.clients.iter().map(|c| watch(c.as_raw_fd())));
         // SAFETY: the array is valid for its length. EINTR leaves all revents zero: one idle turn.
@@ -210,8 +213,26 @@ impl Keeper {
                 let fd = fd.ok_or_else(|| invalid("no descriptor came"))?;
                 Ok((self.place(&request, fd)?, None))
             }
+            Request::Guard => self.guard(Guarded::Pager, fd),
+            Request::Tether => self.guard(Guarded::Server, fd),
+            Request::Move { console, record } => {
+                let folder = fd.ok_or_else(|| invalid("no folder came"))?;
+                let folder = sys::path_of(&folder)?;
+                if let Some(tail) = self.console.as_mut() {
+                    tail.move_to(&folder.join(console))?;
+                }
+                self.record = Some(folder.join(record));
+                done()
+            }
             request => self.answer_tracked(request, fd),
         }
+    }
+
+    fn guard(&mut self, whose: Guarded, fd: Option<OwnedFd>) -> Answer {
+        let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
+        sys::set_nonblocking(&pipe)?;
+        self.guards.push((pipe, whose));
+        Ok(("ok".to_string(), None))
     }
 
     /// Files come one by one, since a message carries one descriptor; the runs that name them come last.
@@ -231,7 +252,8 @@ impl Keeper {
 
     fn answer_tracked(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
         let stop = self.stop();
-        let absent = self.guards.len();
+        let pagers = self.guards.iter().filter(|g| g.1 == Guarded::Pager);
+        let absent = pagers.count();
         let tracker = self.tracker.as_mut();
         let text = match request {
             // Reading an absent page would wait for the pager, and meanwhile nobody would see it die.
@@ -241,12 +263,6 @@ impl Keeper {
                 return Err(invalid("pages are still being brought"));
             }
             Request::Track { base, faults } => return self.track(&base, faults, fd),
-            Request::Guard => {
-                let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
-                sys::set_nonblocking(&pipe)?;
-                self.guards.push(pipe);
-                "ok".to_string()
-            }
             Request::PrepareTracked(which) => {
                 self.copying = None;
                 let ready = tracker.ok_or_else(not_tracked)?;
@@ -302,25 +318,24 @@ impl Keeper {
     }
 
     /// A pager that says something has put every page there; one that is gone before has left the VM with pages that
-    /// nobody will ever bring.
+    /// nobody will ever bring. A server that says something has taken the VM into use and written that down.
     fn check_guards(&mut self) {
-        let mut broken = false;
-        self.guards.retain(|pipe| {
+        let mut broken = None;
+        self.guards.retain(|(pipe, whose)| {
             let mut word = [0u8; 16];
             match sys::read_now(pipe, &mut word) {
                 Ok(None) => true,
-                Ok(Some(count)) => {
-                    broken |= count == 0;
-                    false
-                }
-                Err(_) => {
-                    broken = true;
+                Ok(Some(count)) if count > 0 => false,
+                _ => {
+                    broken = Some(*whose);
                     false
                 }
             }
         });
-        if broken {
-            self.end("its pager died");
+        match broken {
+            Some(Guarded::Pager) => self.end("its pager died"),
+            Some(Guarded::Server) => self.end("nobody is left to use it"),
+            None => {}
         }
     }
 
@@ -378,10 +393,10 @@ impl Keeper {
         self.welcome_all();
         let words = self.log.last(LAST_WORDS).unwrap_or_default();
         let obituary = obituary(end, self.reason, &words);
-        if let Some(path) = &self.home.record {
+        if let Some(path) = &self.record {
             let _ = write_whole(path, &obituary);
         }
-        remove_folder(&self.home.run_dir);
+        remove_run_folder();
         for client in &self.clients {
             let _ = sys::send(client, &obituary, None);
         }
@@ -463,6 +478,14 @@ pub fn write_whole(path: &Path, data: &[u8]) -> io::Result<()> {
     let aside = path.with_extension("new");
     std::fs::write(&aside, data)?;
     std::fs::rename(&aside, path)
+}
+
+/// Remove the run folder by the name it has now: the server renames that of a VM which it takes into use.
+fn remove_run_folder() {
+    // Gone already: there is nothing to remove.
+    if let Ok(path) = std::env::current_dir() {
+        remove_folder(&path);
+    }
 }
 
 /// Remove a flat folder. What is not ours to remove stays, and then so does the folder.

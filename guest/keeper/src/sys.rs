@@ -3,7 +3,7 @@
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub const PAGE: usize = 4096;
 
@@ -184,6 +184,16 @@ pub fn send(socket: &OwnedFd, text: &[u8], fd: Option<&OwnedFd>) -> io::Result<(
         }
         let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         check_len(libc::sendmsg(socket.as_raw_fd(), &raw const message, flags)).map(|_| ())
+    }
+}
+
+/// The path of an open folder, as it is now.
+pub fn path_of(folder: &OwnedFd) -> io::Result<PathBuf> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", folder.as_raw_fd()))?;
+    if path.is_dir() {
+        Ok(path)
+    } else {
+        Err(io::Error::from_raw_os_error(libc::ENOTDIR))
     }
 }
 
