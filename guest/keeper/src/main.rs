@@ -30,14 +30,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
 use memory::Ram;
-use serve::Keeper;
+use serve::{Guarded, Keeper};
 use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
 const USAGE: &str = "\
-usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] -- PROGRAM ARGUMENT...
+usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--tether] -- PROGRAM ARGUMENT...
        keeper tsc-khz
-       keeper --version";
+       keeper --version
+--tether: standard input is a pipe; if it closes before a word was said there, the program is ended";
 /// Greatest size of the console's and the log's file in bytes.
 const TAIL_LIMIT: u64 = 1 << 20;
 
@@ -48,6 +49,7 @@ struct Options {
     ram: PathBuf,
     console: PathBuf,
     record: Option<PathBuf>,
+    tether: bool,
     argv: Vec<String>,
 }
 
@@ -58,6 +60,10 @@ fn parse_options(words: &[String]) -> Result<Options, String> {
         if word == "--" {
             out.argv = words.cloned().collect();
             break;
+        }
+        if word == "--tether" {
+            out.tether = true;
+            continue;
         }
         let value = words
             .next()
@@ -108,7 +114,7 @@ fn usage(why: &str) -> i32 {
 /// Detach (twice forked, own session) and start; the caller's process stays until the VMM runs or could not be
 /// started, and says which by its exit code and standard error.
 fn launch(options: Options) -> i32 {
-    match detach() {
+    match detach(options.tether) {
         Err(error) => {
             eprintln!("keeper: {error}");
             1
@@ -128,9 +134,9 @@ fn launch(options: Options) -> i32 {
                 1
             }
         }
-        Ok(Side::Keeper(mut report)) => {
+        Ok(Side::Keeper(mut report, tether)) => {
             let run_dir = options.dir.clone();
-            match start(options) {
+            match start(options, tether) {
                 Ok(keeper) => {
                     let _ = report.write_all(b"ok");
                     drop(report);
@@ -151,15 +157,16 @@ fn launch(options: Options) -> i32 {
 enum Side {
     /// The process that was started: what the keeper reported.
     Caller(String),
-    /// The keeper to be, with the pipe it reports through.
-    Keeper(File),
+    /// The keeper to be, with the pipe it reports through, and its tether.
+    Keeper(File, Option<OwnedFd>),
 }
 
-fn detach() -> io::Result<Side> {
+fn detach(tethered: bool) -> io::Result<Side> {
     // SAFETY: plain system calls in a program with one thread.
     unsafe {
         libc::umask(0o077);
         libc::close_range(3, libc::c_uint::MAX, 0);
+        let tether = tethered.then(sys::take_stdin).transpose()?;
         let (listen, report) = sys::pipe()?;
         let first = sys::check(libc::fork())?;
         if first > 0 {
@@ -181,11 +188,11 @@ fn detach() -> io::Result<Side> {
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
         libc::signal(libc::SIGHUP, libc::SIG_IGN);
         libc::signal(libc::SIGINT, libc::SIG_IGN);
-        Ok(Side::Keeper(File::from(report)))
+        Ok(Side::Keeper(File::from(report), tether))
     }
 }
 
-fn start(options: Options) -> io::Result<Keeper> {
+fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
     std::env::set_current_dir(&options.dir)?;
     let sigterm = sys::sigterm_fd()?;
     let listener = sys::listen_unix(serve::SOCKET, libc::SOCK_SEQPACKET, libc::SOCK_NONBLOCK)?;
@@ -227,7 +234,10 @@ fn start(options: Options) -> io::Result<Keeper> {
         prepared: None,
         tracker: None,
         copying: None,
-        guards: Vec::new(),
+        guards: tether
+            .map(|pipe| (pipe, Guarded::Server))
+            .into_iter()
+            .collect(),
         reason: None,
     })
 }
@@ -248,6 +258,9 @@ mod tests {
         .unwrap();
         assert_eq!(options.argv, words("/q -m 1"));
         assert_eq!(options.record, Some(PathBuf::from("/x")));
+        assert!(!options.tether);
+        let tethered = words("--dir /d --ram /r --tether --console /c -- /q");
+        assert!(parse_options(&tethered).unwrap().tether);
         assert!(parse_options(&words("--dir /d --ram /r -- /q")).is_err());
         assert!(parse_options(&words("--dir d --ram /r --console /c -- /q")).is_err());
         assert!(parse_options(&words("--wrong /d -- /q")).is_err());

@@ -14,7 +14,6 @@
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
-//!   tether + pipe                  ok                       the same for a VM that waits to be used: its server's end
 //!   move CONSOLE RECORD + folder   ok                       console and record are files of this folder from now on
 //!   tracking                       ok way=WAY base=BASE absent=N     way none: not tracked; N pagers still bring pages
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
@@ -57,7 +56,6 @@ pub enum Request {
     },
     Tracking,
     Guard,
-    Tether,
     Move {
         console: String,
         record: String,
@@ -110,7 +108,6 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             },
         }),
         ["guard"] => Ok(Request::Guard),
-        ["tether"] => Ok(Request::Tether),
         ["move", console, record] => Ok(Request::Move {
             console: file_name(console)?,
             record: file_name(record)?,
@@ -170,7 +167,6 @@ mod tests {
         assert_eq!(parse(b"file"), Ok(Request::File));
         assert_eq!(parse(b"remap"), Ok(Request::Remap));
         assert_eq!(parse(b"guard"), Ok(Request::Guard));
-        assert_eq!(parse(b"tether"), Ok(Request::Tether));
         let moved = Request::Move {
             console: "console.log".to_string(),
             record: "vmm.end".to_string(),

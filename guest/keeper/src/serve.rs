@@ -213,8 +213,12 @@ impl Keeper {
                 let fd = fd.ok_or_else(|| invalid("no descriptor came"))?;
                 Ok((self.place(&request, fd)?, None))
             }
-            Request::Guard => self.guard(Guarded::Pager, fd),
-            Request::Tether => self.guard(Guarded::Server, fd),
+            Request::Guard => {
+                let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                sys::set_nonblocking(&pipe)?;
+                self.guards.push((pipe, Guarded::Pager));
+                done()
+            }
             Request::Move { console, record } => {
                 let folder = fd.ok_or_else(|| invalid("no folder came"))?;
                 let folder = sys::path_of(&folder)?;
@@ -226,13 +230,6 @@ impl Keeper {
             }
             request => self.answer_tracked(request, fd),
         }
-    }
-
-    fn guard(&mut self, whose: Guarded, fd: Option<OwnedFd>) -> Answer {
-        let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
-        sys::set_nonblocking(&pipe)?;
-        self.guards.push((pipe, whose));
-        Ok(("ok".to_string(), None))
     }
 
     /// Files come one by one, since a message carries one descriptor; the runs that name them come last.

@@ -41,6 +41,14 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     }
 }
 
+/// Standard input under another number, not blocking.
+pub fn take_stdin() -> io::Result<OwnedFd> {
+    // SAFETY: no pointers; the descriptor that comes back is ours alone.
+    let fd = own(unsafe { libc::fcntl(0, libc::F_DUPFD_CLOEXEC, 3) })?;
+    set_nonblocking(&fd)?;
+    Ok(fd)
+}
+
 pub fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
     // SAFETY: plain fcntl on a descriptor we own.
     check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) }).map(|_| ())

@@ -94,17 +94,18 @@ def read_pids(layout: Layout) -> dict[str, Process]:
         return {}
 
 
-def launch(binary: Path, layout: Layout, ram: Path, argv: Sequence[str]) -> None:
+def launch(binary: Path, layout: Layout, ram: Path, argv: Sequence[str], *, tether: int | None = None) -> None:
     """Start a keeper and its VMM; returns when QEMU was executed (not yet ready). Blocks some milliseconds.
 
+    `tether` is the reading end of a pipe: if the other end closes before a word was said there, the VM is ended.
     Raises DriverFailed with what was said when either could not be started; nothing then runs.
     """
     layout.end_record.unlink(missing_ok=True)  # of an earlier life
     command = [str(binary), "run", "--dir", str(layout.run), "--ram", str(ram), "--console", str(layout.console)]
-    command += ["--record", str(layout.end_record), "--", *argv]
+    command += ["--record", str(layout.end_record), *(["--tether"] if tether is not None else []), "--", *argv]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            command, stdin=subprocess.DEVNULL if tether is None else tether, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             timeout=_START_TIMEOUT_S, check=False, cwd="/",
         )  # fmt: skip
     except FileNotFoundError as exc:
@@ -184,11 +185,6 @@ class Keeper:
     async def guard(self, pipe: int) -> None:
         """Have the VM ended if the other end of this pipe closes before a word was said there."""
         await self._ask("guard", pipe)
-
-    async def tether(self, pipe: int) -> None:
-        """Have a VM that only waits to be used ended if the other end of this pipe closes before a word was said there:
-        whoever knows of it is gone then."""
-        await self._ask("tether", pipe)
 
     async def move(self, layout: Layout) -> None:
         """Have the console and the record of the end written into this layout's directory from now on, the console with

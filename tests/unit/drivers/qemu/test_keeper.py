@@ -38,6 +38,14 @@ def start(layout: Layout, *argv: str) -> Keeper:
     return connect(layout)
 
 
+def tethered(layout: Layout) -> tuple[Keeper, int]:
+    """Start a program that hangs on the pipe whose end comes back."""
+    watched, ours = os.pipe()
+    launch(BINARY, layout, layout.ram, ["/bin/sleep", "60"], tether=watched)
+    os.close(watched)
+    return connect(layout), ours
+
+
 def connect(layout: Layout) -> Keeper:
     _clients.append(Keeper.connect(layout))
     return _clients[-1]
@@ -78,20 +86,14 @@ async def test_last_words_and_exit_code_are_told(layout: Layout) -> None:
 
 async def test_a_tethered_one_ends_with_its_server(layout: Layout) -> None:
     """Whoever dies without a word takes it along; a word sets it free for good."""
-    keeper = start(layout, "/bin/sleep", "60")
-    watched, ours = os.pipe()
-    await keeper.tether(watched)
-    os.close(watched)
+    keeper, ours = tethered(layout)
     assert await keeper.tracking() == ("none", "", False)  # no pager: nothing keeps a capture waiting
     os.close(ours)
     assert (await asyncio.wait_for(keeper.death, 20)).line() == "nobody is left to use it (signal 9)"
 
 
 async def test_a_word_unties_it(layout: Layout) -> None:
-    keeper = start(layout, "/bin/sleep", "60")
-    watched, ours = os.pipe()
-    await keeper.tether(watched)
-    os.close(watched)
+    keeper, ours = tethered(layout)
     os.write(ours, b"taken")
     os.close(ours)
     await keeper.tracking()  # served after the pipe was looked at
