@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::fail::Fail;
-use crate::sys;
+use crate::{sys, vsock};
 
 const DEVICE_WAIT: u32 = 3000; // times 2 ms: virtio devices appear while their modules settle
 const ROOT: &str = "/newroot";
@@ -51,7 +51,10 @@ pub fn run() -> Result<Ready, Fail> {
     loopback_up().map_err(|e| Fail::io("lo", &e))?;
     network_files();
     identity_files();
-    let port = open_port("recess")?;
+    let port = match param(&cmdline, "recess.vsock") {
+        Some(number) => vsock::enter(vsock_port(number)?)?,
+        None => open_port("recess")?,
+    };
     Ok(Ready { port, disk })
 }
 
@@ -364,6 +367,11 @@ fn open_port(name: &str) -> Result<OwnedFd, Fail> {
         std::thread::sleep(Duration::from_millis(2)); // see await_path
     }
     Err(Fail::new("failed", format!("no virtio port named {name}")))
+}
+
+fn vsock_port(number: &str) -> Result<u32, Fail> {
+    let wrong = || Fail::new("failed", format!("no vsock port: {number}"));
+    number.parse().map_err(|_| wrong())
 }
 
 fn find_port(name: &str) -> Option<String> {

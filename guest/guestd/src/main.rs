@@ -27,6 +27,7 @@ mod tar;
 mod tarfmt;
 mod thaw;
 mod users;
+mod vsock;
 mod walk;
 
 use std::path::{Path, PathBuf};
@@ -38,7 +39,7 @@ use server::{Options, Server};
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 const PROXY_PORT: u16 = 3128;
 const USAGE: &str = "usage: guestd --version | --sandbox | --relay | --serve-fd N [--run-dir DIR] [--proxy-port N] [--hooks DIR] [--cgroup DIR]
-Without arguments, as PID 1 of a machine, guestd sets it up and serves its virtio port.";
+Without arguments, as PID 1 of a machine, guestd sets it up and serves its virtio port, or the vsock port that the kernel's parameter recess.vsock names.";
 
 fn main() {
     sys::keep_heap();

@@ -151,12 +151,12 @@ fn join(host_in: RawFd, host_out: RawFd, guest: RawFd, keeps: bool) -> bool {
 }
 
 /// Read once; 0 at the end and on any error.
-fn take(fd: RawFd, piece: &mut [u8]) -> usize {
+pub fn take(fd: RawFd, piece: &mut [u8]) -> usize {
     sys::read(fd, piece).unwrap_or(0)
 }
 
 /// Write all of it; false when the other side is gone.
-fn put(fd: RawFd, mut data: &[u8]) -> bool {
+pub fn put(fd: RawFd, mut data: &[u8]) -> bool {
     while !data.is_empty() {
         match sys::write(fd, data) {
             Ok(n) => data = &data[n..],

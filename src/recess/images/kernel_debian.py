@@ -17,7 +17,16 @@ from recess.images.tools import Progress, run_tool
 
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 # Transport, console and disk first: a machine without its root is told apart sooner. virtio_pci serves q35.
-WANTED_MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_console", "erofs", "overlay", "virtio_net")
+WANTED_MODULES = (
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "erofs",
+    "overlay",
+    "virtio_net",
+    "vmw_vsock_virtio_transport",
+)
 
 
 def fetch_kernel(images_dir: Path, progress: Progress) -> kernels.Kernel:
