@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 
 from recess.api import (
     routes_exec,
+    routes_files,
     routes_machines,
     routes_node,
     routes_sessions,
@@ -62,14 +63,19 @@ async def _on_http(request: Request, exc: Exception) -> Response:
     return JSONResponse({"code": "http", "message": str(exc.detail)}, status_code=exc.status_code)
 
 
-def make_app(node: LocalNode, hub: ProgressHub) -> Starlette:
-    """Return the application over an open node."""
-    routes = [*routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
+def _no_end() -> None:
+    return
+
+
+def make_app(node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end) -> Starlette:
+    """Return the application over an open node; `end` is what a call to shut down does."""
+    routes = [*routes_files.ROUTES, *routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES]
+    routes += routes_exec.ROUTES
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
         routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect}
     )
-    app.state.context = Context(node=node, hub=hub)
+    app.state.context = Context(node=node, hub=hub, end=end)
     return app
 
 
@@ -99,22 +105,33 @@ async def open_node(config: Config, hub: ProgressHub) -> AsyncIterator[LocalNode
         await node.close(detach=node.detach_on_close)
 
 
-async def serve(config: Config, *, tcp: tuple[str, int] | None = None, on_ready: Callable[[], None]) -> None:
-    """Run the server until SIGTERM or SIGINT. Raises HomeLocked when another server owns the home, Unavailable when `tcp`
-    cannot be listened on."""
+async def serve(
+    config: Config,
+    *,
+    tcp: tuple[str, int] | None = None,
+    on_ready: Callable[[], None],
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Run the server until SIGTERM or SIGINT, or, inside somebody else's process, until `stop`. Raises HomeLocked when
+    another server owns the home, Unavailable when `tcp` cannot be listened on."""
     hub = ProgressHub()
     async with open_node(config, hub) as node:
         sock = _unix_socket(config)
         try:
-            app = make_app(node, hub)
+            stop = _until_signal() if stop is None else stop
+            app = make_app(node, hub, end=stop.set)
             servers = [_server(app)]
             sockets = [[sock]]
             if tcp is not None:
                 servers.append(_server(Guard(app, config.token)))
                 sockets.append([tcp_socket(*tcp)])
-            _end_on_signals(servers)
+            ender = asyncio.create_task(_end_on(stop, servers), name="end")
             on_ready()
-            await asyncio.gather(*(s.serve(sockets=k) for s, k in zip(servers, sockets, strict=True)))
+            try:
+                await asyncio.gather(*(s.serve(sockets=k) for s, k in zip(servers, sockets, strict=True)))
+            finally:
+                ender.cancel()
+                await asyncio.gather(ender, return_exceptions=True)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 config.socket_path.unlink()
@@ -126,17 +143,21 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to `_end_on_signals`."""
+        """Leave the signals to `_until_signal`."""
         yield
 
 
-def _end_on_signals(servers: Sequence[uvicorn.Server]) -> None:
-    def end() -> None:
-        for server in servers:
-            server.should_exit = True
+async def _end_on(stop: asyncio.Event, servers: Sequence[uvicorn.Server]) -> None:
+    await stop.wait()
+    for server in servers:
+        server.should_exit = True
 
+
+def _until_signal() -> asyncio.Event:
+    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, end)
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
 
 
 def _server(app: Callable[..., Awaitable[None]] | Starlette) -> uvicorn.Server:

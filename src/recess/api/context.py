@@ -19,6 +19,7 @@ class Context:
 
     node: LocalNode
     hub: ProgressHub
+    end: Callable[[], None]  # shuts the server down
     keys: KeyedResults = field(default_factory=KeyedResults)
 
 

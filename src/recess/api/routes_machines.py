@@ -13,7 +13,6 @@ from recess.api.wire import (
     field,
     machine_json,
     parse_spec,
-    read_body,
     read_json,
     reject_unknown,
     resume_json,
@@ -22,9 +21,6 @@ from recess.api.wire import (
 )
 from recess.errors import BadInput
 from recess.machines.ladder import RUNGS
-from recess.units import MIB
-
-FILE_BYTES_MAX = 64 * MIB
 
 
 def _ref(request: Request) -> str:
@@ -124,36 +120,6 @@ async def machine_logs(request: Request) -> Response:
     return Response(data, media_type="application/octet-stream")
 
 
-def _path(request: Request) -> str:
-    path = request.query_params.get("path", "")
-    if not path.startswith("/"):
-        raise BadInput("path: an absolute path in the machine is needed")
-    return path
-
-
-async def read_file(request: Request) -> Response:
-    """GET /v1/machines/REF/files."""
-    node = context_of(request).node
-    row = await node.machines.get(_ref(request))
-    with node.sessions.activity(row.session, "files"):
-        data = await (await node.machines.link(row.id)).read_file(_path(request), FILE_BYTES_MAX)
-    return Response(data, media_type="application/octet-stream")
-
-
-async def write_file(request: Request) -> Response:
-    """PUT /v1/machines/REF/files."""
-    node = context_of(request).node
-    try:
-        mode = int(request.query_params.get("mode", "644"), 8)
-    except ValueError as exc:
-        raise BadInput("mode: octal digits are needed") from exc
-    data = await read_body(request, FILE_BYTES_MAX)
-    row = await node.machines.get(_ref(request))
-    with node.sessions.activity(row.session, "files"):
-        await (await node.machines.link(row.id)).write_file(_path(request), data, mode)
-    return Response(status_code=204)
-
-
 async def machine_egress(request: Request) -> Response:
     """GET /v1/machines/REF/egress."""
     node = context_of(request).node
@@ -170,8 +136,6 @@ ROUTES = [
     Route("/v1/machines/{ref}/resume", resume_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/fork", fork_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/logs", machine_logs, methods=["GET"]),
-    Route("/v1/machines/{ref}/files", read_file, methods=["GET"]),
-    Route("/v1/machines/{ref}/files", write_file, methods=["PUT"]),
     Route("/v1/machines/{ref}/egress", machine_egress, methods=["GET"]),
     Route("/v1/machines/{ref}/{verb}", act_on_machine, methods=["POST"]),
 ]

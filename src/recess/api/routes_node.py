@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess import __version__
 from recess.api.context import context_of
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.errors import BadInput
+from recess.version import __version__
 
 
 async def info(request: Request) -> Response:
@@ -27,7 +26,7 @@ async def shutdown(request: Request) -> Response:
     body = await read_json(request)
     ctx = context_of(request)
     ctx.node.detach_on_close = field(body, "detach", bool, True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    ctx.end()
     return JSONResponse({}, status_code=202)
 
 

@@ -6,12 +6,13 @@ Message shapes: docs/internals/http-api.md. Blocking; the reader runs in the cal
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from recess.errors import RecessError, ServerUnavailable
+from recess.errors import RecessError, ServerUnavailable, Timeout
 from recess.sdk.transport import Transport, error_from
 
 OnOutput = Callable[[int, bytes], None]
@@ -31,11 +32,12 @@ class ExecStream:
             if transport.url:
                 parts = urlsplit(transport.url)
                 scheme = "wss" if parts.scheme == "https" else "ws"
-                self._ws = connect(f"{scheme}://{parts.netloc}{path}", additional_headers=headers, max_size=2**22)
+                opened = connect(f"{scheme}://{parts.netloc}{path}", additional_headers=headers, max_size=2**22)
             else:
-                self._ws = unix_connect(
+                opened = unix_connect(
                     str(transport.socket_path), f"ws://localhost{path}", additional_headers=headers, max_size=2**22
                 )
+            self._ws = opened.__enter__()  # newer versions want that said; `close` is all that leaving it does
         except (OSError, InvalidHandshake) as exc:
             raise ServerUnavailable(f"cannot attach: {exc}", hint="run: recess up") from exc
         try:
@@ -60,21 +62,40 @@ class ExecStream:
 
     def run(self, on_output: OnOutput) -> int:
         """Deliver output until the process ends; return its exit code. Raises the server's typed error."""
+        for item in self.items():
+            if isinstance(item, int):
+                return item
+            on_output(*item)
+        raise ServerUnavailable("the stream ended without an exit code")
+
+    def items(self, timeout_s: float | None = None) -> Iterator[tuple[int, bytes] | int]:
+        """Yield (stream, bytes) as they come and, last, the exit code; the connection is closed then. Raises the server's
+        typed error, ServerUnavailable, and Timeout when `timeout_s` are over: that leaves it open for another call."""
         from websockets.exceptions import ConnectionClosed
 
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        over = False
         try:
-            for message in self._ws:
+            while True:
+                over = True
+                message = self._ws.recv(None if deadline is None else max(0.0, deadline - time.monotonic()))
                 if isinstance(message, bytes):
-                    on_output(message[0], message[1:])
+                    over = False  # who stops reading here may read on later
+                    yield message[0], message[1:]
                     continue
                 data = self._text(message)
                 if "exit_code" in data:
-                    return int(data["exit_code"])
+                    self.close()
+                    yield int(data["exit_code"])
+                    return
+        except TimeoutError as exc:
+            over = False
+            raise Timeout(f"job {self.job_id} had not ended after {timeout_s:g} s") from exc
         except ConnectionClosed as exc:
             raise ServerUnavailable("the server went away; the process in the machine goes on") from exc
         finally:
-            self.close()
-        raise ServerUnavailable("the stream ended without an exit code")
+            if over:
+                self.close()
 
     def write(self, data: bytes) -> None:
         """Send to stdin (from any thread); a closed stream is ignored: the process has ended."""
