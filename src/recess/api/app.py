@@ -69,11 +69,11 @@ def _no_end() -> None:
 
 def make_app(node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end) -> Starlette:
     """Return the application over an open node; `end` is what a call to shut down does."""
-    routes = [*routes_files.ROUTES, *routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES]
-    routes += routes_exec.ROUTES
+    routes = [*routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
-        routes=routes, exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect}
+        routes=[*routes_files.ROUTES, *routes],
+        exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect},
     )
     app.state.context = Context(node=node, hub=hub, end=end)
     return app
