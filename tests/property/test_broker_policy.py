@@ -6,8 +6,9 @@ import h11
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from recess.broker.policy import build_policy, decide_address, decide_target, parse_host
-from recess.broker.targets import guest_headers, read_target, upstream_headers
+from recess.broker.policy import build_policy, decide_address, decide_target
+from recess.broker.rules import parse_host
+from recess.broker.targets import Keys, guest_headers, read_target, upstream_headers
 from recess.errors import RecessError
 
 POLICY = build_policy(["*.ok.test", "93.184.0.0/16", "*"], {"llm": "https://api.test/v1"})
@@ -77,7 +78,7 @@ def test_one_framing_and_one_host_go_upstream(headers) -> None:
         h11.Request(method="POST", target="/", headers=[(b"host", b"p"), *headers])
     except h11.LocalProtocolError:
         return
-    sent = upstream_headers([(b"host", b"p"), *headers], target, "sk-1")
+    sent = upstream_headers([(b"host", b"p"), *headers], target, Keys("sk-1"))
     names = [name.lower() for name, _ in sent]
     assert names.count(b"host") == 1
     assert names.count(b"authorization") == 1

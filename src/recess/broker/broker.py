@@ -9,22 +9,25 @@ sessions, leases, databases, machines' rows or drivers.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
 from typing import Any
 
 import h11
 
+from recess.broker.authority import Authorities
 from recess.broker.dial import Dialer, SystemDialer
 from recess.broker.gate import Gate
 from recess.broker.journal import Decision, Journal
 from recess.broker.policy import Policy
 from recess.broker.proxy import Surroundings, describe, serve
+from recess.broker.rules import Address
 from recess.broker.secrets import SecretStore
 from recess.broker.targets import Target
 from recess.broker.wire import GuestSide
 from recess.clock import Clock
-from recess.errors import RecessError, Unavailable
+from recess.errors import RecessError, Refused, Unavailable
 from recess.guestlink.link import ByteStream, IncomingHandler
 
 CONNECTIONS_MAX = 64  # per machine
@@ -49,11 +52,15 @@ class _Machine:
 class Broker:
     """See the module. Every method but the handlers is synchronous and must be called on the event loop."""
 
-    def __init__(self, gate: Gate, secrets: SecretStore, clock: Clock, *, dialer: Dialer | None = None) -> None:
+    def __init__(
+        self, gate: Gate, secrets: SecretStore, clock: Clock, *, dialer: Dialer | None = None,
+        authorities: Authorities | None = None,
+    ) -> None:  # fmt: skip
         self._gate = gate
         self._secrets = secrets
         self._clock = clock
         self._dialer: Dialer = dialer or SystemDialer()
+        self._authorities = authorities
         self._machines: dict[str, _Machine] = {}
         self._journals: OrderedDict[str, Journal] = OrderedDict()
 
@@ -110,6 +117,7 @@ class Broker:
             note=lambda method, target, allowed, reason: self._note(machine_id, method, target, allowed, reason),
             secrets=self._secrets,
             dialer=self._dialer,
+            tls_context=lambda host: self._tls_context(machine.policy, host),
         )
         task = asyncio.create_task(_quietly(serve(guest, around)), name=f"broker-{machine_id}")
         machine.open.add(task)
@@ -127,6 +135,18 @@ class Broker:
         if machine.watcher is None:
             machine.watcher = asyncio.create_task(self._watch(machine_id, machine), name=f"broker-watch-{machine_id}")
         return True
+
+    def _tls_context(self, policy: Policy, host: str | Address) -> ssl.SSLContext:
+        if self._authorities is None or not policy.authority:
+            raise Refused("this machine has no authority to speak TLS for a secret's host")
+        authority = self._authorities.open(policy.authority, policy.bindings)
+        return self._authorities.server_context(authority, host, self._clock.wall_s())
+
+    def certificate(self, policy: Policy) -> bytes:
+        """Return the certificate (PEM) that a machine of this policy has to trust; empty if none."""
+        if self._authorities is None or not policy.authority or not policy.bindings:
+            return b""
+        return self._authorities.open(policy.authority, policy.bindings).certificate
 
     async def _watch(self, machine_id: str, machine: _Machine) -> None:
         """Cut what is open at the moment the epoch is lost; new calls are stopped by `may_act` all the same."""

@@ -11,7 +11,7 @@ import socket
 import ssl
 from typing import Protocol
 
-from recess.broker.policy import Address, plain_address
+from recess.broker.rules import Address, plain_address
 from recess.errors import Timeout, Unavailable
 
 CONNECT_TIMEOUT_S = 10.0

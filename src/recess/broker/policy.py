@@ -16,18 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, urlsplit
 
+from recess.broker.placeholders import Binding, parse_bindings
+from recess.broker.rules import Address, Network, Rule, parse_host, parse_rule
 from recess.errors import BadInput
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-DEFAULT_PORTS = frozenset({80, 443})
-ANY_PORT: frozenset[int] = frozenset()  # an empty set of ports means: any
 RULES_MAX = 1000
 ROUTES_MAX = 64
 
-_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)\Z")
-_NUMERIC_LABEL = re.compile(r"(?:\d+|0x[0-9a-f]*)\Z")
 _ROUTE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
 # Ranges that are not the public internet (IANA special-purpose registries, RFC 6890 and its updates). An address in
@@ -43,21 +38,6 @@ _SPECIAL: tuple[Network, ...] = tuple(
     )
 )  # fmt: skip
 _LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One allow rule. Exactly one of `host` (exact), `suffix` (".example.org", or "." for any name), `network`."""
-
-    text: str
-    host: str = ""
-    suffix: str = ""
-    network: Network | None = None
-    ports: frozenset[int] = DEFAULT_PORTS
-
-    def has_port(self, port: int) -> bool:
-        """Tell whether this rule covers the port."""
-        return not self.ports or port in self.ports
 
 
 @dataclass(frozen=True)
@@ -87,6 +67,8 @@ class Policy:
 
     rules: tuple[Rule, ...] = ()
     routes: Mapping[str, Route] = field(default_factory=dict)
+    bindings: tuple[Binding, ...] = ()  # secrets that are filled in towards their hosts
+    authority: str = ""  # in whose name the broker speaks TLS to the guest for them
 
 
 @dataclass(frozen=True)
@@ -95,74 +77,6 @@ class Verdict:
 
     allowed: bool
     reason: str
-
-
-def parse_host(text: str) -> str | Address:
-    """Return a canonical host name (lower case, no final dot) or an address. Raises BadInput.
-
-    A name whose last label is a number ("127.1", "0x7f000001", "2130706433") is refused: resolvers read such names
-    as addresses (inet_aton), so they would pass as names here and arrive as loopback there.
-    """
-    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
-    try:
-        return plain_address(bare)
-    except ValueError:
-        pass
-    name = bare.lower().removesuffix(".")
-    labels = name.split(".")
-    if len(name) > 253 or not all(_LABEL.match(label) for label in labels) or _NUMERIC_LABEL.match(labels[-1]):
-        raise BadInput(f"not a host name or an address: {text[:80]!r}")
-    return name
-
-
-def plain_address(text: str) -> Address:
-    """Return an address with an IPv4-mapped one unwrapped (::ffff:127.0.0.1 is 127.0.0.1). Raises ValueError."""
-    address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
-
-
-def _split_port(text: str) -> tuple[str, frozenset[int]]:
-    """Split "host:443", "[::1]:80", "host:*"; a bare IPv6 address or network has no port."""
-    match = re.fullmatch(r"(\[[^\]]+\](?:/\d+)?|[^:]+):(\*|\d{1,5})", text)
-    if match is None:
-        return text, DEFAULT_PORTS
-    if match[2] == "*":
-        return match[1], ANY_PORT
-    port = int(match[2])
-    if not 1 <= port <= 65535:
-        raise BadInput(f"allow rule {text!r}: not a port")
-    return match[1], frozenset({port})
-
-
-def parse_rule(text: str) -> Rule:
-    """Return the rule for "host", "*.domain", "*", a CIDR or an address, each with an optional ":port" or ":*".
-
-    Without a port a rule means 80 and 443. `*.example.org` covers names below example.org, not example.org itself.
-    Raises BadInput.
-    """
-    stripped = text.strip()
-    host, ports = _split_port(stripped)
-    if host == "*":
-        return Rule(stripped, suffix=".", ports=ports)
-    if host.startswith("*."):
-        name = parse_host(host[2:])
-        if not isinstance(name, str):
-            raise BadInput(f"allow rule {stripped!r}: a wildcard needs a domain, not an address")
-        return Rule(stripped, suffix="." + name, ports=ports)
-    bare = host.replace("[", "").replace("]", "")
-    try:
-        return Rule(stripped, network=ipaddress.ip_network(bare, strict=False), ports=ports)
-    except ValueError:
-        pass
-    try:
-        name = parse_host(host)
-    except BadInput as exc:
-        raise BadInput(
-            f"allow rule {stripped[:80]!r} is not understood",
-            hint="write a host, *.domain, a network like 10.0.0.0/8, each with an optional :port or :*",
-        ) from exc
-    return Rule(stripped, host=str(name), ports=ports)
 
 
 def parse_route(name: str, upstream: str, *, secret: str | None = None, required: bool = False) -> Route:
@@ -182,14 +96,19 @@ def parse_route(name: str, upstream: str, *, secret: str | None = None, required
     return Route(name, upstream.rstrip("/"), secret=name if secret is None else secret, required=required)
 
 
-def build_policy(allow: Sequence[str] = (), routes: Mapping[str, str] | None = None) -> Policy:
-    """Return the policy for a machine spec's `allow` and `routes` (name -> upstream base URL). Raises BadInput."""
-    named = routes or {}
+def build_policy(
+    allow: Sequence[str] = (), routes: Mapping[str, str] | None = None, secrets: Sequence[str] = (), authority: str = ""
+) -> Policy:
+    """Return the policy for a machine spec's `allow`, `routes` (name -> upstream base URL) and `secrets` ("NAME@host");
+    a secret's hosts need no rule of their own. Raises BadInput."""
+    named, bindings = routes or {}, parse_bindings(secrets)
     if len(allow) > RULES_MAX or len(named) > ROUTES_MAX:
         raise BadInput(f"a policy holds at most {RULES_MAX} rules and {ROUTES_MAX} routes")
     return Policy(
-        rules=tuple(parse_rule(text) for text in allow),
+        rules=(*(parse_rule(text) for text in allow), *(rule for binding in bindings for rule in binding.rules)),
         routes={name: parse_route(name, upstream) for name, upstream in named.items()},
+        bindings=bindings,
+        authority=authority,
     )
 
 

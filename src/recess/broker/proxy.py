@@ -8,17 +8,21 @@ a lease can end). This module must know nothing of leases or of how a gate decid
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import ssl
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import h11
 
 from recess.broker.dial import Dialer, connect_any
 from recess.broker.journal import Decision
-from recess.broker.policy import Address, Policy, decide_address, decide_target
-from recess.broker.relay import relay_request, tunnel
+from recess.broker.placeholders import Binding, bound_to, uses
+from recess.broker.policy import Policy, decide_address, decide_target
+from recess.broker.relay import accept_connect, relay_request, tunnel
+from recess.broker.rules import Address
 from recess.broker.secrets import SecretStore
-from recess.broker.targets import Target, read_target
+from recess.broker.targets import Keys, Target, read_inside, read_target
+from recess.broker.tls_stream import TlsStream
 from recess.broker.wire import GuestSide
 from recess.errors import BadInput, Fenced, RecessError, Refused, Unavailable
 
@@ -34,6 +38,9 @@ class Surroundings:
     note: Callable[[str, Target | None, bool, str], None]  # method, target, allowed, reason
     secrets: SecretStore
     dialer: Dialer
+    tls_context: Callable[
+        [str | Address], ssl.SSLContext
+    ]  # our end towards the guest; raises Refused where there is none
 
 
 def describe(method: str, target: Target | None, allowed: bool, reason: str, wall_s: float) -> Decision:
@@ -44,8 +51,9 @@ def describe(method: str, target: Target | None, allowed: bool, reason: str, wal
     return Decision(wall_s, target.verb, str(target.host), target.port, method[:16], route, allowed, reason)
 
 
-async def serve(guest: GuestSide, around: Surroundings) -> None:
-    """Serve requests until the connection ends. Raises GuestFailed when the link is cut; answers everything else."""
+async def serve(guest: GuestSide, around: Surroundings, outer: Target | None = None) -> None:
+    """Serve requests until the connection ends; `outer`: the CONNECT inside whose TLS they come. Raises GuestFailed when
+    the link is cut; answers everything else."""
     while True:
         try:
             async with asyncio.timeout(REQUEST_WAIT_S):
@@ -59,7 +67,7 @@ async def serve(guest: GuestSide, around: Surroundings) -> None:
         if not isinstance(event, h11.Request):
             return
         try:
-            await _call(guest, event, around)
+            await _call(guest, event, around, outer)
         except RecessError as exc:
             if guest.responded:
                 return  # cut in the middle: the guest sees a body without an end
@@ -71,18 +79,24 @@ async def serve(guest: GuestSide, around: Surroundings) -> None:
             return
 
 
-async def _call(guest: GuestSide, request: h11.Request, around: Surroundings) -> None:
+async def _call(guest: GuestSide, request: h11.Request, around: Surroundings, outer: Target | None) -> None:
     method = request.method.decode("ascii")
     target: Target | None = None
     try:
-        target = read_target(around.policy(), method, request.target.decode("ascii"))
+        asked = request.target.decode("ascii")
+        target = read_inside(outer, asked) if outer is not None else read_target(around.policy(), method, asked)
         _ask_gate(around)
         reason, addresses = await _judge(target, around)
-        secret = _secret_for(target, around.secrets)
+        bindings = () if target.route else bound_to(around.policy().bindings, target.host, target.port)
+        tls = around.tls_context(target.host) if target.verb == "connect" and bindings else None
+        keys = _keys_for(request, target, bindings, around.secrets)
     except RecessError as exc:
         around.note(method, target, False, exc.message)
         raise
     around.note(method, target, True, reason)
+    if tls is not None:
+        await _inside(guest, target, tls, around)
+        return
     pipe = await connect_any(around.dialer, addresses, target.port, str(target.host) if target.tls else "")
     try:
         _ask_gate(around)
@@ -92,7 +106,21 @@ async def _call(guest: GuestSide, request: h11.Request, around: Surroundings) ->
     if target.verb == "connect":
         await tunnel(guest, pipe)
     else:
-        await relay_request(guest, request, target, secret, pipe)
+        await relay_request(guest, request, target, keys, pipe)
+
+
+async def _inside(guest: GuestSide, target: Target, context: ssl.SSLContext, around: Surroundings) -> None:
+    """Speak TLS to the guest as the host it asked for, and serve what it asks in there. Each request is judged for
+    itself and goes out on a connection of its own, whose certificate is verified as the guest would have done."""
+    stream = TlsStream(guest.stream, context)
+    early = await accept_connect(guest)
+    try:
+        await stream.handshake(early)
+    except BadInput as exc:
+        around.note("CONNECT", target, False, exc.message)
+        raise
+    await serve(GuestSide(stream), around, target)
+    await stream.close_write()
 
 
 def _ask_gate(around: Surroundings) -> None:
@@ -122,11 +150,20 @@ async def _judge(target: Target, around: Surroundings) -> tuple[str, list[Addres
     return reason, good
 
 
-def _secret_for(target: Target, secrets: SecretStore) -> str | None:
+def _keys_for(request: h11.Request, target: Target, bindings: Sequence[Binding], secrets: SecretStore) -> Keys:
+    """Return what is to be put into this request; a secret that it does not use is not even read. Raises Unavailable."""
     route = target.route
-    if route is None or not route.secret:
-        return None
-    secret = secrets.get(route.secret)
-    if secret is None and route.required:
-        raise Unavailable(f"route {route.name} needs the secret {route.secret!r}, which is not set on this host")
-    return secret.reveal() if secret else None
+    if route is not None:
+        secret = secrets.get(route.secret) if route.secret else None
+        if secret is None and route.secret and route.required:
+            raise Unavailable(f"route {route.name} needs the secret {route.secret!r}, which is not set on this host")
+        return Keys(secret.reveal() if secret else None)
+    values: dict[str, str] = {}
+    for binding in uses(list(request.headers), target.path, bindings) if target.verb != "connect" else ():
+        secret = secrets.get(binding.name)
+        if secret is None:
+            raise Unavailable(
+                f"the secret {binding.name} is not set on this host", hint=f"recess secrets set {binding.name}"
+            )
+        values[binding.placeholder] = secret.reveal()
+    return Keys(values=values)

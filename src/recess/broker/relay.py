@@ -12,7 +12,8 @@ import contextlib
 import h11
 
 from recess.broker.dial import Pipe, abort
-from recess.broker.targets import Target, guest_headers, upstream_headers
+from recess.broker.placeholders import fill_path
+from recess.broker.targets import Keys, Target, guest_headers, upstream_headers
 from recess.broker.wire import READ_BYTES, GuestSide, UpstreamSide, response_to_guest
 from recess.errors import BadInput, RecessError, Timeout, Unavailable
 from recess.guestlink.link import ByteStream
@@ -21,14 +22,14 @@ SILENCE_MAX_S = 600.0  # a model may think for minutes before its first byte
 
 
 async def relay_request(
-    guest: GuestSide, request: h11.Request, target: Target, secret: str | None, pipe: Pipe
+    guest: GuestSide, request: h11.Request, target: Target, keys: Keys, pipe: Pipe
 ) -> None:  # fmt: skip
     """Send the request upstream and its response to the guest as it comes; the upstream connection ends with it.
 
     Raises BadInput (the guest broke its body), Unavailable or Timeout (the upstream failed), GuestFailed (link cut).
     """
     upstream = UpstreamSide(*pipe)
-    upload = asyncio.create_task(_upload(guest, request, target, secret, upstream))
+    upload = asyncio.create_task(_upload(guest, request, target, keys, upstream))
     try:
         await _download(guest, upstream, target)
     except (OSError, h11.RemoteProtocolError) as exc:
@@ -42,12 +43,18 @@ async def relay_request(
 
 
 async def _upload(
-    guest: GuestSide, request: h11.Request, target: Target, secret: str | None, upstream: UpstreamSide
+    guest: GuestSide, request: h11.Request, target: Target, keys: Keys, upstream: UpstreamSide
 ) -> RecessError | None:  # fmt: skip
     """Send the request's head and body; return what the guest did wrong. A broken upstream is the download's to tell."""
-    headers = upstream_headers(list(request.headers), target, secret)
+    headers = upstream_headers(list(request.headers), target, keys)
+    path = fill_path(target.path, keys.values)
     try:
-        await upstream.send(h11.Request(method=request.method, target=target.path, headers=headers))
+        head = h11.Request(method=request.method, target=path, headers=headers)
+    except h11.LocalProtocolError:  # its text would show the guest what was put in
+        abort(upstream.writer)
+        return BadInput("the request cannot be sent on: its head is malformed")
+    try:
+        await upstream.send(head)
         while True:
             event = await guest.next_event()
             if isinstance(event, h11.Data):
@@ -86,10 +93,7 @@ async def tunnel(guest: GuestSide, pipe: Pipe) -> None:
     """Answer CONNECT with 200 and carry bytes both ways until both ends have closed or one has failed."""
     reader, writer = pipe
     try:
-        await guest.send(h11.Response(status_code=200, headers=[("Via", "1.1 recess-broker")]))
-        guest.responded = True
-        early = guest.take_trailing()
-        if early:
+        if early := await accept_connect(guest):
             writer.write(early)
         async with asyncio.TaskGroup() as both:
             both.create_task(_pump_up(guest.stream, writer))
@@ -98,6 +102,13 @@ async def tunnel(guest: GuestSide, pipe: Pipe) -> None:
         raise Unavailable(f"the tunnel broke: {group.exceptions[0]}") from group
     finally:
         abort(writer)
+
+
+async def accept_connect(guest: GuestSide) -> bytes:
+    """Answer CONNECT with 200; return what the guest has sent after its request already."""
+    await guest.send(h11.Response(status_code=200, headers=[("Via", "1.1 recess-broker")]))
+    guest.responded = True
+    return guest.take_trailing()
 
 
 async def _pump_up(stream: ByteStream, writer: asyncio.StreamWriter) -> None:

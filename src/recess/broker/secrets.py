@@ -16,7 +16,7 @@ from pathlib import Path
 from recess.errors import BadInput, OutOfSpace, Refused
 
 VALUE_BYTES_MAX = 16 * 1024
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}\Z")
 
 
 class Secret:
@@ -39,7 +39,7 @@ class Secret:
 def check_value(name: str, value: str) -> str:
     """Return the value without a final newline, fit to be an HTTP header. Raises BadInput, never showing the value."""
     if not _NAME.match(name):
-        raise BadInput(f"not a secret's name: {name[:80]!r}", hint="lower-case letters, digits, - and _")
+        raise BadInput(f"not a secret's name: {name[:80]!r}", hint="letters, digits, - and _")
     stripped = value.strip()
     if not stripped or len(stripped) > VALUE_BYTES_MAX or not all(" " <= c <= "~" for c in stripped):
         raise BadInput(f"secret {name}: a value is one line of printable ASCII, at most {VALUE_BYTES_MAX} bytes")

@@ -8,11 +8,13 @@ section 3.2 (request targets), RFC 9110 section 7.6.1 (headers that end at this 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from recess.broker.policy import Address, Policy, Route, parse_host
+from recess.broker.placeholders import fill_headers
+from recess.broker.policy import Policy, Route
+from recess.broker.rules import Address, parse_host
 from recess.errors import BadInput, NotFound
 
 Header = tuple[bytes, bytes]
@@ -30,9 +32,18 @@ class BadTarget(BadInput):
     """The request line asks for something this proxy does not do."""
 
 
+@dataclass(frozen=True, repr=False)
+class Keys:
+    """What is put into one request that the guest must not hold: a route's secret, and values by their placeholders."""
+
+    route: str | None = None
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Target:
-    """One outside call to be judged and made. `verb`: connect | http | route. `path` is the upstream's target."""
+    """One outside call to be judged and made. `verb`: connect | http | https (inside a CONNECT to a secret's host) |
+    route. `path` is the upstream's target."""
 
     verb: str
     host: str | Address
@@ -56,6 +67,13 @@ def read_target(policy: Policy, method: str, target: str) -> Target:
     if target.startswith("/"):
         return _read_route(policy, target)
     return _read_absolute(target)
+
+
+def read_inside(outer: Target, target: str) -> Target:
+    """Return what a request line asks for inside the TLS of a CONNECT to `outer`. Raises BadTarget."""
+    if not target.startswith("/"):
+        raise BadTarget(f"inside a connection to {outer.authority} a request names a path, got {target[:80]!r}")
+    return Target("https", outer.host, outer.port, target, tls=True)
 
 
 def _read_connect(target: str) -> Target:
@@ -117,12 +135,13 @@ def _named_by_connection(headers: Iterable[Header]) -> set[bytes]:
     }
 
 
-def upstream_headers(headers: list[Header], target: Target, secret: str | None) -> list[Header]:
-    """Return the headers that go upstream: no hop-by-hop ones, our Host, framing kept, the secret put in.
+def upstream_headers(headers: list[Header], target: Target, keys: Keys) -> list[Header]:
+    """Return the headers that go upstream: no hop-by-hop ones, our Host, framing kept, the keys put in.
 
     On a route with a secret the guest's own header of that name is dropped: it holds a placeholder at best.
     """
     dropped = _HOP_BY_HOP | _named_by_connection(headers) | {b"host"}
+    secret = keys.route
     dropped -= {b"content-length"}  # framing is not the guest's to hide by naming it in Connection
     if target.route is not None and secret is not None:
         dropped |= {target.route.header.lower().encode()}
@@ -136,7 +155,7 @@ def upstream_headers(headers: list[Header], target: Target, secret: str | None) 
     if target.route is not None and secret is not None:
         kept.append((target.route.header.encode(), (target.route.prefix + secret).encode()))
     kept.append((b"Connection", b"close"))
-    return kept
+    return fill_headers(kept, keys.values)
 
 
 def guest_headers(headers: list[Header]) -> list[Header]:

@@ -2,7 +2,8 @@ import ipaddress
 
 import pytest
 
-from recess.broker.policy import build_policy, decide_address, decide_target, parse_host, parse_route, parse_rule
+from recess.broker.policy import build_policy, decide_address, decide_target, parse_route
+from recess.broker.rules import parse_host, parse_rule
 from recess.errors import BadInput
 
 

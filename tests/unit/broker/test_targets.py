@@ -1,7 +1,7 @@
 import pytest
 
 from recess.broker.policy import build_policy, parse_route
-from recess.broker.targets import Target, guest_headers, read_target, upstream_headers
+from recess.broker.targets import Keys, Target, guest_headers, read_target, upstream_headers
 from recess.errors import BadInput, NotFound
 
 POLICY = build_policy([], {"llm": "https://api.test/v1", "root": "http://localhost:9000"})
@@ -54,7 +54,7 @@ def test_upstream_headers_lose_the_hop_and_gain_the_secret() -> None:
             (b"x-drop", b"1"), (b"proxy-authorization", b"p"), (b"accept", b"*/*"), (b"content-length", b"3"),
         ],
         target,
-        "sk-1",
+        Keys("sk-1"),
     )  # fmt: skip
     assert sent == [
         (b"Host", b"api.test"), (b"accept", b"*/*"), (b"content-length", b"3"),
@@ -64,7 +64,7 @@ def test_upstream_headers_lose_the_hop_and_gain_the_secret() -> None:
 
 def test_two_framings_become_one() -> None:
     sent = upstream_headers(
-        [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")], Target("http", "a.test", 80), None
+        [(b"content-length", b"3"), (b"transfer-encoding", b"chunked")], Target("http", "a.test", 80), Keys()
     )
     assert (b"Transfer-Encoding", b"chunked") in sent
     assert not [name for name, _ in sent if name.lower() == b"content-length"]
@@ -72,7 +72,7 @@ def test_two_framings_become_one() -> None:
 
 def test_without_a_secret_the_guests_own_header_passes() -> None:
     target = Target("route", "api.test", 443, route=parse_route("llm", "https://api.test"))
-    assert (b"authorization", b"mine") in upstream_headers([(b"authorization", b"mine")], target, None)
+    assert (b"authorization", b"mine") in upstream_headers([(b"authorization", b"mine")], target, Keys())
 
 
 def test_guest_headers_keep_the_length() -> None:
