@@ -10,115 +10,16 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from recess.drivers.gvisor.runsc import end_process
 from recess.errors import DriverFailed, Timeout
 from recess.guestlink.client import Link, connect
+from recess.guestlink.lasting import Carrier, LastingTransport
 
 StartRelay = Callable[[socket.socket], Awaitable[asyncio.subprocess.Process]]
 """Starts a relay whose standard input and output are this socket, and returns its process."""
 
 _LEAVE_TIMEOUT_S = 5.0
-
-
-class _Lasting(asyncio.Transport):
-    """The transport that the link has. Without a relay it keeps what is written."""
-
-    def __init__(self, protocol: asyncio.StreamReaderProtocol) -> None:
-        super().__init__()
-        self.protocol = protocol
-        self.below: asyncio.Transport | None = None
-        self.held = bytearray()
-        self.reading = True
-        self.closed = False
-
-    def join(self, below: asyncio.Transport) -> None:
-        """Go on over a new relay."""
-        self.below = below
-        if not self.reading:
-            below.pause_reading()
-        held, self.held = self.held, bytearray()
-        if held:
-            below.write(held)
-
-    def end(self, error: Exception | None = None) -> None:
-        """The channel is gone for good. May be called twice."""
-        if not self.closed:
-            self.closed = True
-            self.protocol.connection_lost(error)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send, or keep (what may be under way is bounded by the protocol's credit)."""
-        if self.below is None:
-            self.held += data
-        else:
-            self.below.write(data)
-
-    def get_write_buffer_size(self) -> int:
-        """Return the bytes not yet given to the kernel."""
-        return len(self.held) + (0 if self.below is None else self.below.get_write_buffer_size())
-
-    def close(self) -> None:
-        """Close."""
-        self.abort()
-
-    def abort(self) -> None:
-        """Close without sending what is left."""
-        if self.below is not None:
-            self.below.abort()
-        self.end()
-
-    def is_closing(self) -> bool:
-        """Tell whether it is closed."""
-        return self.closed
-
-    def can_write_eof(self) -> bool:
-        """There is no half-closing here."""
-        return False
-
-    def pause_reading(self) -> None:
-        """Stop reading, over relays to come, too."""
-        self.reading = False
-        if self.below is not None:
-            self.below.pause_reading()
-
-    def resume_reading(self) -> None:
-        """Read again."""
-        self.reading = True
-        if self.below is not None:
-            self.below.resume_reading()
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """There is nothing to tell."""
-        return default
-
-
-class _Relay(asyncio.Protocol):
-    """One relay's socket. `gone` is set when it is closed."""
-
-    def __init__(self, lasting: _Lasting) -> None:
-        self._lasting = lasting
-        self.leaving = False
-        self.gone = asyncio.Event()
-
-    def data_received(self, data: bytes) -> None:
-        """Pass it up."""
-        self._lasting.protocol.data_received(data)
-
-    def pause_writing(self) -> None:
-        """Pass it up."""
-        self._lasting.protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        """Pass it up."""
-        self._lasting.protocol.resume_writing()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Without our asking, the channel ends with it."""
-        self.gone.set()
-        if not self.leaving:
-            self._lasting.end(exc)
 
 
 class Port:
@@ -130,10 +31,10 @@ class Port:
         self._loop = asyncio.get_running_loop()
         self._reader = asyncio.StreamReader()
         protocol = asyncio.StreamReaderProtocol(self._reader)
-        self._lasting = _Lasting(protocol)
+        self._lasting = LastingTransport(protocol)
         protocol.connection_made(self._lasting)
         self._writer = asyncio.StreamWriter(self._lasting, protocol, self._reader, self._loop)
-        self._relay: _Relay | None = None
+        self._relay: Carrier | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._link: Link | None = None
 
@@ -152,7 +53,7 @@ class Port:
             try:
                 with theirs:
                     self._process = await self._start_relay(theirs)
-                relay = _Relay(self._lasting)
+                relay = Carrier(self._lasting)
                 below, _ = await self._loop.create_connection(lambda: relay, sock=ours)
             except BaseException:
                 ours.close()
