@@ -21,9 +21,10 @@ from recess.machines.fleet import Fleet
 from recess.machines.identity import child_name
 from recess.machines.launching import Launcher, child_spec
 from recess.machines.live import Live
+from recess.machines.mapped import mapped_capture
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import spec_from_json
-from recess.machines.service import ResumeReport, SnapshotRow
+from recess.machines.records import check_spec, spec_from_json
+from recess.machines.service import Changes, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import Origin, finish
@@ -137,7 +138,11 @@ class BringBack:
             self._taker.store(record, live, taken, why="fork", state=record.state), name="store-fork"
         )
         capture = taken.capture
-        parts = RestoreParts(live.template.ref, capture.memory, capture.disk, capture.vmstate)
+        mapped = mapped_capture(capture) if self._parts.driver.capabilities.mapped_memory else None
+        how = "remap: its parent's pages" if mapped is not None else ""
+        parts = RestoreParts(
+            live.template.ref, capture.memory, capture.disk, capture.vmstate, mapped=mapped, choice=how
+        )
         children: list[MachineRecord] = []
         try:
             children = await self._children(record, Origin(live.template, parts, live.parent), count, names, session)

@@ -38,6 +38,7 @@ class Capabilities:
     fork: bool
     live_snapshot: bool  # the machine goes on after a capture
     lazy_memory: bool = False
+    mapped_memory: bool = False  # memory that lies in files of this node is mapped in place (`RestoreParts.mapped`)
     dirty_tracking: bool = False  # exact changes since the last capture; else changes against the template
     network_full: bool = False
     own_kernel: bool = True
@@ -134,11 +135,26 @@ class Capture:
     resources: list[Any] = field(default_factory=list)
     parent: str = ""  # the snapshot that memory left out is equal to
     generation: int = 0  # the driver's own number, for `Vm.committed`
+    memory_file: int = -1  # a descriptor, open until `close`: `memory.data` from its beginning, for good; -1: none
 
     def close(self) -> None:
         """Release buffers and temporary files. May be called twice."""
         while self.resources:
             self.resources.pop().close()
+
+
+@dataclass(frozen=True)
+class MappedMemory:
+    """A machine's memory in files of this node, to be mapped in place: nothing is copied, and siblings share its pages.
+
+    `files`: open descriptors, the owner's; their bytes never change again. `runs`: rows of four u32, little endian,
+    ascending: first page, count, number of the file, first page in that file. What they leave out is the template's.
+    `owner` is what keeps the descriptors open: hold it as long as they are used.
+    """
+
+    files: tuple[int, ...]
+    runs: bytes
+    owner: object = None
 
 
 class LazyMemory(Protocol):
@@ -190,6 +206,7 @@ class RestoreParts:
     rest: asyncio.Future[RestoreParts] | None = None
     read_s: float = 0.0  # how long reading them took
     lazy: LazyMemory | None = None  # instead of `memory`, which is empty then
+    mapped: MappedMemory | None = None  # the same pages as `memory`, or instead of it if that is empty
     choice: str = ""  # how the memory comes and why, in words
 
     async def whole(self) -> RestoreParts:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.errors import Corrupt
-from recess.machines.contract import Capture, PageSet, TemplateRef
+from recess.machines.contract import Capture, MappedMemory, PageSet, TemplateRef
+from recess.paging.book import RUNS_MAX, runs_of
 from recess.snapshots.contract import Overlay, PageData, PageIndices, RawPart
 from recess.units import PAGE_BYTES
 
@@ -38,6 +39,18 @@ def capture_parts(capture: Capture) -> list[RawPart]:
         to_part(MEMORY, capture.memory, capture.memory_pages_total, inherits=bool(capture.parent)),
         to_part(DISK, capture.disk, capture.disk_blocks_total),
     ]
+
+
+def mapped_capture(capture: Capture) -> MappedMemory | None:
+    """Return a capture's memory as what other machines can map, while the capture is open; None if it is in no file."""
+    if capture.memory_file < 0:
+        return None
+    numbers: PageIndices = np.frombuffer(capture.memory.indices, dtype="<u4")
+    starts, counts = runs_of(numbers)
+    if len(starts) > RUNS_MAX:
+        return None
+    rows = np.stack((numbers[starts], counts, np.zeros_like(counts), starts.astype(np.uint32)), axis=1)
+    return MappedMemory((capture.memory_file,), rows.astype("<u4").tobytes(), capture)
 
 
 def to_pages(overlay: Overlay) -> PageSet:

@@ -110,6 +110,7 @@ async def capture(
         resources=[pages, blocks],
         parent=memory.plan.parent,
         generation=memory.generation,
+        memory_file=pages.fd,
     )
 
 

@@ -17,7 +17,8 @@ import ctypes
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -111,14 +112,21 @@ def pack_pages(target: int, indices: Indices, data: Pages) -> None:
 
 @dataclass
 class Packed:
-    """A packed page file, mapped; `close` lets it go once nobody holds views of it."""
+    """A packed page file, mapped and open (`fd`, -1 if it is empty); `close` lets it go once nobody holds views of it."""
 
     pages: PageSet
     _map: mmap.mmap | None
+    fd: int = -1
+
+    def __post_init__(self) -> None:
+        self._shut = None if self.fd < 0 else weakref.finalize(self, os.close, self.fd)
 
     def close(self) -> None:
         """Unmap, or leave that to the garbage collector while views of the pages are alive."""
         self.pages = EMPTY
+        if self._shut is not None:
+            self._shut()
+            self.fd = -1
         if self._map is not None:
             with contextlib.suppress(BufferError):
                 self._map.close()
@@ -126,18 +134,37 @@ class Packed:
 
 
 def map_packed(fd: int, count: int) -> Packed:
-    """Map a packed page file of `count` pages; takes `fd` over (it is closed). Raises DriverFailed if it is short."""
+    """Map a packed page file of `count` pages; takes `fd` over. Raises DriverFailed if it is short."""
     try:
         size = count * (PAGE_BYTES + _INDEX_BYTES)
         if os.fstat(fd).st_size < size:
             raise DriverFailed(f"a page file of {count} pages is too short")
-        if count == 0:
-            return Packed(EMPTY, None)
-        mapping = mmap.mmap(fd, size, prot=mmap.PROT_READ)
-    finally:
+        mapping = mmap.mmap(fd, size, prot=mmap.PROT_READ) if count else None
+    except BaseException:
         os.close(fd)
+        raise
+    if mapping is None:
+        os.close(fd)
+        return Packed(EMPTY, None)
     view = memoryview(mapping)
-    return Packed(PageSet(view[count * PAGE_BYTES :], view[: count * PAGE_BYTES]), mapping)
+    return Packed(PageSet(view[count * PAGE_BYTES :], view[: count * PAGE_BYTES]), mapping, fd)
+
+
+def read_runs(files: Sequence[int], runs: bytes) -> PageSet:
+    """Return the pages of a memory in files (`recess.machines.contract.MappedMemory`), for a host that cannot map it."""
+    rows = np.frombuffer(runs, "<u4").reshape(-1, 4)
+    indices = np.empty(int(rows[:, 1].sum()), "<u4")
+    data = np.empty((len(indices), PAGE_BYTES), np.uint8)
+    at = 0
+    for first, count, number, place in rows.tolist():
+        indices[at : at + count] = np.arange(first, first + count, dtype=np.uint32)
+        view = data[at : at + count].reshape(-1).data
+        if os.preadv(files[number], [view], place * PAGE_BYTES) != len(view):
+            raise DriverFailed("a page file is too short")
+        at += count
+    if not len(indices):
+        return EMPTY
+    return PageSet(indices.data.cast("B"), data.reshape(-1).data)
 
 
 def read_packed(path: Path) -> Packed:

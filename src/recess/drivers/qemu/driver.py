@@ -32,7 +32,13 @@ class QemuDriver:
 
     name = "qemu"
     capabilities = Capabilities(
-        snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, lazy_memory=True, early_start=True
+        snapshot=True,
+        fork=True,
+        live_snapshot=True,
+        dirty_tracking=True,
+        lazy_memory=True,
+        mapped_memory=True,
+        early_start=True,
     )
 
     def __init__(

@@ -236,6 +236,17 @@ class Keeper:
         """Put pages from a descriptor (laid out as `disk.pack_pages` does) into the VM's memory."""
         await self._ask(f"inject {pages}", fd)
 
+    async def remap(self, files: Sequence[int], runs: bytes) -> None:
+        """Map runs of files over the VM's memory, before it runs and before it is tracked; see `MappedMemory`."""
+        for file in files:
+            await self._ask("file", file)
+        table = os.memfd_create("recess-runs", os.MFD_CLOEXEC)
+        try:
+            os.write(table, runs)
+            await self._ask("remap", table)
+        finally:
+            os.close(table)
+
     async def _ask(self, request: str, fd: int | None = None, timeout_s: float = 60.0) -> tuple[str, int | None]:
         if self.death.done() or self.gone.done():
             raise DriverFailed(f"the VM is gone, cannot {request.split()[0]}")

@@ -19,7 +19,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu.journal import Journal
 from recess.drivers.qemu.keeper import Keeper
 from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
-from recess.machines.contract import LazyMemory
+from recess.machines.contract import LazyMemory, MappedMemory
 
 NONE = "none"
 _BROUGHT_S, _LOOK_S = 120.0, 0.05
@@ -86,6 +86,18 @@ async def begin_lazy(keeper: Keeper, base: str, lazy: LazyMemory) -> Tracking:
         for fd in (uffd, watched, pipe):
             os.close(fd)
     return Tracking("kernel", _MODES["kernel"], base)
+
+
+async def map_in_place(keeper: Keeper, mapped: MappedMemory) -> str:
+    """Map a memory's files over that of a VM that has not run yet. Returns "", or why this host cannot: then every page
+    must be put there, which is right whatever was mapped. Raises DriverFailed if the VM is gone."""
+    try:
+        await keeper.remap(mapped.files, mapped.runs)
+    except DriverFailed as exc:
+        if keeper.death.done() or keeper.gone.done():
+            raise
+        return f"this host cannot map it: {exc.message}"
+    return ""
 
 
 async def find_tracking(keeper: Keeper) -> Tracking:

@@ -177,10 +177,10 @@ async def _fill(layout: Layout, journal: Journal, disk_fd: int, pages_fd: int, p
     finally:
         await asyncio.wait([base])
     base.result()
-    await all_of(
-        in_thread(_fill_disk, layout, disk_fd, parts.disk),
-        in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)),
-    )
+    work = [in_thread(_fill_disk, layout, disk_fd, parts.disk)]
+    if parts.mapped is None:
+        work.append(in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)))
+    await all_of(*work)
     return parts
 
 
