@@ -3,6 +3,7 @@
 #
 #   tools/kernel.sh              what is missing of: source package, build, entry in the home (make kernel)
 #   tools/kernel.sh --no-install build only: build/kernel/vmlinux
+#   tools/kernel.sh --compare    build once more from nothing, in a folder of another name, and compare the bytes
 #
 # Leaves in build/kernel: vmlinux (stripped ELF), vmlinux.zst (what a release publishes), config (the whole
 # configuration), BUILT (source package, compiler, hash: what GPL-2 asks to be named beside the binary). Some 15 minutes
@@ -12,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly source_package=linux-source-6.12
 readonly fragment=$PWD/tools/kernel.config
-readonly out=$PWD/build/kernel
+out=$PWD/build/kernel
 readonly recipe=1 # raise it when a change of build() changes the bytes
 readonly needs=(gcc:gcc make:make bc:bc flex:flex bison:bison m4:m4 xz:xz-utils zstd:zstd apt-get:apt dpkg-deb:dpkg)
 readonly min_free_mb=2600
@@ -108,14 +109,33 @@ build() {
 	mv "$out/vmlinux.new" "$out/vmlinux"
 }
 
+# Two builds of one source, fragment and compiler must give the same bytes, wherever and whenever they were made.
+compare() {
+	local first=$out/vmlinux
+	[[ -f $first && -f $out/BUILT && $(head -n 1 "$out/BUILT") == "$2" ]] ||
+		die "there is no finished build of this source and compiler to compare with" "make kernel"
+	out=$PWD/build/kernel-again
+	rm -rf "$out"
+	mkdir -p "$out"
+	fetch_source "$1"
+	build
+	cmp "$first" "$out/vmlinux" >&2 || die "two builds differ: $first, $out/vmlinux"
+	step "the same bytes twice: $(sha256sum "$first" | cut -c1-64)"
+	rm -rf "$out"
+}
+
 main() {
 	local version key
-	[[ $# -eq 0 || $* == --no-install ]] || die "usage: tools/kernel.sh [--no-install]"
+	[[ $# -eq 0 || $* == --no-install || $* == --compare ]] || die "usage: tools/kernel.sh [--no-install | --compare]"
 	[[ $(uname -m) == x86_64 ]] || die "guest kernels are for x86-64"
 	check_tools
 	version=$(source_version)
 	[[ -n $version ]] || die "apt knows no $source_package" "apt-get update, with Debian's own package sources"
 	key=$(build_key "$version")
+	if [[ $* == --compare ]]; then
+		compare "$version" "$key"
+		return
+	fi
 	if [[ ! -f $out/vmlinux || ! -f $out/BUILT || $(head -n 1 "$out/BUILT") != "$key" ]]; then
 		rm -f "$out/BUILT"
 		fetch_source "$version"

@@ -5,6 +5,7 @@
 
 from recess.blobs.caching import CacheState, CachingBlobs
 from recess.blobs.contract import BlobInfo, BlobStore, check_key, read_pieces
+from recess.blobs.draft import Draft, draft_of
 from recess.blobs.local import LocalBlobs
 from recess.blobs.memory import MemoryBlobs
 from recess.blobs.metering import MeteredBlobs, Traffic
@@ -16,6 +17,7 @@ __all__ = [
     "BlobStore",
     "CacheState",
     "CachingBlobs",
+    "Draft",
     "LocalBlobs",
     "MemoryBlobs",
     "MeteredBlobs",
@@ -24,5 +26,6 @@ __all__ = [
     "Traffic",
     "WrappedBlobs",
     "check_key",
+    "draft_of",
     "read_pieces",
 ]

@@ -4,12 +4,14 @@ How a put survives a crash: the bytes go to a file in `.tmp/`, which is fsynced;
 fails if the name exists: put-if-absent is the file system's own atomic act); the folder is fsynced; the temporary
 name goes. A crash before the link leaves only a file in `.tmp/`, which `clean` removes; after it, a whole blob. The
 name can become durable only after the content, since the content was fsynced first: no key ever shows part of a blob.
+A draft goes the same way, only that its bytes are on their way to the disk before its key is known.
 
 Files are made read-only: nothing of ours ever writes to a blob again.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import secrets
@@ -24,6 +26,8 @@ from recess.errors import BadInput, Corrupt, NotFound, OutOfSpace, Unavailable
 
 _TMP = ".tmp"  # cannot be a key: parts never start with a dot
 _IOV_MAX = 512  # buffers in one writev; the kernel takes 1024
+_DRAFT_STEP = 1 << 20  # bytes of a draft after which the kernel is told to begin writing them
+_BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
 
 
 class LocalBlobs:
@@ -50,28 +54,23 @@ class LocalBlobs:
         """See `BlobStore.touch`."""
         return _touch(self.root / check_key(key))
 
+    def draft(self) -> LocalDraft:
+        """See `Drafting.draft`."""
+        return LocalDraft(self)
+
+    def temporary(self) -> Path:
+        """Return a new name for a file that is not a blob yet; `clean` removes what a crash leaves of it."""
+        return self.root / _TMP / secrets.token_hex(12)
+
     def _publish(self, key: str, write: Callable[[Path], None]) -> bool:
         """Make a file of what `write` writes; see the head of this module for the order."""
         target = self.root / check_key(key)
         if _touch(target):
             return False
-        temp = self.root / _TMP / secrets.token_hex(12)
+        temp = self.temporary()
         try:
-            _make_folders(self.root, target.parent)
             write(temp)
-            crash_point("blobs.before_link")
-            try:
-                os.link(temp, target)
-            except FileExistsError:
-                if not _touch(target):
-                    raise BadInput(f"blob key {key} is a folder of other keys") from None
-                return False
-            crash_point("blobs.before_folder_sync")
-            try:
-                _sync_folder(target.parent)
-            except OSError:
-                target.unlink(missing_ok=True)  # an error means: nothing was added
-                raise
+            return self.link(temp, key)
         except OSError as exc:
             raise _translate(exc, key) from exc
         except Crashed:
@@ -80,6 +79,24 @@ class LocalBlobs:
         finally:
             if temp is not self.root:
                 temp.unlink(missing_ok=True)
+
+    def link(self, temp: Path, key: str) -> bool:
+        """Give a file whose bytes are durable its name for good; False if there is one of that name. Raises OSError."""
+        target = self.root / check_key(key)
+        _make_folders(self.root, target.parent)
+        crash_point("blobs.before_link")
+        try:
+            os.link(temp, target)
+        except FileExistsError:
+            if not _touch(target):
+                raise BadInput(f"blob key {key} is a folder of other keys") from None
+            return False
+        crash_point("blobs.before_folder_sync")
+        try:
+            _sync_folder(target.parent)
+        except OSError:
+            target.unlink(missing_ok=True)  # an error means: nothing was added
+            raise
         return True
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -172,6 +189,67 @@ class LocalBlobs:
             except FileNotFoundError:
                 continue  # its put has just ended
         return removed
+
+
+class LocalDraft:
+    """A blob of `LocalBlobs` on its way; see `recess.blobs.draft.Draft`."""
+
+    def __init__(self, blobs: LocalBlobs) -> None:
+        self._blobs = blobs
+        self._temp = blobs.temporary()
+        self._pending = 0
+        try:
+            self._fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+        except OSError as exc:
+            raise _translate(exc, "a new blob") from exc
+
+    def write(self, data: Bytes) -> None:
+        """See `Draft.write`."""
+        try:
+            _write_all(self._fd, pieces(data))
+        except OSError as exc:
+            raise _translate(exc, "a new blob") from exc
+        self._pending += memoryview(data).nbytes
+        if self._pending >= _DRAFT_STEP:
+            _begin_writing(self._fd)
+            self._pending = 0
+
+    def put(self, key: str) -> bool:
+        """See `Draft.put`."""
+        try:
+            if _touch(self._blobs.root / check_key(key)):
+                return False
+            crash_point("blobs.before_sync")
+            os.fsync(self._fd)
+            return self._blobs.link(self._temp, key)
+        except OSError as exc:
+            raise _translate(exc, key) from exc
+        except Crashed:
+            self._close()  # a real crash removes nothing
+            raise
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """See `Draft.drop`."""
+        if self._close():
+            self._temp.unlink(missing_ok=True)
+
+    def _close(self) -> bool:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        return fd >= 0
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def _begin_writing(fd: int) -> None:
+    """Have the kernel begin to write what a file has in memory. Promises nothing: the fsync does."""
+    begin = getattr(_LIBC, "sync_file_range", None)  # Linux has it; without it the fsync takes longer
+    if begin is not None:
+        begin(fd, ctypes.c_int64(0), ctypes.c_int64(0), _BEGIN_WRITING)
 
 
 def _write_synced(path: Path, source: Iterable[memoryview], at_once: int) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from recess.blobs.contract import BlobInfo, BlobStore, Bytes, PieceSource, Ranges, pieces
+from recess.blobs.draft import Draft, draft_of
 from recess.blobs.wrapped import WrappedBlobs
 
 
@@ -65,6 +66,10 @@ class MeteredBlobs(WrappedBlobs):
         self._add(Traffic(written_calls=1, written_bytes=size if added else 0))
         return added
 
+    def draft(self) -> Draft:
+        """See `Drafting.draft`."""
+        return _MeteredDraft(draft_of(self._inner), self._add)
+
     def touch(self, key: str) -> bool:
         """See `BlobStore.touch`."""
         self._add(Traffic(other_calls=1))
@@ -112,3 +117,27 @@ class MeteredBlobs(WrappedBlobs):
         """See `BlobStore.clean`."""
         self._add(Traffic(other_calls=1))
         return self._inner.clean(before_s=before_s)
+
+
+class _MeteredDraft:
+    """A draft that counts once it is put."""
+
+    def __init__(self, inner: Draft, add: Callable[[Traffic], None]) -> None:
+        self._inner = inner
+        self._add = add
+        self._bytes = 0
+
+    def write(self, data: Bytes) -> None:
+        """See `Draft.write`."""
+        self._inner.write(data)
+        self._bytes += memoryview(data).nbytes
+
+    def put(self, key: str) -> bool:
+        """See `Draft.put`."""
+        added = self._inner.put(key)
+        self._add(Traffic(written_calls=1, written_bytes=self._bytes if added else 0))
+        return added
+
+    def drop(self) -> None:
+        """See `Draft.drop`."""
+        self._inner.drop()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
@@ -27,6 +27,21 @@ class WorkPool:
         futures = [self._executor.submit(task) for task in tasks]
         wait(futures)
         return [future.result() for future in futures]
+
+    def in_order(self, tasks: Sequence[Callable[[], T]]) -> Generator[T, None, None]:
+        """Run all, and yield their results in order, each as soon as it and those before it are there. Whoever stops
+        listening, and whoever gets an error, has waited for all of them as with `each`."""
+        if len(tasks) == 1:
+            yield tasks[0]()
+            return
+        futures = [self._executor.submit(task) for task in tasks]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
 
     def close(self) -> None:
         """End the threads. May be called twice."""

@@ -15,6 +15,8 @@ Used by snapshots (layers, page maps) and by the context log (segments). It must
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +47,7 @@ Sink = Callable[[int, bytes], None]  # (frame number, verified content); called 
 
 @dataclass(frozen=True)
 class SeekableFile:
-    """A whole file, ready to be stored: its pieces in order. `index_hash` (hex) names it."""
+    """A whole file: its pieces in order, if they were not written while it was made. `index_hash` (hex) names it."""
 
     index_hash: str
     pieces: list[bytes]
@@ -61,23 +63,33 @@ def build_seekable(
     *,
     level: int,
     pool: WorkPool,
+    write: Callable[[bytes], None] | None = None,
 ) -> SeekableFile:
     """Compress `count` frames in parallel and put the file together.
 
     `raw_of(i)` returns the content of frame i; it is called once for each, from the pool's threads, so it may do the
-    gathering of scattered pages there.
+    gathering of scattered pages there. `write` gets the pieces in order while the next are being made, in the caller's
+    thread; the file returned has none then.
     """
 
     def encode(start: int) -> list[Frame]:
         encoder = FrameEncoder(level)
         return [encoder.encode(raw_of(i)) for i in range(start, min(start + _BATCH_FRAMES, count))]
 
-    batches = pool.each([partial(encode, start) for start in range(0, count, _BATCH_FRAMES)])
-    frames = [frame for batch in batches for frame in batch]
+    held: list[bytes] = []
+    out = held.append if write is None else write
+    frames = []
+    tasks = [partial(encode, start) for start in range(0, count, _BATCH_FRAMES)]
+    with contextlib.closing(pool.in_order(tasks)) as batches:
+        for frame in itertools.chain.from_iterable(batches):
+            out(frame.data)
+            frames.append(frame.without_data())
     table = table_of(frames, level=level)
     index = encode_index(kind, table, extra)
-    pieces = [*(frame.data for frame in frames), encode_tail(table, index)]
-    return SeekableFile(blake3(index).hexdigest(), pieces, sum(map(len, pieces)), table)
+    tail = encode_tail(table, index)
+    out(tail)
+    size = sum(frame.stored_bytes for frame in frames) + len(tail)
+    return SeekableFile(blake3(index).hexdigest(), held, size, table)
 
 
 def stream_seekable(

@@ -88,12 +88,16 @@ def fingerprints(data: PageData, rows: Rows, pool: WorkPool) -> NDArray[np.uint6
     return out
 
 
-def first_equal(parts: Sequence[tuple[PageData, Rows]], pool: WorkPool) -> NDArray[np.int64]:
+def first_equal(
+    parts: Sequence[tuple[PageData, Rows]], pool: WorkPool, prints: Sequence[NDArray[np.uint64]] | None = None
+) -> NDArray[np.int64]:
     """Return, for each entry (all rows of all parts, one after the other), the first entry with the same bytes.
 
     Only the first entry of each fingerprint is compared with, so pages made to collide cost no more than others.
+    `prints`: the rows' fingerprints, if they are known.
     """
-    prints = [fingerprints(data, rows, pool) for data, rows in parts]
+    if prints is None:
+        prints = [fingerprints(data, rows, pool) for data, rows in parts]
     joined = np.concatenate(prints) if prints else np.empty(0, np.uint64)
     _, first, group = np.unique(joined, return_index=True, return_inverse=True)
     canonical: NDArray[np.int64] = first[group].astype(np.int64)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,8 +62,25 @@ class _Leaf:
     sources: tuple[Source, ...]
 
 
+@dataclass(frozen=True)
+class Tree:
+    """An encoded map: the root's hash, nodes by hash, and the hash of every leaf by its number. `nodes` lacks the leaves
+    that were known before (`encode_leaves` makes them)."""
+
+    root: bytes
+    nodes: dict[bytes, bytes]
+    leaves: dict[int, bytes]
+
+
 def encode_tree(page_map: PageMap) -> tuple[bytes, dict[bytes, bytes]]:
     """Return the root's hash and all nodes by hash. Equal maps give equal bytes."""
+    tree = encode_changed(page_map, {})
+    return tree.root, tree.nodes
+
+
+def encode_changed(page_map: PageMap, known: Mapping[int, bytes]) -> Tree:
+    """Encode a map. `known`: hashes of leaves that are as they were in another map of this
+    part (`pagemap.same_leaves`): these are not encoded again."""
     nodes: dict[bytes, bytes] = {}
 
     def add(node: bytes) -> bytes:
@@ -71,13 +88,19 @@ def encode_tree(page_map: PageMap) -> tuple[bytes, dict[bytes, bytes]]:
         nodes[digest] = node
         return digest
 
-    leaves = [(number, add(node)) for number, node in _encode_leaves(page_map)]
+    wanted = np.setdiff1d(page_map.pages // LEAF_PAGES, np.array(list(known), np.int64)) if known else None
+    leaves = {**known, **{number: add(node) for number, node in _encode_leaves(page_map, wanted)}}
     inners: dict[int, Children] = {}
-    for number, digest in leaves:
+    for number, digest in sorted(leaves.items()):
         inners.setdefault(number // INNER_LEAVES, []).append((number % INNER_LEAVES, digest))
     children = [(number, add(_encode_inner(below))) for number, below in inners.items()]
     head = _ROOT_HEAD.pack(_ROOT, VERSION, 0, len(children), page_map.pages_total)
-    return add(head + _encode_children(children, "<u4")), nodes
+    return Tree(add(head + _encode_children(children, "<u4")), nodes, leaves)
+
+
+def encode_leaves(page_map: PageMap, numbers: Iterable[int]) -> list[tuple[int, bytes]]:
+    """Return (number, leaf) of those of these leaves that list anything, ascending."""
+    return _encode_leaves(page_map, np.array(sorted(numbers), np.int64))
 
 
 def _encode_inner(children: Children) -> bytes:
@@ -88,7 +111,10 @@ def _encode_children(children: Children, dtype: str) -> bytes:
     return np.array([n for n, _ in children], dtype).tobytes() + b"".join(digest for _, digest in children)
 
 
-def _encode_leaves(page_map: PageMap) -> list[tuple[int, bytes]]:
+def _encode_leaves(page_map: PageMap, wanted: NDArray[np.int64] | None) -> list[tuple[int, bytes]]:
+    """Return (number, leaf) of all leaves, or of those wanted."""
+    if wanted is not None:
+        page_map = page_map.select(np.isin(page_map.pages // LEAF_PAGES, wanted))
     starts = runs_of(page_map, LEAF_PAGES)
     if not len(starts):
         return []

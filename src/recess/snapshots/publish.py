@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import TracebackType
 
-from recess.blobs import BlobStore
+from recess.blobs import BlobStore, Draft, draft_of
 from recess.crashpoints import Crashed, crash_point
 from recess.errors import Corrupt
 from recess.frames import SeekableFile
@@ -81,6 +81,7 @@ class Publication:
         self._io = io
         self._keys: list[str] = []
         self._puts: list[tuple[str, int, Future[bool]]] = []
+        self._drafts: list[Draft] = []
         self.made: list[str] = []
         self.new_bytes = 0
 
@@ -90,18 +91,24 @@ class Publication:
             self._keys.append(key)
             self._pins.hold([key])
 
-    def add(self, prefix: str, file: SeekableFile) -> str:
-        """Start storing a file; return its id. Its pieces must stay unchanged until `commit`."""
+    def begin(self) -> Draft:
+        """Begin a file whose bytes are written while they are made; it becomes one of the files by `add`."""
+        self._drafts.append(draft_of(self._blobs))
+        return self._drafts[-1]
+
+    def add(self, prefix: str, file: SeekableFile, draft: Draft | None = None) -> str:
+        """Start storing a file, or finish the draft that has its bytes; return its id. Its pieces must stay unchanged
+        until `commit`."""
         file_id = make_id(prefix, file.index_hash)
         self.hold(keys_of(file_id))
         self.made.append(file_id)
-        self._puts.append((file_id, file.size_bytes, self._io.submit(self._put, file_id, file)))
+        self._puts.append((file_id, file.size_bytes, self._io.submit(self._put, file_id, file, draft)))
         return file_id
 
-    def _put(self, file_id: str, file: SeekableFile) -> bool:
+    def _put(self, file_id: str, file: SeekableFile, draft: Draft | None) -> bool:
         crash_point("snapshot.before_file")
         key = key_of(file_id)
-        added = self._blobs.put(key, list(file.pieces))
+        added = self._blobs.put(key, list(file.pieces)) if draft is None else draft.put(key)
         if not added and self._blobs.stat(key).size_bytes != file.size_bytes:
             raise Corrupt(f"{file_id} was stored before with another size", blob=file_id)
         return added
@@ -132,6 +139,8 @@ class Publication:
     def _take_back(self) -> None:
         """Remove the files that this publication added and nobody else uses. The manifest never came to be."""
         wait([future for _, _, future in self._puts])
+        for draft in self._drafts:
+            draft.drop()
         for file_id, _, future in self._puts:
             if future.exception() is None and future.result():
                 key = key_of(file_id)

@@ -1,9 +1,11 @@
 """Which old files a new snapshot stops referring to: their live content goes into its own file instead.
 
 Without this a session's hundredth snapshot would refer to a hundred layers, each mostly dead: restores slow down and
-nothing can be collected. Rewriting costs bytes now, so it is done only when at least half of a file is dead weight, or
-when there are too many files to open at restore; then the smallest go first. Each page is thus rewritten O(log n)
-times over n snapshots, and the files a snapshot refers to hold at most twice what it uses.
+nothing can be collected. Rewriting costs bytes and time now, so it is done only when at least half of a file is dead
+weight, or when there are too many files to open at restore (then the smallest go first), and never more at once than a
+budget of a few times what is new: a large layer is emptied a piece at a time, over several snapshots. Each page is thus
+rewritten O(log n) times over n snapshots, and the files a snapshot refers to hold at most twice what it uses, and what
+a budget had no room for yet.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 LIVE_FRACTION_MIN = 0.5
 PAGES_PER_FRAME_MIN = 8  # half of a frame of the default size
 FILES_MAX = 8  # the new one included; opening one takes about 0.3 ms
+FILES_HARD_MAX = 24  # beyond it the smallest go whatever they cost: no more than a 23rd of what is live, each
+BUDGET_PAGES_MIN = 4096  # 16 MiB: some 50 ms of two cores
+BUDGET_PER_NEW = 2
 
 
 def worth_comparing(pages: int, frames: int, *, inherits: bool) -> bool:
@@ -34,11 +39,38 @@ class Usage:
     entries: int
 
 
-def files_to_rewrite(
-    usages: Sequence[Usage], *, live_fraction_min: float = LIVE_FRACTION_MIN, files_max: int = FILES_MAX
-) -> set[str]:
-    """Return the ids of the files whose live entries should be written anew."""
-    sparse = {usage.id for usage in usages if usage.live < live_fraction_min * usage.entries}
-    rest = sorted((usage for usage in usages if usage.id not in sparse), key=lambda usage: (usage.live, usage.id))
-    surplus = max(0, len(rest) + 1 - files_max)
-    return sparse | {usage.id for usage in rest[:surplus]}
+def budget_of(new_pages: int) -> int:
+    """Return how many old pages a snapshot with this many new ones may write anew."""
+    return max(BUDGET_PAGES_MIN, BUDGET_PER_NEW * new_pages)
+
+
+def rewrites(
+    usages: Sequence[Usage],
+    *,
+    budget: int,
+    live_fraction_min: float = LIVE_FRACTION_MIN,
+    files_max: int = FILES_MAX,
+    files_hard_max: int = FILES_HARD_MAX,
+) -> dict[str, int]:
+    """Return how many of the live entries of which files should be written anew: all of them, or as many as the budget
+    allows of the one that does not fit it any more. Sparse files go first, the emptiest of them first. Pure."""
+    sparse = sorted((u for u in usages if u.live < live_fraction_min * u.entries), key=_emptiest)
+    moved: dict[str, int] = {}
+    for usage in sparse:
+        count = min(usage.live, budget)
+        if count:
+            moved[usage.id] = count
+            budget -= count
+    rest = sorted((u for u in usages if u.id not in moved), key=lambda u: (u.live, u.id))
+    left = sum(moved.get(u.id, 0) < u.live for u in usages) + 1
+    for usage in rest:
+        if left <= files_max or (usage.live > budget and left <= files_hard_max):
+            break
+        moved[usage.id] = usage.live
+        budget = max(0, budget - usage.live)
+        left -= 1
+    return moved
+
+
+def _emptiest(usage: Usage) -> tuple[float, str]:
+    return usage.live / usage.entries, usage.id

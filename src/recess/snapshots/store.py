@@ -36,6 +36,7 @@ from recess.snapshots.lineage import Shape, dependents, shape_of
 from recess.snapshots.manifest_v1 import ManifestV1
 from recess.snapshots.publish import Pins
 from recess.snapshots.reader import OpenSnapshot, by_hash, read_manifest
+from recess.snapshots.recall import Recall
 from recess.snapshots.recompress import Stopped, recompress
 from recess.snapshots.recompression import Recompression
 from recess.snapshots.sweep import collect, discard
@@ -64,6 +65,7 @@ class Store:
         self._pool = WorkPool(threads)
         self._io = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="snapshot-put")
         self._pins = Pins()
+        self._recall = Recall()
         self._recompressing = threading.Lock()
 
     @property
@@ -102,8 +104,9 @@ class Store:
     ) -> WriteReport:
         """See `SnapshotStore.write`."""
         writer = SnapshotWriter(
-            self._blobs, self._pins, self._pool, self._io, frame_bytes=self._frame_bytes, level=self._level
-        )
+            self._blobs, self._pins, self._pool, self._io, self._recall,
+            frame_bytes=self._frame_bytes, level=self._level,
+        )  # fmt: skip
         return writer.write(parts, vmstate, meta, template=template, parent_id=parent_id, sources=sources or [])
 
     def manifest(self, snapshot_id: str) -> Mapping[str, Any]:

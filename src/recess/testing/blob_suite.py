@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from recess.blobs.contract import BlobStore, read_pieces
+from recess.blobs.draft import draft_of
 from recess.errors import BadInput, Corrupt, NotFound
 
 _FAR = 1 << 40
@@ -99,6 +100,32 @@ class BlobStoreSuite:
         assert not blobs.exists("s/k")
         assert list(blobs.list_blobs()) == []
         assert blobs.put_stream("s/k", lambda: iter([b"good"])) is True
+
+    def test_a_draft_is_a_put(self, blobs: BlobStore) -> None:
+        draft = draft_of(blobs)
+        pieces = [bytes([i % 251]) * 4099 for i in range(700)]
+        for piece in pieces:
+            draft.write(piece)
+        assert not blobs.exists("d/k")
+        assert draft.put("d/k") is True
+        draft.drop()
+        assert blobs.get("d/k", max_bytes=_FAR) == b"".join(pieces)
+
+    def test_a_draft_of_what_is_there_changes_nothing(self, blobs: BlobStore) -> None:
+        blobs.put("d/k", b"first")
+        draft = draft_of(blobs)
+        draft.write(bytearray(b"second"))
+        assert draft.put("d/k") is False
+        assert blobs.get("d/k", max_bytes=_FAR) == b"first"
+        assert blobs.clean(before_s=time.time() + 60) == 0
+
+    def test_a_dropped_draft_leaves_nothing(self, blobs: BlobStore) -> None:
+        draft = draft_of(blobs)
+        draft.write(memoryview(b"something"))
+        draft.drop()
+        draft.drop()
+        assert list(blobs.list_blobs()) == []
+        assert blobs.clean(before_s=time.time() + 60) == 0
 
     def test_many_ranges_at_once(self, blobs: BlobStore) -> None:
         blobs.put("k", bytes(range(200)))

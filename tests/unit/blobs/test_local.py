@@ -56,6 +56,41 @@ def test_a_failing_disk_leaves_no_file(blobs, monkeypatch, code, error):
     assert not blobs.exists("k")
 
 
+@pytest.mark.parametrize("point", ["blobs.before_sync", "blobs.before_link"])
+def test_a_crash_before_a_draft_has_its_name_leaves_nothing_visible(blobs, point):
+    draft = blobs.draft()
+    draft.write(b"data")
+    with crashing(point):
+        draft.put("a/k")
+    assert list(blobs.list_blobs()) == []
+    assert len(_temps(blobs)) == 1
+    assert blobs.clean(before_s=time.time() + 60) == 1
+
+
+def test_a_draft_on_a_failing_disk_leaves_no_file(blobs, monkeypatch):
+    draft = blobs.draft()
+
+    def fail(fd, views):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "writev", fail)
+    with pytest.raises(OutOfSpace):
+        draft.write(b"data")
+    draft.drop()
+    assert _temps(blobs) == []
+
+
+def test_a_draft_is_on_its_way_to_the_disk_before_its_end(blobs, monkeypatch):
+    begun = []
+    monkeypatch.setattr("recess.blobs.local._begin_writing", begun.append)
+    draft = blobs.draft()
+    for _ in range(5):
+        draft.write(bytes(600_000))
+    assert len(begun) == 2  # a step of 1 MiB is two of these pieces
+    draft.put("k")
+    assert blobs.stat("k").size_bytes == 3_000_000
+
+
 def test_blobs_are_private_and_read_only(blobs):
     blobs.put("a/k", b"data")
     assert (blobs.root / "a/k").stat().st_mode & 0o777 == 0o400

@@ -27,6 +27,16 @@ def test_what_is_counted():
     assert blobs.traffic - before == Traffic(other_calls=6)
 
 
+def test_drafts_count_when_they_are_put():
+    blobs = MeteredBlobs(MemoryBlobs())
+    for number, (key, data) in enumerate([("k", b"abc"), ("k", b"abc"), ("", b"never")]):
+        draft = blobs.draft()
+        draft.write(data)
+        assert not key or draft.put(key) is (number == 0)
+        draft.drop()
+    assert blobs.traffic == Traffic(written_calls=2, written_bytes=3)
+
+
 def test_a_failed_read_moves_nothing():
     blobs = MeteredBlobs(MemoryBlobs())
     with pytest.raises(NotFound):

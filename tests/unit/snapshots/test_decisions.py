@@ -8,7 +8,7 @@ from recess.frames import WorkPool
 from recess.snapshots import can_restore
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, fingerprints, first_equal, look_up, take
 from recess.snapshots.keys import digest_of, id_of, is_id, key_of
-from recess.snapshots.rewrite import Usage, files_to_rewrite, worth_comparing
+from recess.snapshots.rewrite import BUDGET_PAGES_MIN, Usage, budget_of, rewrites, worth_comparing
 from tests.unit.snapshots.helpers import pages
 
 H = "0" * 64
@@ -61,16 +61,37 @@ def test_take_copies_only_scattered_rows():
     assert len(take(data, np.empty(0, np.int64))) == 0
 
 
+PLENTY = 10**9
+
+
 def test_half_dead_files_are_rewritten():
     usages = [Usage("a", 49, 100), Usage("b", 50, 100), Usage("c", 100, 100)]
-    assert files_to_rewrite(usages) == {"a"}
+    assert rewrites(usages, budget=PLENTY) == {"a": 49}
 
 
 def test_the_smallest_go_when_there_are_too_many():
     usages = [Usage(f"f{n}", n, n) for n in range(1, 11)]
-    assert files_to_rewrite(usages, files_max=8) == {"f1", "f2", "f3"}
-    assert files_to_rewrite(usages, files_max=1) == {usage.id for usage in usages}
-    assert files_to_rewrite([]) == set()
+    assert rewrites(usages, budget=PLENTY, files_max=8) == {"f1": 1, "f2": 2, "f3": 3}
+    assert rewrites(usages, budget=PLENTY, files_max=1) == {usage.id: usage.live for usage in usages}
+    assert rewrites([], budget=PLENTY) == {}
+
+
+def test_a_large_file_is_emptied_a_piece_at_a_time():
+    usages = [Usage("large", 40_000, 100_000), Usage("small", 10, 100), Usage("full", 5, 5)]
+    assert rewrites(usages, budget=1000) == {"small": 10, "large": 990}
+    assert rewrites(usages, budget=0) == {}
+
+
+def test_beyond_a_hard_limit_the_smallest_go_whatever_they_cost():
+    usages = [Usage(f"f{n:02}", 1000 + n, 1000 + n) for n in range(30)]
+    assert rewrites(usages, budget=1500) == {f"f{n:02}": 1000 + n for n in range(7)}  # 23 and the new one are left
+    assert rewrites(usages[:20], budget=500) == {}  # over the soft limit only, and none of them fits
+    assert rewrites(usages[:20], budget=2500) == {"f00": 1000, "f01": 1001}
+
+
+def test_a_budget_grows_with_what_is_new():
+    assert budget_of(0) == BUDGET_PAGES_MIN
+    assert budget_of(100_000) == 200_000
 
 
 NODE = {
