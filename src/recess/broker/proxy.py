@@ -89,7 +89,7 @@ async def _call(guest: GuestSide, request: h11.Request, around: Surroundings, ou
         reason, addresses = await _judge(target, around)
         bindings = () if target.route else bound_to(around.policy().bindings, target.host, target.port)
         tls = around.tls_context(target.host) if target.verb == "connect" and bindings else None
-        keys = _keys_for(request, target, bindings, around.secrets)
+        keys = await asyncio.to_thread(_keys_for, request, target, bindings, around.secrets)
     except RecessError as exc:
         around.note(method, target, False, exc.message)
         raise

@@ -1,7 +1,8 @@
 """Secrets on the host, by name: read here, put on the wire by the broker, never sent to a guest, never logged.
 
-One file a secret below one folder (0700; files 0600, written by temp name and rename), plus values the composition
-root hands in. This module must know nothing of machines, policies or the environment.
+One file a secret below one folder (0700; files 0600, written by temp name and rename): NAME holds a value, NAME.from
+says where the value is kept instead; plus values the composition root hands in. This module must know nothing of
+machines, policies or the environment.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import contextlib
 import errno
 import os
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from recess.broker.sources import check_source, read_source
 from recess.errors import BadInput, OutOfSpace, Refused
 
 VALUE_BYTES_MAX = 16 * 1024
+SOURCE_FRESH_S = 60.0  # a value kept elsewhere is asked for again after this long
+_SOURCE = ".from"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,62}\Z")
 
 
@@ -52,48 +57,56 @@ class SecretStore:
     def __init__(self, directory: Path | None = None, extra: Mapping[str, str] | None = None) -> None:
         self._directory = directory
         self._extra = {name: check_value(name, value) for name, value in (extra or {}).items()}
+        self._fresh: dict[str, tuple[str, float, str]] = {}  # name -> source, when, value
 
     def get(self, name: str) -> Secret | None:
-        """Return the secret, read afresh (so a rotated key needs no restart); None if there is none.
+        """Return the secret, read afresh (so a rotated key needs no restart); None if there is none. May block: one kept
+        elsewhere is asked for there, at most once a minute.
 
         Raises Refused if its file is open to others or cannot be read (a link is not followed), BadInput if its content is
-        no secret.
+        no secret; Unavailable, NotFound when it is kept elsewhere and not to be had.
         """
         if name in self._extra:
             return Secret(name, self._extra[name])
         if self._directory is None or not _NAME.match(name):
             return None
-        path = self._directory / name
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        except OSError as exc:  # said, not let through: the broker's caller must learn why its call did not go out
-            raise Refused(f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}") from exc
-        with os.fdopen(descriptor, "rb") as file:
-            if os.fstat(descriptor).st_mode & 0o077:
-                raise Refused(f"secret {name}: its file is open to others", hint=f"chmod 600 {path}")
-            try:
-                raw = file.read(VALUE_BYTES_MAX + 2)
-            except OSError as exc:
-                raise Refused(
-                    f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}"
-                ) from exc
-        return Secret(name, check_value(name, raw.decode("latin-1")))
+        raw = _read_private(self._directory / name, name)
+        if raw is not None:
+            return Secret(name, check_value(name, raw))
+        source = _read_private(self._directory / f"{name}{_SOURCE}", name)
+        return None if source is None else Secret(name, self._elsewhere(name, check_source(source)))
+
+    def _elsewhere(self, name: str, source: str) -> str:
+        known, now = self._fresh.get(name), time.monotonic()
+        if known is not None and known[0] == source and now - known[1] < SOURCE_FRESH_S:
+            return known[2]
+        value = check_value(name, read_source(source))
+        self._fresh[name] = (source, now, value)
+        return value
 
     def put(self, name: str, value: str) -> None:
         """Keep a secret in its file (replacing an older one). A crash leaves the old value or the new, never half.
 
         Raises BadInput, OutOfSpace, Refused (the folder cannot be written to).
         """
+        self._keep(name, name, check_value(name, value))
+
+    def put_source(self, name: str, source: str) -> None:
+        """Keep where a secret's value is to be read from; it is read once now. Raises as `put` and `get`."""
+        check_value(name, read_source(check_source(source)))
+        self._keep(f"{name}{_SOURCE}", name, check_source(source))
+
+    def _keep(self, filename: str, name: str, line: str) -> None:
         if self._directory is None:
             raise Refused("this secret store has no folder to write to")
-        checked = check_value(name, value)
-        temporary = self._directory / f".{name}.{os.getpid()}"
+        temporary = self._directory / f".{filename}.{os.getpid()}"
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write_private(temporary, checked + "\n")
-            temporary.replace(self._directory / name)
+            _write_private(temporary, line + "\n")
+            temporary.replace(self._directory / filename)
+            # The other kind goes last: in between both are there, and a value wins over a source.
+            other = name if filename.endswith(_SOURCE) else f"{name}{_SOURCE}"
+            (self._directory / other).unlink(missing_ok=True)
             _sync_folder(self._directory)
         except OSError as exc:
             with contextlib.suppress(OSError):
@@ -101,22 +114,53 @@ class SecretStore:
             if exc.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OutOfSpace(f"secret {name}: the disk is full", hint="free some space") from exc
             raise Refused(f"secret {name}: it cannot be kept in {self._directory}: {exc.strerror}") from exc
+        self._fresh.pop(name, None)
 
     def remove(self, name: str) -> bool:
-        """Forget a secret's file; tell whether there was one."""
+        """Forget a secret; tell whether there was one."""
         if self._directory is None or not _NAME.match(name):
             return False
-        path = self._directory / name
-        existed = path.exists()
-        path.unlink(missing_ok=True)
+        existed = False
+        for path in (self._directory / name, self._directory / f"{name}{_SOURCE}"):
+            existed = existed or path.exists()
+            path.unlink(missing_ok=True)
+        self._fresh.pop(name, None)
         return existed
 
     def names(self) -> list[str]:
         """Return the names of all secrets, sorted; never values."""
         found = set(self._extra)
         if self._directory is not None and self._directory.is_dir():
-            found.update(p.name for p in self._directory.iterdir() if _NAME.match(p.name))
+            names = (p.name.removesuffix(_SOURCE) for p in self._directory.iterdir())
+            found.update(name for name in names if _NAME.match(name))
         return sorted(found)
+
+    def describe(self) -> list[dict[str, str]]:
+        """Return each secret's name and where its value is kept ("here" or a source); never values."""
+        out = []
+        for name in self.names():
+            at = None if self._directory is None else self._directory / name
+            here = name in self._extra or (at is not None and at.exists())
+            source = None if here or at is None else _read_private(at.with_name(name + _SOURCE), name)
+            out.append({"name": name, "kept": (source or "here").strip()})
+        return out
+
+
+def _read_private(path: Path, name: str) -> str | None:
+    """Return a private file's text, None if there is none. Raises Refused: open to others, a link, not readable."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as exc:  # said, not let through: the broker's caller must learn why its call did not go out
+        raise Refused(f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}") from exc
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_mode & 0o077:
+            raise Refused(f"secret {name}: its file is open to others", hint=f"chmod 600 {path}")
+        try:
+            return file.read(VALUE_BYTES_MAX + 2).decode("latin-1")
+        except OSError as exc:
+            raise Refused(f"secret {name}: its file cannot be read: {exc.strerror}", hint=f"look at {path}") from exc
 
 
 def _write_private(path: Path, text: str) -> None:
