@@ -139,7 +139,12 @@ def test_the_root_is_small():
 
 def test_only_config_reads_the_environment():
     """The exceptions: test helpers, a secret that is kept in the server's environment, and `-e NAME` of exec and run, where the user's environment is what is handed on."""
-    excepted = ("src/recess/config.py", "src/recess/broker/sources.py", "src/recess/cli/verbs/exec.py", "src/recess/cli/verbs/run.py")
+    excepted = (
+        "src/recess/config.py",
+        "src/recess/broker/sources.py",
+        "src/recess/cli/verbs/exec.py",
+        "src/recess/cli/verbs/run.py",
+    )
     bad = [
         relative(p)
         for p in SOURCES
