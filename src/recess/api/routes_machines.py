@@ -120,13 +120,6 @@ async def machine_logs(request: Request) -> Response:
     return Response(data, media_type="application/octet-stream")
 
 
-async def machine_egress(request: Request) -> Response:
-    """GET /v1/machines/REF/egress."""
-    node = context_of(request).node
-    row = await node.machines.get(_ref(request))
-    return JSONResponse({"decisions": node.egress(row.id)})
-
-
 ROUTES = [
     Route("/v1/machines", list_machines, methods=["GET"]),
     Route("/v1/machines", create_machine, methods=["POST"]),
@@ -136,6 +129,5 @@ ROUTES = [
     Route("/v1/machines/{ref}/resume", resume_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/fork", fork_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/logs", machine_logs, methods=["GET"]),
-    Route("/v1/machines/{ref}/egress", machine_egress, methods=["GET"]),
     Route("/v1/machines/{ref}/{verb}", act_on_machine, methods=["POST"]),
 ]

@@ -115,7 +115,7 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
             continue  # as good as absent
         if name in ("memory_bytes", "disk_bytes"):
             out[name] = parse_size(field(data, name, str if isinstance(value, str) else int, None))
-        elif name in ("argv", "allow"):
+        elif name in ("argv", "allow", "secrets"):
             out[name] = _str_tuple(value, name)
         elif name in ("env", "labels", "routes"):
             out[name] = _str_map(value, name)

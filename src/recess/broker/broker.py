@@ -89,6 +89,18 @@ class Broker:
         journal = self._journals.get(machine_id)
         return journal.entries() if journal else []
 
+    def decisions_after(self, machine_id: str, number: int) -> tuple[int, int, list[Decision]]:
+        """Return how many calls were allowed and denied in all, and the newest decisions whose number (from 1) is higher."""
+        journal = self._journals.get(machine_id)
+        if journal is None:
+            return 0, 0, []
+        newest = journal.entries()
+        return (
+            journal.allowed,
+            journal.denied,
+            newest[max(0, number - (journal.allowed + journal.denied - len(newest))) :],
+        )
+
     def open_connections(self, machine_id: str) -> int:
         """Return how many guest connections are open."""
         machine = self._machines.get(machine_id)

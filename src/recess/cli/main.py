@@ -38,6 +38,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "restore": ("snapshot", "restore", "Start a machine from a snapshot"),
     "fork": ("snapshot", "fork", "Fork a running machine"),
     "images": ("images", "images", "Manage images: ls, create, inspect, rm"),
+    "egress": ("egress", "egress", "Show and change what a machine may reach, and what it tried"),
+    "secrets": ("secrets", "secrets", "Keep values that machines use and never hold: set, ls, rm"),
     "deploy": ("deploy", "deploy", "Store a version of agent code"),
     "session": ("session", "session", "Agent sessions: start, send, cancel, answer, log, ls, suspend, resume, fork, rewind, close"),
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),

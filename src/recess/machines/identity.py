@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from recess.guestlink.link import Thaw
 from recess.machines.service import MachineSpec
+from recess.machines.trust import trust_env
 
 _ADJECTIVES = (
     "amber", "brave", "brisk", "calm", "clever", "cosy", "eager", "fleet", "gentle", "glad", "keen", "lively", "lucid",
@@ -47,7 +48,7 @@ def guest_machine_id(machine_id: str) -> str:
 
 def guest_env(machine_id: str, name: str, session: str, spec: MachineSpec) -> dict[str, str]:
     """Return the default environment of every process in the machine; the user's own entries win."""
-    own = {"RECESS_NETWORK": spec.network, "RECESS_MACHINE": machine_id, "RECESS_NAME": name}
+    own = {"RECESS_NETWORK": spec.network, "RECESS_MACHINE": machine_id, "RECESS_NAME": name} | trust_env(spec)
     if session:
         own["RECESS_SESSION"] = session
     return own | dict(spec.env)

@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from recess.broker import build_policy
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, GuestFailed, RecessError, Timeout
@@ -25,6 +24,7 @@ from recess.machines.fleet import Fleet
 from recess.machines.keeping import SnapshotKeeping
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
+from recess.machines.letting import change_egress
 from recess.machines.live import Live
 from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
@@ -38,6 +38,7 @@ from recess.machines.stalls import check_goes, hint_of
 from recess.machines.starting import finish, template_origin
 from recess.machines.states import CREATING, DAMAGED, DEAD, PAUSED, RUNNING, STALLED, WITH_VM, next_state
 from recess.machines.templates import Templates
+from recess.machines.trust import with_authority
 from recess.machines.views import SnapshotViews
 
 EXIT_KILLED = 137
@@ -125,7 +126,7 @@ class Manager:
     async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
         """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either."""
         check_spec(spec, self._parts.driver.capabilities)
-        build_policy(spec.allow, spec.routes)
+        spec = with_authority(spec)
         boot = await self._parts.images.boot_files(spec.image)
         record = await self._launcher.claim(spec, name=name, session=session)
         async with self.fleet.lock(record.id):
@@ -136,6 +137,10 @@ class Manager:
                 await self._launcher.abandon(record)
                 raise
         return machine_row(record)
+
+    async def change_egress(self, ref: str, *, add: Sequence[str] = (), remove: Sequence[str] = ()) -> MachineRow:
+        """Change what a machine may reach, at once; see `letting`."""
+        return await change_egress(self._parts, self.fleet, ref, add=add, remove=remove)
 
     async def pause(self, ref: str) -> None:
         """Freeze the workload, then stop the vCPUs. If the guest does not freeze, it runs on and GuestFailed says so."""

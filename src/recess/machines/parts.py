@@ -74,6 +74,10 @@ class Egress(Protocol):
         """Return the handler of its "proxy" streams."""
         ...
 
+    def certificate(self, policy: Policy) -> bytes:
+        """Return the certificate (PEM) that the machine has to trust; empty if none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Parts:

@@ -31,6 +31,8 @@ class MachineSpec:
     network: str = "broker"
     allow: tuple[str, ...] = ()  # broker policy: host, *.domain, cidr, host:port
     routes: Mapping[str, str] = field(default_factory=dict)  # route name -> upstream base URL (secret joined by name)
+    secrets: tuple[str, ...] = ()  # "NAME@host[:port],…": the guest holds a placeholder, the broker the value
+    authority: str = ""  # in whose name the broker speaks TLS to the guest for them; forks and restores keep it
     ports: tuple[tuple[str, int, int], ...] = ()  # (host ip, host port, guest port)
     labels: Mapping[str, str] = field(default_factory=dict)
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from recess.broker import build_policy
 from recess.catalog.machines import MachineRecord
 from recess.errors import RecessError
 from recess.guestlink.link import Thaw
@@ -27,6 +26,7 @@ from recess.machines.outputlog import OutputLog
 from recess.machines.parts import NO_PAGES, UNDO, Parts
 from recess.machines.records import spec_from_json
 from recess.machines.templates import Template
+from recess.machines.trust import policy_of, trust
 
 THAW_S = 15.0
 
@@ -79,7 +79,7 @@ class Starter:
         """
         spec = spec_from_json(record.spec, f"machine {record.id}")
         directory = self._parts.directory(record.id)
-        build_policy(spec.allow, spec.routes)  # before anything costly: raises BadInput
+        policy_of(spec)  # before anything costly: raises BadInput
         began = time.monotonic()
         if origin.cold:
             vm = await self._parts.driver.boot(record.id, origin.template.spec, directory)
@@ -116,13 +116,15 @@ class Starter:
         self.let_out(live)
         if live.thaw is not None:
             await live.link.thaw(live.thaw(), timeout_s=THAW_S)
+        if live.spec.secrets and self._parts.egress is not None:
+            await trust(live.link, self._parts.egress.certificate(policy_of(live.spec)))
         live.workload_frozen = False
 
     def let_out(self, live: Live) -> None:
         """Serve the streams that the guest opens, and register it with the broker if it may go out at all."""
         egress = self._parts.egress
         if egress is not None and live.spec.network != "none":
-            egress.register(live.id, live.epoch, build_policy(live.spec.allow, live.spec.routes))
+            egress.register(live.id, live.epoch, policy_of(live.spec))
             self._incoming.set(live.id, "proxy", egress.handler(live.id))
         live.link.serve_incoming(self._incoming.router(live.id))
 

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recess.broker import Broker, SecretStore
+from recess.broker import Authorities, Broker, SecretStore
 from recess.catalog import SCHEMA as CATALOG_SCHEMA
 from recess.catalog import Catalog
 from recess.clock import Clock, SystemClock
@@ -118,6 +118,7 @@ class LocalNode:
         self.transfers = transfers
         self._opened = opened
         self.recovered: dict[str, Any] = {}
+        self.secrets = SecretStore()
         self.detach_on_close = True
         self._stack = stack
         self._chosen = chosen
@@ -150,7 +151,9 @@ class LocalNode:
         stack.callback(store.close)
         chosen = choose_driver(config)
         gate = NodeGate()
-        broker = Broker(gate, SecretStore(config.home / "secrets"), clock)
+        authorities = Authorities(config.home / "authority.key")
+        secrets = SecretStore(config.home / "secrets")
+        broker = Broker(gate, secrets, clock, authorities=authorities)
 
         def free_bytes() -> int:
             return shutil.disk_usage(config.blobs_dir).free
@@ -176,6 +179,7 @@ class LocalNode:
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
         node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened)
+        node.secrets = secrets
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())
@@ -214,9 +218,11 @@ class LocalNode:
         """Check the host, then run a guest all the way through snapshot and fork."""
         return await run_doctor(self.config, self._chosen, self.machines)
 
-    def egress(self, machine_id: str) -> list[dict[str, Any]]:
-        """Return the broker's newest decisions about a machine, oldest first."""
-        return [asdict(decision) for decision in self.broker.decisions(machine_id)]
+    def egress(self, machine_id: str, *, after: int = 0) -> dict[str, Any]:
+        """Return the broker's newest decisions about a machine, oldest first, and how many there were in all."""
+        allowed, denied, newest = self.broker.decisions_after(machine_id, after)
+        found = {"allowed": allowed, "denied": denied, "number": allowed + denied}
+        return {**found, "decisions": [asdict(decision) for decision in newest]}
 
     async def list_images(self) -> list[dict[str, Any]]:
         """Return all images."""
