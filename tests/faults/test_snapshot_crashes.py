@@ -184,17 +184,24 @@ def recompress(store):
     return store.recompress(policy, now=time.time() + 100, stopped=lambda: False, tell=pytest.fail)
 
 
+LARGE = {n: n + 1 for n in range(40)}  # so much alike that larger frames are worth it
+LARGER = LARGE | {n: n for n in range(500, 540)}
+
+
 @pytest.mark.parametrize("point", RECOMPRESS_POINTS)
-def test_a_crash_while_recompressing(stored, point):
-    root, store, old = stored
+def test_a_crash_while_recompressing(tmp_path, point):
+    root = tmp_path / "blobs"
+    store = Store(LocalBlobs(root), frame_bytes=4096)
+    old = store.write([raw("memory", 1000, LARGE)], b"old", META).snapshot_id
     with crashing(point):
         recompress(store)
-    after = Store(LocalBlobs(root))
-    assert whole(after, old, OLD)
-    new = after.write([raw("memory", 1000, NEW)], b"new", META, parent_id=old).snapshot_id
+    store.close()
+    after = Store(LocalBlobs(root), frame_bytes=4096)
+    assert whole(after, old, LARGE)
+    new = after.write([raw("memory", 1000, LARGER)], b"new", META, parent_id=old).snapshot_id
     recompress(after)
-    assert whole(after, old, OLD)
-    assert whole(after, new, NEW)
+    assert whole(after, old, LARGE)
+    assert whole(after, new, LARGER)
     after.collect([old, new], grace_s=0, now=time.time() + 100)
     stored_keys = [info.key for info in after._blobs.list_blobs()]
     assert not any(key.startswith("layers/") for key in stored_keys)
@@ -216,9 +223,9 @@ def test_a_process_killed_while_recompressing(tmp_path, point):
         from recess.snapshots import SnapshotMeta, Store
         from recess.snapshots.recompression import Recompression
         from tests.unit.snapshots.helpers import raw
-        store = Store(LocalBlobs(Path({str(tmp_path / "blobs")!r})))
+        store = Store(LocalBlobs(Path({str(tmp_path / "blobs")!r})), frame_bytes=4096)
         meta = SnapshotMeta(fingerprint={{}}, spec={{}})
-        print(store.write([raw("memory", 1000, {OLD})], b"old", meta).snapshot_id, flush=True)
+        print(store.write([raw("memory", 1000, {LARGE})], b"old", meta).snapshot_id, flush=True)
         arm_from_config({point!r})
         store.recompress(Recompression(after_s=1.0, level=9), now=time.time() + 100, stopped=lambda: False, tell=print)
     """
@@ -229,8 +236,8 @@ def test_a_process_killed_while_recompressing(tmp_path, point):
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     old = ran.stdout.strip()
     store = Store(LocalBlobs(tmp_path / "blobs"))
-    assert whole(store, old, OLD)
+    assert whole(store, old, LARGE)
     recompress(store)
-    assert whole(store, old, OLD)
+    assert whole(store, old, LARGE)
     assert [key for key in (info.key for info in store._blobs.list_blobs()) if key.startswith("layers/")] == []
     store.close()

@@ -8,8 +8,10 @@ snapshot that names it: a session that runs names its layers anew with every sna
     2. read it back, every frame proven
     3. delete layers/lyr_..             a crash before leaves both forms: the old one is read, the next round goes on at 2
 
-What a round finds damaged it leaves as it is: `verify` and restores say so, and take the ladder. No cost is paid twice: a
-layer that did not become smaller is kept recompressed all the same. Readers are not disturbed (`forms`); a write that
+What a round finds damaged it leaves as it is: `verify` and restores say so, and take the ladder. A layer that would not
+become smaller (noise, or so few pages that the second index outweighs what is saved) stays as it was written: the new
+file goes instead, which may be at any time, since the old form is there and is what is read. The caller remembers such
+layers, so the cost is paid once in its life. Readers are not disturbed (`forms`); a write that
 runs meanwhile and found the old form holds it by a pin, and it stays until the next round.
 
 Which layers: `recompression`. This module must know no clock, no catalog and no configuration.
@@ -32,9 +34,15 @@ from recess.snapshots.publish import Pins
 from recess.snapshots.reader import read_manifest
 from recess.snapshots.recompression import Recompression, StoredLayer, due
 
+_VAIN_MAX = 100_000  # ids that are remembered: 15 MB
+
 
 class Stopped(Exception):
     """The round was told to end: what it was at is left as it was."""
+
+
+class NotSmaller(Exception):
+    """The layer stays as it was written: recompressed it would take as much, or more."""
 
 
 def survey(blobs: BlobStore) -> list[StoredLayer]:
@@ -58,10 +66,10 @@ def survey(blobs: BlobStore) -> list[StoredLayer]:
 def recompress_layer(
     blobs: BlobStore, pins: Pins, layer: StoredLayer, policy: Recompression, go_on: Callable[[], None]
 ) -> int:
-    """Bring one layer into its recompressed form; return the bytes given back, which may be a few less than none.
+    """Bring one layer into its recompressed form; return the bytes given back: 0 if somebody still holds the old form.
 
     `go_on` is called before each frame and raises `Stopped` to end it. May be called again after anything. Raises
-    Corrupt (the layer, or what was made of it; nothing is deleted), Unsupported (an old version), OutOfSpace, NotFound.
+    NotSmaller, Corrupt (the layer, or what was made of it; nothing is deleted), Unsupported (an old version), OutOfSpace, NotFound.
     """
     key, other = key_of(layer.id), recoded_key_of(layer.id)
     pins.hold([other])  # no manifest names it by this key; and a sweep that began before may know no such file
@@ -74,6 +82,9 @@ def recompress_layer(
                 other, lambda: recode(original, level=policy.level, frame_bytes=policy.frame_bytes, go_on=go_on)
             )
         crash_point("recompress.before_check")
+        if blobs.stat(other).size_bytes >= layer.written_bytes:
+            pins.delete(blobs, other, own=1)
+            raise NotSmaller
         size = _check(blobs, layer.id, go_on)
         crash_point("recompress.before_swap")
         gone = pins.delete(blobs, key)
@@ -108,14 +119,17 @@ def recompress(
     more: Callable[[], bool],
     go_on: Callable[[], None],
     tell: Callable[[str], None],
+    vain: set[str],
 ) -> dict[str, int]:
     """Run one round; return how many layers were recompressed and how many bytes that gave back.
+
+    `vain`: layers that would not become smaller, which are passed over; this round adds to it.
 
     `more` is asked before each layer: a round that is over its budget ends there, and not in the middle of a large layer,
     which would then never be done. `go_on`: see `recompress_layer`. `tell` gets a line for each layer that could not be. Raises OutOfSpace, Unavailable: then no other layer could be.
     """
     counts = {"recompressed": 0, "bytes": 0}
-    for layer in due(survey(blobs), policy, now=now):
+    for layer in due((one for one in survey(blobs) if one.id not in vain), policy, now=now):
         if not more():
             break
         try:
@@ -123,6 +137,9 @@ def recompress(
             counts["recompressed"] += 1
         except Stopped:
             break
+        except NotSmaller:
+            if len(vain) < _VAIN_MAX:
+                vain.add(layer.id)
         except (NotFound, Unsupported):
             continue  # it went with its last snapshot; or it was written by a version that cannot prove another coding
         except (Corrupt, Incompatible) as exc:

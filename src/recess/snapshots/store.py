@@ -67,6 +67,7 @@ class Store:
         self._pins = Pins()
         self._recall = Recall()
         self._recompressing = threading.Lock()
+        self._vain: set[str] = set()  # layers that would not become smaller
 
     @property
     def blobs(self) -> BlobStore:
@@ -230,7 +231,7 @@ class Store:
             until = time.monotonic() + policy.budget_s
             return recompress(
                 self._blobs, self._pins, policy, now=now, go_on=go_on, tell=tell,
-                more=lambda: not stopped() and time.monotonic() < until,
+                more=lambda: not stopped() and time.monotonic() < until, vain=self._vain,
             )  # fmt: skip
 
         # A thread of its own: a thread's priority can be lowered, but not raised again.

@@ -3,17 +3,20 @@
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from recess.blobs import MemoryBlobs
 from recess.errors import BadInput, Corrupt, NotFound
 from recess.snapshots import SnapshotMeta, Store
+from recess.snapshots.contract import RawPart
 from recess.snapshots.forms import open_layer
 from recess.snapshots.keys import key_of, recoded_key_of
 from recess.snapshots.lineage import shares, tree_parents
 from recess.snapshots.recompression import Recompression, StoredLayer, due
 from recess.snapshots.shared import SharedStore
 from recess.snapshots.transfer import check_there, closure, copy_snapshot
+from recess.testing.crash import crashing
 from tests.golden.test_snapshot_formats import SNAPSHOT, stored_files
 from tests.unit.snapshots.helpers import Blobs, damage_each, page, raw
 from tests.unit.snapshots.test_store import read
@@ -104,19 +107,20 @@ def test_a_layer_in_use_by_a_young_snapshot_stays(store, blobs):
 
 
 def test_all_who_share_a_layer_go_on(store, blobs):
+    changed = {n: 50 + n % 2 for n in range(500, 516)} | {3: 99} | {n: 60 + n for n in range(600, 616)}
     one = write(store)
-    two = write(store, MEMORY | {3: 99}, parent_id=one)
+    two = write(store, MEMORY | changed, parent_id=one)
     assert round_of(store)["recompressed"] == 2
-    three = write(store, MEMORY | {3: 99, 4: 98}, parent_id=two)  # refers to slots of layers that were recompressed
+    three = write(store, MEMORY | changed | {4: 98}, parent_id=two)  # refers to slots of layers that were recompressed
     assert len(store.manifest(three)["layers"]) == 3
     assert content_of(store, one) == bytes_of(MEMORY)
-    assert content_of(store, two) == bytes_of(MEMORY | {3: 99})
-    assert content_of(store, three) == bytes_of(MEMORY | {3: 99, 4: 98})
+    assert content_of(store, two) == bytes_of(MEMORY | changed)
+    assert content_of(store, three) == bytes_of(MEMORY | changed | {4: 98})
     for ref in (one, two, three):
         store.verify(ref)
     store.discard(one)
     store.collect([three], grace_s=-10, now=time.time())
-    assert content_of(store, three) == bytes_of(MEMORY | {3: 99, 4: 98})
+    assert content_of(store, three) == bytes_of(MEMORY | changed | {4: 98})
     store.discard(three)
     assert [info.key for info in blobs.list_blobs() if "lyr_" in info.key] == []
 
@@ -157,6 +161,41 @@ def test_a_write_that_found_the_old_form_keeps_it(store, blobs):
     assert not blobs.exists(key_of(layer))
 
 
+def noise(store):
+    """A snapshot whose pages no level can make smaller."""
+    data = np.random.default_rng(3).integers(0, 256, (40, 4096), np.uint8)
+    part = RawPart("memory", 2000, np.arange(40, dtype=np.uint32), data)
+    return store.write([part], b"vm", META).snapshot_id
+
+
+def test_no_layer_becomes_larger(store, blobs):
+    ref = noise(store)
+    before = {info.key: info.size_bytes for info in blobs.list_blobs()}
+    assert round_of(store) == {"recompressed": 0, "bytes": 0}
+    assert {info.key: info.size_bytes for info in blobs.list_blobs()} == before
+    store.verify(ref)
+
+
+def test_what_was_tried_in_vain_is_not_tried_again(store, blobs, monkeypatch):
+    noise(store)
+    round_of(store)
+    monkeypatch.setattr(blobs, "put_stream", lambda *_: pytest.fail("it was compressed again"))
+    assert round_of(store) == {"recompressed": 0, "bytes": 0}
+
+
+def test_a_larger_form_that_a_crash_left_goes(store, blobs):
+    """It was put, and the process ended before it was looked at: the next one takes the smaller of the two."""
+    layer = layer_of(store, noise(store))
+    with crashing("recompress.before_check"):
+        round_of(store)
+    assert blobs.exists(recoded_key_of(layer))
+    after = Store(blobs)
+    assert round_of(after) == {"recompressed": 0, "bytes": 0}
+    assert not blobs.exists(recoded_key_of(layer))
+    assert blobs.exists(key_of(layer))
+    after.close()
+
+
 def test_told_to_stop_it_leaves_everything_as_it_was(store, blobs):
     ref = write(store)
     before = {info.key for info in blobs.list_blobs()}
@@ -173,7 +212,7 @@ def test_told_to_stop_it_leaves_everything_as_it_was(store, blobs):
 
 def test_over_the_budget_no_further_layer_is_begun(store):
     write(store)
-    write(store, {1: 77, 2: 78})
+    write(store, {n: 77 + n for n in range(20)})
     assert round_of(store, Recompression(after_s=1.0, level=1, budget_s=-1.0))["recompressed"] == 0
     assert round_of(store)["recompressed"] == 2
 
@@ -191,7 +230,8 @@ def test_it_runs_beside_its_caller(store):
 
 
 def test_a_damaged_layer_is_told_of_and_left(store, blobs):
-    ref, other = write(store), write(store, {7: 70})
+    few = {n: 70 + n for n in range(20)}
+    ref, other = write(store), write(store, few)
     key = key_of(layer_of(store, ref))
     good = blobs.get(key, max_bytes=1 << 30)
     blobs.replace(key, good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
@@ -200,7 +240,7 @@ def test_a_damaged_layer_is_told_of_and_left(store, blobs):
     assert len(told) == 1
     assert blobs.exists(key)
     assert not blobs.exists(recoded_key_of(layer_of(store, ref)))
-    assert content_of(store, other) == bytes_of({7: 70})
+    assert content_of(store, other) == bytes_of(few)
     with pytest.raises(Corrupt):
         content_of(store, ref)
 
