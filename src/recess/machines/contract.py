@@ -149,11 +149,13 @@ class MappedMemory:
 
     `files`: open descriptors, the owner's; their bytes never change again. `runs`: rows of four u32, little endian,
     ascending: first page, count, number of the file, first page in that file. What they leave out is the template's.
+    `strays`, rows of the same form, are then copied over it: pages too scattered to be worth a mapping each.
     `owner` is what keeps the descriptors open: hold it as long as they are used.
     """
 
     files: tuple[int, ...]
     runs: bytes
+    strays: bytes = b""
     owner: object = None
 
 

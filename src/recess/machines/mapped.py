@@ -50,7 +50,7 @@ def mapped_capture(capture: Capture) -> MappedMemory | None:
     if len(starts) > RUNS_MAX:
         return None
     rows = np.stack((numbers[starts], counts, np.zeros_like(counts), starts.astype(np.uint32)), axis=1)
-    return MappedMemory((capture.memory_file,), rows.astype("<u4").tobytes(), capture)
+    return MappedMemory((capture.memory_file,), rows.astype("<u4").tobytes(), owner=capture)
 
 
 def to_pages(overlay: Overlay) -> PageSet:

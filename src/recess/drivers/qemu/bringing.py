@@ -42,13 +42,16 @@ async def bring_memory(vm: Handles, parts: RestoreParts, pages_fd: int, *, mode:
 
 
 async def _mapped(vm: Handles, parts: RestoreParts, mapped: MappedMemory, pages_fd: int) -> int:
-    """Map; return how many pages are still to be put there, packed: none, or all if the host refuses."""
+    """Map; return how many pages are still to be put there, packed: strays, or all if the host refuses."""
     refused = _SHARED if vm.journal.shared else await map_in_place(vm.keeper, mapped)
     if not refused:
-        return 0
+        return await _pack(pages_fd, await in_thread(disk.read_runs, mapped.files, mapped.strays))
     vm.memory = f"inject: {refused}"
-    pages = parts.memory if parts.memory.count else await in_thread(disk.read_runs, mapped.files, mapped.runs)
-    return await _pack(pages_fd, pages)
+    if parts.memory.count:
+        return await _pack(pages_fd, parts.memory)
+    count = await _pack(pages_fd, await in_thread(disk.read_runs, mapped.files, mapped.runs))
+    await vm.keeper.inject(pages_fd, count)
+    return await _pack(pages_fd, await in_thread(disk.read_runs, mapped.files, mapped.strays))
 
 
 async def _pack(pages_fd: int, pages: PageSet) -> int:

@@ -158,9 +158,12 @@ def read_runs(files: Sequence[int], runs: bytes) -> PageSet:
     at = 0
     for first, count, number, place in rows.tolist():
         indices[at : at + count] = np.arange(first, first + count, dtype=np.uint32)
-        view = data[at : at + count].reshape(-1).data
-        if os.preadv(files[number], [view], place * PAGE_BYTES) != len(view):
-            raise DriverFailed("a page file is too short")
+        view, offset = data[at : at + count].reshape(-1).data, place * PAGE_BYTES
+        while view:  # one call reads less than 2 GiB
+            got = os.preadv(files[number], [view], offset)
+            if got == 0:
+                raise DriverFailed("a page file is too short")
+            view, offset = view[got:], offset + got
         at += count
     if not len(indices):
         return EMPTY
