@@ -14,7 +14,7 @@ from recess.crashpoints import Crashed, arm, arm_from_config, crash_point, disar
 from recess.snapshots import SnapshotMeta, Store
 from recess.snapshots.recompression import Recompression
 from recess.testing.crash import crashing, known_crash_points
-from tests.unit.snapshots.helpers import page, raw
+from tests.unit.snapshots.helpers import ALIKE, page, raw
 from tests.unit.snapshots.test_store import read
 
 META = SnapshotMeta(fingerprint={}, spec={})
@@ -184,8 +184,8 @@ def recompress(store):
     return store.recompress(policy, now=time.time() + 100, stopped=lambda: False, tell=pytest.fail)
 
 
-LARGE = {n: n + 1 for n in range(40)}  # so much alike that larger frames are worth it
-LARGER = LARGE | {n: n for n in range(500, 540)}
+LARGE = {n: ALIKE + n for n in range(40)}  # so much alike that larger frames are worth it
+LARGER = LARGE | {n: ALIKE + n for n in range(500, 540)}
 
 
 @pytest.mark.parametrize("point", RECOMPRESS_POINTS)

@@ -9,15 +9,19 @@ from recess.blobs import MemoryBlobs
 from recess.errors import Corrupt
 from recess.snapshots import RawPart
 
+ALIKE = 1 << 20
+
 
 @functools.cache
 def page(number):
-    """A page whose content is told by a number; 0 is zeros. Half of it compresses, and a quarter is as in any other."""
+    """A page whose content is told by a number; 0 is zeros. Half of it compresses; of those from ALIKE on a quarter is the
+    same in all, so that frames of more pages are worth it."""
     out = np.zeros(4096, np.uint8)
     if number:
-        out[:1024] = np.frombuffer(blake3(b"every page").digest(length=1024), np.uint8)
-        out[1024:2048] = np.frombuffer(blake3(b"page %d" % number).digest(length=1024), np.uint8)
+        out[:2048] = np.frombuffer(blake3(b"page %d" % number).digest(length=2048), np.uint8)
         out[4088:] = np.frombuffer(number.to_bytes(8, "little"), np.uint8)
+    if number >= ALIKE:
+        out[:1024] = np.frombuffer(blake3(b"every page").digest(length=1024), np.uint8)
     out.flags.writeable = False
     return out
 

@@ -18,11 +18,11 @@ from recess.snapshots.shared import SharedStore
 from recess.snapshots.transfer import check_there, closure, copy_snapshot
 from recess.testing.crash import crashing
 from tests.golden.test_snapshot_formats import SNAPSHOT, stored_files
-from tests.unit.snapshots.helpers import Blobs, damage_each, page, raw
+from tests.unit.snapshots.helpers import ALIKE, Blobs, damage_each, page, raw
 from tests.unit.snapshots.test_store import read
 
 META = SnapshotMeta(fingerprint={}, spec={})
-MEMORY = {n: n + 1 for n in range(40)}
+MEMORY = {n: ALIKE + n for n in range(40)}
 HARD = Recompression(after_s=60.0, level=12, frame_bytes=8 * 4096)
 
 
@@ -107,7 +107,7 @@ def test_a_layer_in_use_by_a_young_snapshot_stays(store, blobs):
 
 
 def test_all_who_share_a_layer_go_on(store, blobs):
-    changed = {n: 50 + n % 2 for n in range(500, 516)} | {3: 99} | {n: 60 + n for n in range(600, 616)}
+    changed = {n: 50 + n % 2 for n in range(500, 516)} | {3: 99} | {n: ALIKE + n for n in range(600, 616)}
     one = write(store)
     two = write(store, MEMORY | changed, parent_id=one)
     assert round_of(store)["recompressed"] == 2
@@ -212,7 +212,7 @@ def test_told_to_stop_it_leaves_everything_as_it_was(store, blobs):
 
 def test_over_the_budget_no_further_layer_is_begun(store):
     write(store)
-    write(store, {n: 77 + n for n in range(20)})
+    write(store, {n: ALIKE + 77 + n for n in range(20)})
     assert round_of(store, Recompression(after_s=1.0, level=1, budget_s=-1.0))["recompressed"] == 0
     assert round_of(store)["recompressed"] == 2
 
@@ -230,7 +230,7 @@ def test_it_runs_beside_its_caller(store):
 
 
 def test_a_damaged_layer_is_told_of_and_left(store, blobs):
-    few = {n: 70 + n for n in range(20)}
+    few = {n: ALIKE + 70 + n for n in range(20)}
     ref, other = write(store), write(store, few)
     key = key_of(layer_of(store, ref))
     good = blobs.get(key, max_bytes=1 << 30)
@@ -265,7 +265,7 @@ def test_what_went_wrong_on_the_way_is_found_before_the_swap(store, blobs):
 
 
 def test_every_flipped_bit_of_a_recompressed_layer_is_noticed(store, blobs):
-    content = {n: n + 1 for n in range(6)}
+    content = {n: ALIKE + n for n in range(8)}
     ref = write(store, content)
     round_of(store)
     key = recoded_key_of(layer_of(store, ref))
