@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqliteLog, rules, sqlite_tx
+from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqlLog, rules, sql_tx
 from recess.contextlog.transcript import messages
 from recess.db import Database, Tx
 
@@ -62,7 +62,7 @@ def _fresh(path: Path) -> Path:
 async def log_rate(folder: Path, seconds: float, writers: int) -> float:
     """Return appends a second of the log, this many sessions at once."""
     db = Database.open(_fresh(folder / f"log{writers}.db"), [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(folder / "bodies"))
+    log = SqlLog(db, DirectoryBodies(folder / "bodies"))
     count, end = 0, time.perf_counter() + seconds
 
     async def write(name: int) -> None:
@@ -83,7 +83,7 @@ async def log_rate(folder: Path, seconds: float, writers: int) -> float:
 def one_turn(tx: Tx, session: str, epoch: int, turn: int, position: int) -> int:
     """Write one turn of seven entries (a compaction in every thousandth) and return the head."""
     user = rules.pack(Draft("user", {"text": "go " * 20}, key=f"u{turn}"), inbox=True)
-    sqlite_tx.append_inbox_in(tx, session, user, ts=1.0)
+    sql_tx.append_inbox_in(tx, session, user, ts=1.0)
     call = {"id": f"c{turn}", "name": "sh", "arguments": {"cmd": "ls"}}
     drafts = [
         Draft("turn.start", {"inbox": position + 1, "attempt": 1}, turn=turn),
@@ -95,13 +95,13 @@ def one_turn(tx: Tx, session: str, epoch: int, turn: int, position: int) -> int:
     ]
     if turn % 1000 == 900:
         drafts.append(Draft("compact", {"summary": "s" * 4000, "to": position - 70}))
-    return sqlite_tx.append_in(tx, session, epoch, rules.pack_all(drafts), ts=1.0)[-1].position
+    return sql_tx.append_in(tx, session, epoch, rules.pack_all(drafts), ts=1.0)[-1].position
 
 
 async def make_long(folder: Path, turns: int) -> tuple[str, int]:
     """Make a session of many turns, compacted every 1,000 (the last 10 turns before each are kept); return id and head."""
     db = Database.open(folder / "long.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(folder / "bodies"))
+    log = SqlLog(db, DirectoryBodies(folder / "bodies"))
     row = await log.create(agent="a", code_version="v")
     row = await log.claim(row.id, "n", 1e12, now=0.0)
     await log.append(row.id, row.epoch, [Draft("system", {"text": "be kind"})])
@@ -125,7 +125,7 @@ async def open_long(folder: Path, turns: int) -> dict[str, Any]:
     took, cpu = [], []
     for _ in range(9):
         db = Database.open(folder / "long.db", [SCHEMA])
-        log = SqliteLog(db, DirectoryBodies(folder / "bodies"))
+        log = SqlLog(db, DirectoryBodies(folder / "bodies"))
         begin, busy = time.perf_counter(), time.process_time()
         tail = await log.tail((await log.get(session)).id)
         transcript = messages(tail)
@@ -134,7 +134,7 @@ async def open_long(folder: Path, turns: int) -> dict[str, Any]:
         await db.close()
         figures.update(tail_entries=len(tail), messages=len(transcript))
     db = Database.open(folder / "long.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(folder / "bodies"))
+    log = SqlLog(db, DirectoryBodies(folder / "bodies"))
     begin, after, everything = time.perf_counter(), 0, 0
     while page := await log.read(session, after=after, limit=10_000):
         after, everything = page[-1].position, everything + len(page)

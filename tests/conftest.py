@@ -27,6 +27,7 @@ from recess.crashpoints import Crashed
 from recess.images import ImageStore, ensure_boot_files
 from recess.testing.guestlink_process import writable_cgroup
 from recess.testing.gvisor_rig import has_runsc
+from recess.testing.postgres_server import PostgresServer
 from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
 
 _ALLOWED = Path(__file__).with_name("allowed_skips.txt")
@@ -121,6 +122,16 @@ def _end(processes: dict[int, str]) -> None:
     for pid in processes:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+# --- a real Postgres ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A server of our own, started when the first test asks for it; each test takes a database of its own in it."""
+    with PostgresServer() as server:
+        yield server
 
 
 # --- collection -------------------------------------------------------------------------------------------------------

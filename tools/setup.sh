@@ -14,7 +14,7 @@ readonly venv=.venv
 readonly bin=src/recess/_bin
 readonly min_free_mb=2500 # packages, virtual environment, guest build, base image, and room to build it
 readonly min_rust=70      # Rust 1.70
-packages=(ca-certificates e2fsprogs gcc git libc6-dev make python3 python3-venv zstd)
+packages=(ca-certificates e2fsprogs gcc git libc6-dev make postgresql python3 python3-venv zstd)
 [[ $want == all ]] && packages+=(mmdebstrap qemu-system-x86 uidmap)
 
 say() { printf '%s\n' "$*" >&2; }

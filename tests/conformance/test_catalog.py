@@ -20,8 +20,17 @@ from recess.db import Database, RoomSchema
 from recess.errors import BadInput, Conflict, Corrupt, IllegalState, NameInUse, NotFound
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+async def catalog(request, tmp_path):
+    where = tmp_path / "x.db" if request.param == "sqlite" else request.getfixturevalue("postgres").database()
+    db = Database.open(where, [SCHEMA])
+    yield Catalog(db)
+    await db.close()
+
+
 @pytest.fixture
-async def catalog(tmp_path):
+async def sqlite_catalog(tmp_path):
+    """Of the engine that lets anything into any column."""
     db = Database.open(tmp_path / "x.db", [SCHEMA])
     yield Catalog(db)
     await db.close()
@@ -280,10 +289,17 @@ async def test_tokens_expire(catalog):
     assert (await catalog.tokens.by_hash("h2", now=1e12)).name == "dev"
 
 
-@pytest.mark.parametrize(
-    "damage", ["spec = '{'", "spec = '[1]'", "state = x'ff00'", "exit_code = 'three'", "created = 'then'"]
-)
+@pytest.mark.parametrize("damage", ["state = x'ff00'", "exit_code = 'three'", "created = 'then'"])
+async def test_a_column_of_another_type_is_named(sqlite_catalog, damage):
+    await check_damage(sqlite_catalog, damage)
+
+
+@pytest.mark.parametrize("damage", ["spec = '{'", "spec = '[1]'"])
 async def test_a_damaged_row_is_named(catalog, damage):
+    await check_damage(catalog, damage)
+
+
+async def check_damage(catalog, damage):
     await catalog.machines.insert(machine(1, "dev"))
     await catalog.machines.insert(machine(2, "fine"))
     await catalog.db.write(lambda tx: tx.execute(f"UPDATE catalog_machine SET {damage} WHERE id = 'mch_1'"))

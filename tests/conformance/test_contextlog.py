@@ -2,7 +2,8 @@
 
 import pytest
 
-from recess.contextlog import SCHEMA, DirectoryBodies, MemoryLog, SqliteLog
+from recess.blobs import MemoryBlobs
+from recess.contextlog import SCHEMA, DirectoryBodies, MemoryLog, SqlLog
 from recess.db import Database
 from recess.testing.contextlog_suite import ContextLogSuite
 
@@ -17,5 +18,13 @@ class TestSqliteLog(ContextLogSuite):
     @pytest.fixture
     async def log(self, tmp_path):
         db = Database.open(tmp_path / "recess.db", [SCHEMA])
-        yield SqliteLog(db, DirectoryBodies(tmp_path / "bodies"))
+        yield SqlLog(db, DirectoryBodies(tmp_path / "bodies"), blobs=MemoryBlobs())
+        await db.close()
+
+
+class TestPostgresLog(ContextLogSuite):
+    @pytest.fixture
+    async def log(self, tmp_path, postgres):
+        db = Database.open(postgres.database(), [SCHEMA])
+        yield SqlLog(db, DirectoryBodies(tmp_path / "bodies"), blobs=MemoryBlobs())
         await db.close()

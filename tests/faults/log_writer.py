@@ -4,13 +4,13 @@ import asyncio
 import sys
 from pathlib import Path
 
-from recess.contextlog import SCHEMA, Delta, DirectoryBodies, Draft, SqliteLog
+from recess.contextlog import SCHEMA, Delta, DirectoryBodies, Draft, SqlLog
 from recess.db import Database
 
 
 async def main(home: Path) -> None:
     db = Database.open(home / "recess.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(home / "bodies"))
+    log = SqlLog(db, DirectoryBodies(home / "bodies"))
     row = await log.create(agent="a", code_version="v", session_id="ses_1")
     row = await log.claim(row.id, "n", 1e12, now=0.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqliteLog
+from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqlLog
 from recess.db import Database
 
 WRITER = Path(__file__).parent / "log_writer.py"
@@ -19,7 +19,7 @@ async def test_sigkill_loses_nothing_acknowledged(tmp_path, lines):
         writer.kill()
         said += [line.split() for line in writer.stdout.read().splitlines() if len(line.split()) == 3]
     db = Database.open(tmp_path / "recess.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(tmp_path / "bodies"))
+    log = SqlLog(db, DirectoryBodies(tmp_path / "bodies"))
     entries = await log.read("ses_1", limit=10_000)
     by_position = {e.position: e for e in entries}
     assert [e.position for e in entries] == list(range(1, len(entries) + 1))

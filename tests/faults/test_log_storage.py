@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from recess.contextlog import SCHEMA, Delta, DirectoryBodies, Draft, SqliteLog
+from recess.contextlog import SCHEMA, Delta, DirectoryBodies, Draft, SqlLog
 from recess.db import Database
 from recess.errors import Corrupt, OutOfSpace
 from recess.testing.small_disk import small_disk
@@ -18,7 +18,7 @@ BIG = os.urandom(300_000).hex()
 @pytest.fixture
 async def opened(tmp_path):
     db = Database.open(tmp_path / "recess.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(tmp_path / "bodies"))
+    log = SqlLog(db, DirectoryBodies(tmp_path / "bodies"))
     row = await log.create(agent="a", code_version="v")
     row = await log.claim(row.id, "n", 1e12, now=0.0)
     yield db, log, row
@@ -44,7 +44,7 @@ async def test_a_full_database_refuses_and_keeps_what_it_has(opened):
 async def test_a_full_body_store_refuses_and_leaves_no_half_file(tmp_path):
     with small_disk(tmp_path / "small", 256 << 10) as small:
         db = Database.open(tmp_path / "recess.db", [SCHEMA])
-        log = SqliteLog(db, DirectoryBodies(small / "bodies"))
+        log = SqlLog(db, DirectoryBodies(small / "bodies"))
         row = await log.create(agent="a", code_version="v")
         with pytest.raises(OutOfSpace):
             await log.append_inbox(row.id, Draft("user", {"text": BIG}, key="k"))
@@ -114,7 +114,7 @@ async def test_a_torn_write_ahead_log_gives_a_prefix_of_the_appends(opened, tmp_
         shutil.copy(tmp_path / "recess.db", copy / "recess.db")
         (copy / "recess.db-wal").write_bytes(wal[:cut])
         db = Database.open(copy / "recess.db", [SCHEMA])
-        torn = SqliteLog(db, DirectoryBodies(copy / "bodies"))
+        torn = SqlLog(db, DirectoryBodies(copy / "bodies"))
         sessions = await torn.list_sessions()
         entries = await torn.read(sessions[0].id) if sessions else []
         assert [(e.body["i"], e.body["half"]) for e in entries] == [(n // 2, n % 2) for n in range(len(entries))]
@@ -125,7 +125,7 @@ async def test_a_torn_write_ahead_log_gives_a_prefix_of_the_appends(opened, tmp_
 
 async def test_a_damaged_page_is_corrupt_and_not_a_wrong_answer(tmp_path):
     db = Database.open(tmp_path / "recess.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(tmp_path / "bodies"))
+    log = SqlLog(db, DirectoryBodies(tmp_path / "bodies"))
     row = await log.create(agent="a", code_version="v")
     row = await log.claim(row.id, "n", 1e12, now=0.0)
     await log.append(row.id, row.epoch, [Draft("note", {"t": "x" * 2_000}) for _ in range(200)])
@@ -135,7 +135,7 @@ async def test_a_damaged_page_is_corrupt_and_not_a_wrong_answer(tmp_path):
         raw[page * 4096 : page * 4096 + 16] = b"\xff" * 16
     (tmp_path / "recess.db").write_bytes(raw)
     db = Database.open(tmp_path / "recess.db", [SCHEMA])
-    log = SqliteLog(db, DirectoryBodies(tmp_path / "bodies"))
+    log = SqlLog(db, DirectoryBodies(tmp_path / "bodies"))
     with pytest.raises(Corrupt):
         await log.read(row.id)
     await db.close()

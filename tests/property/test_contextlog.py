@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recess.contextlog import SCHEMA, Draft, MemoryBodies, MemoryLog, SqliteLog
+from recess.contextlog import SCHEMA, Draft, MemoryBodies, MemoryLog, SqlLog
 from recess.db import Database
 from recess.errors import BadInput, KeyReused
 
@@ -117,7 +117,7 @@ def test_sqlite_log_is_a_list(ops):
     async def run(folder):
         db = Database.open(Path(folder) / "recess.db", [SCHEMA])
         try:
-            await play(SqliteLog(db, MemoryBodies()), ops)
+            await play(SqlLog(db, MemoryBodies()), ops)
         finally:
             await db.close()
 

@@ -50,6 +50,10 @@ def update_in(tx: Tx, machine_id: str, **changes: object) -> MachineRecord:
     return TABLE.update_in(tx, machine_id, **changes)
 
 
+def _marks(states: Sequence[str]) -> str:
+    return ", ".join("?" * len(states)) or "''"  # no state is called so, and a list of none is no SQL everywhere
+
+
 class MachineRows(Rows[MachineRecord]):
     """Machines over a database: insert, get, find, list_all, update, change, delete, and the lists below."""
 
@@ -58,12 +62,12 @@ class MachineRows(Rows[MachineRecord]):
 
     async def list_in_states(self, states: Sequence[str], *, limit: int = LIST_MAX) -> list[MachineRecord]:
         """Return the machines in any of these states, newest first."""
-        where = f"state IN ({', '.join('?' * len(states))})"
+        where = f"state IN ({_marks(states)})"
         return await self.db.read(lambda tx: TABLE.list_in(tx, where, states, limit=limit))
 
     async def survey_vms(self, gone: Sequence[str]) -> tuple[list[MachineRecord], list[Damaged]]:
         """Return the machines in any state but these (readable rows, damaged rows), however many there are."""
-        where = f"state NOT IN ({', '.join('?' * len(gone))})"
+        where = f"state NOT IN ({_marks(gone)})"
         return await self.db.read(lambda tx: TABLE.survey_in(tx, where, gone))
 
     async def list_of_session(self, session: str) -> list[MachineRecord]:

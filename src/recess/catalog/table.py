@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import msgspec
 
 from recess.catalog.names import check_name
-from recess.db import Database, Row, Tx, UniqueViolation
+from recess.db import SQLITE, Database, Row, Tx, UniqueViolation
 from recess.errors import BadInput, Conflict, Corrupt, NameInUse, NotFound
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Table(Generic[R]):
     what: str
     prefix: str
     json: frozenset[str] = frozenset()
-    holds_name: str = "1"
+    holds_name: str = "1 = 1"
     tagged: bool = False
 
     @property
@@ -62,7 +62,7 @@ class Table(Generic[R]):
         self._check_form(name)
         marks = ", ".join("?" * len(values))
         try:
-            tx.execute(f"INSERT INTO {self.name} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
+            tx.attempt(f"INSERT INTO {self.name} ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
         except UniqueViolation as exc:
             raise self._taken_in(tx, row_id, name, exc) from exc
         return row
@@ -85,13 +85,13 @@ class Table(Generic[R]):
             return self.decode(named)
         return self.decode(find_by_prefix(tx, self.name, self.what, self.prefix, ref))
 
-    def list_in(self, tx: Tx, where: str = "1", params: Sequence[object] = (), *, limit: int = LIST_MAX) -> list[R]:
+    def list_in(self, tx: Tx, where: str = "1 = 1", params: Sequence[object] = (), *, limit: int = LIST_MAX) -> list[R]:
         """Return rows newest first; `where` is SQL of the caller's own, never a user's."""
         sql = f"SELECT * FROM {self.name} WHERE {where} ORDER BY created DESC, id DESC LIMIT ?"
         return [self.decode(row) for row in tx.execute(sql, (*params, limit))]
 
     def survey_in(
-        self, tx: Tx, where: str = "1", params: Sequence[object] = (), *, limit: int | None = None
+        self, tx: Tx, where: str = "1 = 1", params: Sequence[object] = (), *, limit: int | None = None
     ) -> tuple[list[R], list[Damaged]]:
         """Return the rows that can be read, newest first, and apart those that cannot: one never costs the others.
 
@@ -102,6 +102,8 @@ class Table(Generic[R]):
         try:
             rows: Sequence[Row | Mapping[str, Any]] = tx.execute(f"SELECT * {tail}", values)
         except Exception:
+            if tx.dialect != SQLITE:
+                raise  # the others let in no text that is none
             # Text that is no UTF-8 fails the whole statement: once more as bytes, which tells which row it is.
             cells = ", ".join(f"typeof({c}) AS type_{c}, CASE typeof({c}) WHEN 'text' THEN CAST({c} AS BLOB) ELSE {c} END AS {c}"
                               for c in self.columns)  # fmt: skip
@@ -134,8 +136,9 @@ class Table(Generic[R]):
             self._check_form(str(changes["name"]))
         values = {name: _encode(value) if name in self.json else value for name, value in changes.items()}
         sets = ", ".join(f"{name} = ?" for name in values) or "id = id"
+        run = tx.attempt if changes.keys() & {"name", "state"} else tx.execute  # what a unique index may refuse
         try:
-            rows = tx.execute(
+            rows = run(
                 f"UPDATE {self.name} SET {sets} WHERE id = ? RETURNING {', '.join(self.columns)}",
                 (*values.values(), row_id),
             )
@@ -223,8 +226,12 @@ class Rows(Generic[R]):
 
     async def all_ids(self) -> list[str]:
         """Return the ids of all rows, damaged ones too: what a collector must keep is told by the id alone."""
-        sql = f"SELECT CAST(id AS BLOB) AS id FROM {self.table.name}"
-        return await self.db.read(lambda tx: [_as_text(row["id"]) for row in tx.execute(sql)])
+
+        def run(tx: Tx) -> list[str]:
+            cell = "CAST(id AS BLOB)" if tx.dialect == SQLITE else "id"
+            return [_as_text(row["id"]) for row in tx.execute(f"SELECT {cell} AS id FROM {self.table.name}")]
+
+        return await self.db.read(run)
 
     async def update(self, row_id: str, **changes: object) -> R:
         """Change columns and return the row (see `Table.update_in`)."""

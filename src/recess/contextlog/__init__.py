@@ -7,7 +7,9 @@ from recess.contextlog.bodies import BodyStore, DirectoryBodies, MemoryBodies
 from recess.contextlog.contract import INBOX_KINDS, Appended, ContextLog, Delta, Draft, Entry, SessionRow
 from recess.contextlog.memory import MemoryLog
 from recess.contextlog.migrations import SCHEMA
-from recess.contextlog.sqlite import SqliteLog, freeze_in
+from recess.contextlog.sql import SqlLog, freeze_in
+
+SqliteLog = SqlLog  # its name when there was one engine
 
 __all__ = [
     "INBOX_KINDS",
@@ -22,6 +24,7 @@ __all__ = [
     "MemoryBodies",
     "MemoryLog",
     "SessionRow",
+    "SqlLog",
     "SqliteLog",
     "freeze_in",
 ]

@@ -129,6 +129,12 @@ class ContextLog(Protocol):
         """
         ...
 
+    async def claim_abandoned(self, owner: str, lease_s: float, *, now: float, limit: int = 16) -> list[SessionRow]:
+        """Take the leases of sessions whose owners have let them end, those that ended first; each as by `claim`.
+
+        Nodes that ask at the same time get different ones, and none waits for another."""
+        ...
+
     async def renew(self, session: str, epoch: int, lease_s: float, *, now: float) -> None:
         """Extend; Fenced if the epoch is stale, or if the lease was given back (as every owner call)."""
         ...
@@ -166,8 +172,13 @@ class ContextLog(Protocol):
         """Give the lease back with this state; Fenced if stale."""
         ...
 
-    async def read(self, session: str, *, after: int = 0, to: int | None = None, limit: int = 1000) -> list[Entry]:
-        """Return entries in order, lineage included; bodies over INLINE_BYTES_MAX are resolved from their blob."""
+    async def read(
+        self, session: str, *, after: int = 0, to: int | None = None, limit: int = 1000, max_bytes: int | None = None
+    ) -> list[Entry]:
+        """Return entries in order, lineage included; bodies over INLINE_BYTES_MAX are resolved from their blob.
+
+        `max_bytes` bounds the bodies together: the list ends early, but never before its first entry. Whoever takes a short
+        list for the end of the log must not give it: ask again after the last position."""
         ...
 
     async def tail(self, session: str) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""The context log in memory: the twin of `SqliteLog` for tests and for trying things out. Nothing survives the process.
+"""The context log in memory: the twin of `SqlLog` for tests and for trying things out. Nothing survives the process.
 
 Every method runs without giving way to another task between its first look and its last change, which makes it a
 transaction. It decides nothing by itself: `rules`, `lineage` and `branch` do.
@@ -96,6 +96,13 @@ class MemoryLog:
         rules.check_claim(found.row, owner, now, force=force)
         return self._set(found, epoch=found.row.epoch + 1, owner=owner, lease_until=now + lease_s)
 
+    async def claim_abandoned(self, owner: str, lease_s: float, *, now: float, limit: int = 16) -> list[SessionRow]:
+        """Take leases that have ended (see the contract)."""
+        found = sorted(
+            (s for s in self._sessions.values() if rules.abandoned(s.row, now)), key=lambda s: s.row.lease_until
+        )
+        return [self._set(s, epoch=s.row.epoch + 1, owner=owner, lease_until=now + lease_s) for s in found[:limit]]
+
     async def renew(self, session: str, epoch: int, lease_s: float, *, now: float) -> None:
         """Extend the lease; Fenced if the epoch is stale. Wakes nobody."""
         found = self._owned(session, epoch)
@@ -147,11 +154,20 @@ class MemoryLog:
         rules.check_state(state)
         self._set(self._owned(session, epoch), state=state, owner="", lease_until=0.0)
 
-    async def read(self, session: str, *, after: int = 0, to: int | None = None, limit: int = 1000) -> list[Entry]:
-        """Return entries in order, lineage included."""
+    async def read(
+        self, session: str, *, after: int = 0, to: int | None = None, limit: int = 1000, max_bytes: int | None = None
+    ) -> list[Entry]:
+        """Return entries in order, lineage included (see the contract)."""
         found = self._load(session)
         last = found.row.head if to is None else to
-        return self._entries(found, max(after, 0), last)[: max(limit, 0)]
+        out: list[Entry] = []
+        spent = 0
+        for owner, stored in self._stored(found, max(after, 0), last)[: max(limit, 0)]:
+            if max_bytes is not None and out and spent + len(stored.packed.body) > max_bytes:
+                break
+            spent += len(stored.packed.body)
+            out.append(_entry(owner, stored))
+        return out
 
     async def tail(self, session: str) -> list[Entry]:
         """Return what `messages()` needs (see the contract)."""

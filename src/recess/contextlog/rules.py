@@ -88,7 +88,7 @@ def pack(draft: Draft, *, inbox: bool) -> Packed:
     if inbox and not draft.key:
         raise BadInput("an inbox entry needs a key", hint="send an Idempotency-Key, new for each message")
     for name, word in (("ref", draft.ref), ("key", draft.key)):
-        if len(word) > WORD_CHARS_MAX or not _is_text(word):
+        if len(word) > WORD_CHARS_MAX or not _is_text(word) or "\x00" in word:
             raise BadInput(f"the {name} of an entry is at most {WORD_CHARS_MAX} characters of text")
     if not 0 <= draft.turn <= NUMBER_MAX or not 1 <= draft.schema <= NUMBER_MAX:
         raise BadInput(f"an entry's turn and schema are small numbers, not {draft.turn} and {draft.schema}")
@@ -181,6 +181,11 @@ def child_of(parent: SessionRow, session: str, name: str, at: int, turn: int, co
         row, head=at, consumed=min(consumed, at), parent=parent.id, fork_position=at, turn=turn,
         snapshot=snapshot[0], snapshot_position=snapshot[1],
     )  # fmt: skip
+
+
+def abandoned(row: SessionRow, now: float) -> bool:
+    """Tell whether a session's owner has let its lease end."""
+    return bool(row.owner) and row.lease_until < now and row.state != CLOSED
 
 
 def check_owner(row: SessionRow, epoch: int) -> None:

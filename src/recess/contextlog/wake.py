@@ -47,6 +47,13 @@ class WakeHub:
             with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits there any more
                 loop.call_soon_threadsafe(event.set)
 
+    def notify_all(self) -> None:
+        """Announce that anything may have changed."""
+        with self._lock:
+            sessions = tuple(self._waiting)
+        for session in sessions:
+            self.notify(session)
+
     async def wait(
         self, session: str, ready: Callable[[], Awaitable[bool]], timeout_s: float, ticket: int | None
     ) -> bool:

@@ -1,4 +1,4 @@
-"""SQLite's errors as Recess's own: one pure function from result code to typed error.
+"""SQLite's errors as Recess's own: one pure function from result code to typed error. (Postgres': `postgres_errors`.)
 
 It must know no table and no room. Codes: https://www.sqlite.org/rescode.html (primary code = low byte).
 """

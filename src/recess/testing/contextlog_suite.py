@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from recess.contextlog import ContextLog, Delta, Draft, Entry, MemoryLog, SessionRow, SqliteLog
+from recess.contextlog import ContextLog, Delta, Draft, Entry, MemoryLog, SessionRow, SqlLog
 from recess.contextlog.contract import INBOX_BYTES_MAX
 from recess.errors import BadInput, Fenced, IllegalState, KeyReused, NameInUse, NotFound
 
 FAR_S = 1e12  # a lease that does not end
-IMPLEMENTATIONS: tuple[type[ContextLog], ...] = (MemoryLog, SqliteLog)  # the type checker holds them to the contract
+IMPLEMENTATIONS: tuple[type[ContextLog], ...] = (MemoryLog, SqlLog)  # the type checker holds them to the contract
 
 
 async def owned(log: ContextLog, owner: str = "n1", **create: Any) -> SessionRow:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recess import crashpoints
-from recess.contextlog import SCHEMA, DirectoryBodies, SqliteLog
+from recess.contextlog import SCHEMA, DirectoryBodies, SqlLog
 from recess.contextlog.branch import on_branch
 from recess.contextlog.contract import ContextLog, Entry
 from recess.contextlog.transcript import check_transcript, messages
@@ -383,7 +383,7 @@ async def stored(store: str, folder: Path, **settings: Any) -> AsyncIterator[Wor
         if opened:
             await opened.pop().close()
         opened.append(Database.open(folder / "log.db", [SCHEMA]))
-        return SqliteLog(opened[0], DirectoryBodies(folder / "bodies"))
+        return SqlLog(opened[0], DirectoryBodies(folder / "bodies"))
 
     try:
         async with world(log=await reopen(), reopen=reopen, **settings) as w:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqliteLog
+from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqlLog
 from recess.db import Database
 from recess.errors import KeyReused
 
@@ -26,7 +26,7 @@ async def opened(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_bytes(base64.b64decode(data))
     db = Database.open(tmp_path / "recess.db", [SCHEMA])
-    yield SqliteLog(db, DirectoryBodies(tmp_path / "bodies")), expected
+    yield SqlLog(db, DirectoryBodies(tmp_path / "bodies")), expected
     await db.close()
 
 

@@ -1,8 +1,9 @@
 """The log's schema, forward only. A text that ran anywhere is never edited: add a migration."""
 
 from recess.contextlog.migrations.m0001_first import FIRST
+from recess.contextlog.migrations.m0002_segments import SEGMENTS
 from recess.db import RoomSchema
 
-SCHEMA = RoomSchema("contextlog", (FIRST,))
+SCHEMA = RoomSchema("contextlog", (FIRST, SEGMENTS))
 
 __all__ = ["SCHEMA"]

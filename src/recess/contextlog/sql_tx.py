@@ -1,13 +1,16 @@
 """The log's transactions in SQL: functions over a `Tx`, so that they can share one transaction with other rooms' rows.
 
 All decisions are in `rules`; this module fetches what they need and writes what they say. It must not know event loops,
-waiters or body stores: bodies come packed, blobs written already.
+waiters or body stores: bodies come packed, blobs written already. Entries are read by `sql_read`.
+
+Two nodes on one database: whoever writes into a session holds its row (`Tx.for_update`) from the check of the epoch to the
+commit, and every change of a session's tables is made by somebody who holds it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +18,6 @@ import msgspec
 
 from recess.catalog.table import find_by_prefix
 from recess.contextlog import lineage, rules
-from recess.contextlog.branch import Mark
 from recess.contextlog.contract import Appended, Delta, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
@@ -24,16 +26,16 @@ from recess.errors import Conflict, Corrupt, NameInUse, NotFound
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SessionRow))
 _JSON = frozenset({"labels", "meta"})
-_MARKS_AT_ONCE = 64
-_ENTRY = "session, position, kind, turn, ref, key, epoch, code_version, ts, schema, size, blob, body"
+ENTRY = "session, position, kind, turn, ref, key, epoch, code_version, ts, schema, size, blob, body"
 
 
 @dataclass(frozen=True)
 class SessionState:
-    """A session's row and the ranges it inherited."""
+    """A session's row, the ranges it inherited, and the last position of its own that is in a segment (0: none)."""
 
     row: SessionRow
     inherited: tuple[Range, ...]
+    sealed: int = 0
 
     @property
     def ranges(self) -> list[Range]:
@@ -42,8 +44,8 @@ class SessionState:
 
 
 def load(tx: Tx, session: str) -> SessionState:
-    """Return a session by its exact id. Raises NotFound, Corrupt."""
-    row = tx.one("SELECT * FROM log_session WHERE id = ?", (session,))
+    """Return a session by its exact id, held until the commit in a transaction that writes. Raises NotFound, Corrupt."""
+    row = tx.one(f"SELECT * FROM log_session WHERE id = ?{tx.for_update}", (session,))
     if row is None:
         raise NotFound(f"no such session: {session[:200]}", hint="list them: recess session ls", kind="session",
                        ref=session[:200])  # fmt: skip
@@ -70,10 +72,12 @@ def insert_session(tx: Tx, row: SessionRow, inherited: Sequence[Range] = ()) -> 
     values = {name: _column(name, getattr(row, name)) for name in _FIELDS}
     values["lineage"] = lineage.encode(inherited)
     marks = ", ".join("?" * len(values))
-    try:
-        tx.execute(f"INSERT INTO log_session ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
-    except UniqueViolation as exc:
-        raise _taken(tx, row.id, row.name) from exc
+    done = tx.execute(
+        f"INSERT INTO log_session ({', '.join(values)}) VALUES ({marks}) ON CONFLICT DO NOTHING RETURNING id",
+        tuple(values.values()),
+    )
+    if not done:
+        raise _taken(tx, row.id, row.name)
     return row
 
 
@@ -81,11 +85,12 @@ def set_columns(tx: Tx, session: str, changes: Mapping[str, Any]) -> SessionRow:
     """Change columns (checked by the caller) and return the row. Raises NameInUse."""
     sets = ", ".join(f"{name} = ?" for name in changes) or "id = id"
     values = tuple(_column(name, value) for name, value in changes.items())
+    run = tx.attempt if "name" in changes else tx.execute  # what the index over names may refuse
     try:
-        tx.execute(f"UPDATE log_session SET {sets} WHERE id = ?", (*values, session))
+        rows = run(f"UPDATE log_session SET {sets} WHERE id = ? RETURNING *", (*values, session))
     except UniqueViolation as exc:
         raise _taken(tx, "", str(changes.get("name", ""))) from exc
-    return load(tx, session).row
+    return _decode_session(rows[0]).row
 
 
 def claim_in(tx: Tx, session: str, owner: str, lease_until: float, *, now: float, force: bool) -> SessionRow:
@@ -93,6 +98,19 @@ def claim_in(tx: Tx, session: str, owner: str, lease_until: float, *, now: float
     row = load(tx, session).row
     rules.check_claim(row, owner, now, force=force)
     return set_columns(tx, session, {"epoch": row.epoch + 1, "owner": owner, "lease_until": lease_until})
+
+
+def claim_abandoned_in(tx: Tx, owner: str, lease_until: float, *, now: float, limit: int) -> list[SessionRow]:
+    """Take leases that have ended (see the contract). Rows that another node is just taking are passed over."""
+    rows = tx.execute(
+        "SELECT * FROM log_session WHERE owner <> '' AND lease_until < ? AND state <> 'closed' "
+        f"ORDER BY lease_until LIMIT ?{tx.skip_locked}",
+        (now, limit),
+    )
+    found = [_decode_session(row).row for row in rows]
+    return [
+        set_columns(tx, row.id, {"epoch": row.epoch + 1, "owner": owner, "lease_until": lease_until}) for row in found
+    ]
 
 
 def owned_in(tx: Tx, session: str, epoch: int) -> SessionRow:
@@ -104,17 +122,17 @@ def owned_in(tx: Tx, session: str, epoch: int) -> SessionRow:
 
 def append_in(tx: Tx, session: str, epoch: int, packed: Sequence[Packed], *, ts: float) -> list[Appended]:
     """The owner append: check the epoch and the keys, take the next positions, insert. Raises Fenced, KeyReused."""
-    return _append(tx, owned_in(tx, session, epoch), packed, ts)
+    return _append(tx, owned_in(tx, session, epoch), packed, ts)[0]
 
 
 def append_inbox_in(tx: Tx, session: str, packed: Packed, *, ts: float) -> Appended:
     """The inbox append. A known key gets its old position even from a closed session. Raises KeyReused, IllegalState."""
     row = load(tx, session).row
-    known = rules.place([packed], row.head, lambda key: _known(tx, session, key))[0]
+    known = rules.place([packed], row.head, _known(tx, session, [packed]).get)[0]
     if known.replayed:
         return known.appended
     rules.check_open(row)
-    return _append(tx, row, [packed], ts)[0]
+    return _append(tx, row, [packed], ts)[0][0]
 
 
 def freeze_in(
@@ -133,10 +151,9 @@ def freeze_in(
     transactions too, so a message is either seen here or finds the session frozen and wakes it: none is lost."""
     state = load(tx, session)
     rules.check_owner(state.row, epoch)
-    if next(_inbox(tx, state, consumed, 1), None) is not None:
+    if inbox_waits(tx, state, consumed):
         return False
-    _append(tx, state.row, packed, ts)
-    head = load(tx, session).row.head
+    _, head = _append(tx, state.row, packed, ts)
     changes = {
         "state": rules.FROZEN,
         "consumed": consumed,
@@ -160,22 +177,10 @@ def close_in(tx: Tx, session: str, epoch: int | None) -> None:
     tx.execute("DELETE FROM log_delta WHERE session = ?", (session,))
 
 
-def turn_at(tx: Tx, state: SessionState, at: int) -> tuple[int, int]:
-    """Return (turn, consumed) as they were when `at` was the head, read from the newest turn.start up to there."""
-    for part in reversed(lineage.clip(state.ranges, 0, at)):
-        row = tx.one(
-            "SELECT turn, json_extract(body, '$.inbox') AS inbox FROM log_entry WHERE session = ? "
-            "AND position BETWEEN ? AND ? AND kind = 'turn.start' ORDER BY position DESC",
-            (part.owner, part.first, part.last),
-        )
-        if row is not None:
-            inbox = row["inbox"] if isinstance(row["inbox"], int) else state.row.consumed
-            return int(row["turn"]), min(inbox, at)
-    return 0, 0
-
-
 def put_delta_in(tx: Tx, session: str, epoch: int, delta: Delta) -> None:
-    """Keep a piece of a reply; `n = 0` drops what an earlier try of the same reply left. Raises Fenced."""
+    """Keep a piece of a reply; `n = 0` drops what an earlier try of the same reply left. Raises Fenced.
+
+    As bytes: a text of Postgres cannot hold every character that a model may say."""
     owned_in(tx, session, epoch)
     if delta.n == 0:
         tx.execute(
@@ -184,7 +189,7 @@ def put_delta_in(tx: Tx, session: str, epoch: int, delta: Delta) -> None:
     tx.execute(
         "INSERT INTO log_delta (session, turn, part, n, text) VALUES (?, ?, ?, ?, ?) "
         "ON CONFLICT (session, turn, part, n) DO UPDATE SET text = excluded.text",
-        (session, delta.turn, delta.part, delta.n, delta.text),
+        (session, delta.turn, delta.part, delta.n, delta.text.encode()),
     )
 
 
@@ -192,46 +197,40 @@ def deltas_in(tx: Tx, session: str) -> list[Delta]:
     """Return the session's deltas in order. Raises NotFound."""
     load(tx, session)
     rows = tx.execute("SELECT turn, part, n, text FROM log_delta WHERE session = ? ORDER BY turn, part, n", (session,))
-    return [Delta(int(r["turn"]), int(r["part"]), int(r["n"]), str(r["text"])) for r in rows]
+    return [Delta(int(r["turn"]), int(r["part"]), int(r["n"]), bytes(r["text"]).decode()) for r in rows]
 
 
-def entries_in(tx: Tx, state: SessionState, after: int, to: int, limit: int) -> list[Row]:
-    """Return entry rows with after < position <= to, lineage included, at most `limit`."""
-    rows: list[Row] = []
-    for part in lineage.clip(state.ranges, after, to):
-        if len(rows) >= limit:
-            break
-        rows += tx.execute(
-            f"SELECT {_ENTRY} FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? ORDER BY position LIMIT ?",
-            (part.owner, part.first, part.last, limit - len(rows)),
+def inbox_waits(tx: Tx, state: SessionState, after: int) -> bool:
+    """Tell whether the inbox holds anything after a position, lineage and segments included."""
+    for part in lineage.clip(state.ranges, after, state.row.head):
+        hot = tx.one(
+            "SELECT 1 AS found FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? "
+            "AND kind IN ('user', 'answer', 'cancel') LIMIT 1",
+            (part.owner, part.first, part.last),
         )
-    return rows
+        if hot is not None or (may_be_sealed(state, part) and sealed_inbox(tx, part)):
+            return True
+    return False
 
 
-def inbox_in(tx: Tx, state: SessionState, after: int) -> list[Row]:
-    """Return the inbox entry rows after a position, lineage included."""
-    return list(_inbox(tx, state, after, -1))
+def may_be_sealed(state: SessionState, part: Range) -> bool:
+    """Tell whether a part of its log may be in segments: asked before asking the database."""
+    return part.owner != state.row.id or part.first <= state.sealed
 
 
-def marks_in(tx: Tx, state: SessionState) -> Iterator[Mark]:
-    """Yield the marks newest first, a few at a time."""
-    for part in reversed(state.ranges):
-        last = part.last
-        while last >= part.first:
-            rows = tx.execute(
-                "SELECT position, kind, mark FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? "
-                "AND mark IS NOT NULL ORDER BY position DESC LIMIT ?",
-                (part.owner, part.first, last, _MARKS_AT_ONCE),
-            )
-            for row in rows:
-                yield Mark(int(row["position"]), str(row["kind"]), int(row["mark"]))
-            if len(rows) < _MARKS_AT_ONCE:
-                break
-            last = int(rows[-1]["position"]) - 1
+def sealed_inbox(tx: Tx, part: Range) -> list[int]:
+    """Return the positions of a range's inbox entries that are in segments."""
+    rows = tx.execute(
+        "SELECT inbox FROM log_segment WHERE session = ? AND last >= ? AND first <= ? ORDER BY first",
+        (part.owner, part.first, part.last),
+    )
+    found = [at for row in rows for at in msgspec.json.decode(row["inbox"], type=list[int])]
+    return [at for at in found if part.first <= at <= part.last]
 
 
-def _append(tx: Tx, row: SessionRow, packed: Sequence[Packed], ts: float) -> list[Appended]:
-    placed = rules.place(packed, row.head, lambda key: _known(tx, row.id, key))
+def _append(tx: Tx, row: SessionRow, packed: Sequence[Packed], ts: float) -> tuple[list[Appended], int]:
+    """Append to a session that is held; return what became of each, and the head."""
+    placed = rules.place(packed, row.head, _known(tx, row.id, packed).get)
     for item in placed:
         _drop_deltas(tx, row.id, item.packed)
         if not item.replayed:
@@ -239,12 +238,12 @@ def _append(tx: Tx, row: SessionRow, packed: Sequence[Packed], ts: float) -> lis
     head = max((p.position for p in placed if not p.replayed), default=row.head)
     if head != row.head:
         tx.execute("UPDATE log_session SET head = ? WHERE id = ?", (head, row.id))
-    return [item.appended for item in placed]
+    return [item.appended for item in placed], head
 
 
 def _insert(tx: Tx, row: SessionRow, p: Packed, position: int, ts: float) -> None:
     tx.execute(
-        f"INSERT INTO log_entry ({_ENTRY}, mark) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO log_entry ({ENTRY}, mark) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             row.id, position, p.kind, p.turn, p.ref, p.key, row.epoch, row.code_version, ts, p.schema,
             len(p.body), p.blob, None if p.blob else p.body.decode(), p.mark,
@@ -254,6 +253,11 @@ def _insert(tx: Tx, row: SessionRow, p: Packed, position: int, ts: float) -> Non
         tx.execute(
             "INSERT INTO log_key (session, key, position, digest) VALUES (?, ?, ?, ?)",
             (row.id, p.key, position, p.digest),
+        )
+    if p.mark is not None:
+        tx.execute(
+            "INSERT INTO log_mark (session, position, kind, mark) VALUES (?, ?, ?, ?)",
+            (row.id, position, p.kind, p.mark),
         )
 
 
@@ -266,18 +270,16 @@ def _drop_deltas(tx: Tx, session: str, packed: Packed) -> None:
     tx.execute(f"DELETE FROM log_delta WHERE session = ? AND turn = ?{where}", (session, turn, *params))
 
 
-def _known(tx: Tx, session: str, key: str) -> tuple[int, bytes] | None:
-    row = tx.one("SELECT position, digest FROM log_key WHERE session = ? AND key = ?", (session, key))
-    return None if row is None else (int(row["position"]), bytes(row["digest"]))
-
-
-def _inbox(tx: Tx, state: SessionState, after: int, limit: int) -> Iterator[Row]:
-    for part in lineage.clip(state.ranges, after, state.row.head):
-        yield from tx.execute(
-            f"SELECT {_ENTRY} FROM log_entry WHERE session = ? AND position BETWEEN ? AND ? "
-            "AND kind IN ('user', 'answer', 'cancel') ORDER BY position LIMIT ?",
-            (part.owner, part.first, part.last, limit),
-        )
+def _known(tx: Tx, session: str, packed: Sequence[Packed]) -> dict[str, tuple[int, bytes]]:
+    """Return position and digest of those keys that were used before."""
+    keys = [p.key for p in packed if p.key]
+    if not keys:
+        return {}
+    marks = ", ".join("?" * len(keys))
+    rows = tx.execute(
+        f"SELECT key, position, digest FROM log_key WHERE session = ? AND key IN ({marks})", (session, *keys)
+    )
+    return {str(row["key"]): (int(row["position"]), bytes(row["digest"])) for row in rows}
 
 
 def _column(name: str, value: object) -> object:
@@ -290,7 +292,7 @@ def _decode_session(row: Row) -> SessionState:
         for name in _JSON:
             values[name] = msgspec.json.decode(values[name])
         session = msgspec.convert(values, SessionRow)
-        return SessionState(session, tuple(lineage.decode(row["lineage"])))
+        return SessionState(session, tuple(lineage.decode(row["lineage"])), int(row["sealed"]))
     except (msgspec.MsgspecError, TypeError) as exc:
         raise Corrupt(
             f"context log: session {row['id']!r} has an unreadable row: {exc}",
