@@ -136,7 +136,7 @@ class SnapshotWriter:
         self._clock = now
 
     def _count(self, name: str, pages: int) -> None:
-        self._shared[name] = self._shared.get(name, 0) + pages
+        self._shared[name] = self._shared.get(name, 0) + int(pages)  # numpy's is no JSON
 
     def _open_parent(self, parent_id: str, publication: Publication) -> Parent:
         """Open the parent, and keep what it names from being swept. Raises NotFound, Corrupt, Incompatible."""
