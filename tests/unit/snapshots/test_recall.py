@@ -1,5 +1,7 @@
 """What a process remembers of the snapshots it wrote saves reading, and changes nothing that is stored."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,7 @@ def test_a_store_that_forgot_writes_the_very_same(blobs, store):
     # Fingerprints find every page that is the parent's; without them scattered ones are not worth the decoding.
     assert mine.pages_shared["parent"] == 2
     assert mine.pages_shared["inherited"] == theirs.pages_shared["inherited"]
+    json.dumps([dict(mine.pages_shared), mine.pages_new, mine.new_bytes])  # as the catalog keeps it
     fresh.close()
 
 
