@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-snapshots soak clean kernel
+.PHONY: help setup demo test check bench bench-snapshots soak fuzz clean kernel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -29,6 +29,10 @@ bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the
 
 soak: setup ## the long run on real machines
 	@tools/soak.sh
+
+fuzz: setup ## look for bytes that a reader cannot take, two minutes for each of seven (FUZZ_ARGS)
+	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q 'atheris==3.0.0'
+	@$(PY) tools/fuzz.py $(FUZZ_ARGS)
 
 kernel: setup ## build the trimmed guest kernel (some 15 minutes of one core, 2.6 GB for a while)
 	@tools/kernel.sh
