@@ -6,6 +6,7 @@ One home for the whole file, so that the template is booted once; every test ope
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import secrets
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import pytest
 
+from recess.broker import Authorities, parse_bindings
 from recess.config import Config, load_config
 from recess.errors import HomeLocked, IllegalState, NotFound
 from recess.guestlink.link import ExecRequest
 from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
+from recess.testing.scan import blobs_that_hold, files_that_hold, process_holds
 from tests.conftest import left_processes
 
 SPEC = MachineSpec(memory_bytes=384 << 20, disk_bytes=1 << 30)
@@ -219,6 +222,7 @@ import asyncio, sys
 from recess.config import load_config
 from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
+from recess.testing.scan import blobs_that_hold, files_that_hold, process_holds
 async def main():
     node = await LocalNode.open(load_config({}, home=sys.argv[1], run_dir=sys.argv[2]))
     row = await node.machines.create(MachineSpec(memory_bytes=384 << 20, disk_bytes=1 << 30), name="orphan")
@@ -250,3 +254,110 @@ async def test_a_server_killed_by_sigkill_is_followed_by_one_that_adopts(config)
         assert snap.why == "suspend"
         await node.machines.resume("orphan")
         assert await sh(node, "orphan", "echo back") == "back"
+
+
+# --- secrets ----------------------------------------------------------------------------------------------------
+
+VALUE = "sk-" + secrets.token_hex(24)
+ASK = """
+import os, urllib.request
+request = urllib.request.Request(os.environ["AT"] + "/py", headers={"x-api-key": os.environ["TOKEN"]})
+print(urllib.request.urlopen(request, timeout=30).read().decode())
+"""
+
+
+class Upstream:
+    """A TLS server on loopback that keeps the heads of the requests that reach it."""
+
+    def __init__(self):
+        self.heads = []
+        self.port = 0
+
+    async def serve(self, reader, writer):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            self.heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def upstream(tmp_path, monkeypatch):
+    """It is `localhost` by its certificate, which this process (the broker) is told to trust."""
+    authorities = Authorities(tmp_path / "upstream.key")
+    its = authorities.open("ca_up", parse_bindings(["U@localhost"]))
+    (tmp_path / "upstream.pem").write_bytes(its.certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "upstream.pem"))
+    up = Upstream()
+    context = authorities.server_context(its, "localhost", time.time())
+    server = await asyncio.start_server(up.serve, "127.0.0.1", 0, ssl=context)
+    up.port = server.sockets[0].getsockname()[1]
+    yield up
+    server.close()
+
+
+async def ask(node, machine, port):
+    """Use the secret as programs do: curl with a header, Python with the bundle from the environment."""
+    link = await node.machines.link(machine)
+    # `localhost` is left out of proxying by every client's default; here it stands for a host far away.
+    env = {"AT": f"https://localhost:{port}", "NO_PROXY": "", "no_proxy": "", "ASK": ASK}
+    script = 'curl -sS --noproxy "" -H "Authorization: Bearer $TOKEN" $AT/curl && python3 -c "$ASK"'
+    job = await link.exec(ExecRequest(argv=("/bin/sh", "-c", script), env=env))
+    out = b"".join([piece async for _, piece in job.output()])
+    assert (await job.wait(), out) == (0, b"hellohello\n")
+
+
+async def test_a_secret_is_used_by_curl_and_python_and_is_nowhere_but_on_the_wire(config, upstream):
+    """Looked for in the VMMs' memory, in every file of the home (database, logs, disks) and in every stored blob, unpacked by
+    plain zstd. A marker that the guest does hold must be found in each place the secret is looked for."""
+    async with opened(config) as holder:
+        await use_and_look(holder["node"], upstream)
+
+
+async def use_and_look(node, upstream):
+    node.secrets.put("TOKEN", VALUE)
+    bound = f"TOKEN@localhost:{upstream.port}"
+    spec = MachineSpec(
+        memory_bytes=384 << 20, disk_bytes=1 << 30, secrets=(bound,), allow=(f"127.0.0.1:{upstream.port}",)
+    )  # fmt: skip
+    row = await node.machines.create(spec, name="holder")
+    await ask(node, row.id, upstream.port)
+    marker = "mark-" + secrets.token_hex(24)
+    link = await node.machines.link(row.id)
+    for path in ("/root/on-disk", "/dev/shm/in-memory"):
+        await link.write_file(path, f"{marker} {path}\n".encode() * 2000)
+
+    taken = await node.machines.snapshot(row.id)
+    child, _ = await node.machines.restore(taken.id, name="restored")
+    (forked,) = await node.machines.fork(row.id)
+    for machine in (child.id, forked.id):
+        await ask(node, machine, upstream.port)
+    assert len(upstream.heads) == 6
+    assert all(VALUE in head and "recess-secret" not in head for head in upstream.heads)
+
+    pids = [pid for machine in (row.id, child.id, forked.id) for pid in vmm_of(node, machine)]
+    assert len(pids) == 3
+    assert [process_holds(pid, marker.encode()) for pid in pids] == [True] * 3
+    assert [process_holds(pid, VALUE.encode()) for pid in pids] == [False] * 3
+
+    await node.machines.suspend(row.id)
+    config = node.config
+    kept = {config.home / "secrets" / "TOKEN"}
+    assert files_that_hold(config.home, VALUE.encode()) == kept
+    assert files_that_hold(config.run_dir, VALUE.encode()) == set()
+    assert blobs_that_hold(config.blobs_dir, VALUE.encode()) == set()
+    assert blobs_that_hold(config.blobs_dir, marker.encode())
+    assert files_that_hold(config.home, b"recess-secret-TOKEN") | files_that_hold(
+        config.run_dir, b"recess-secret-TOKEN"
+    )
+
+
+def vmm_of(node, machine):
+    """The processes that have this machine's folder in their command line and are a VMM."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line = (folder / "cmdline").read_bytes()
+            if machine.encode() in line and re.match(rb"[^\0]*qemu-system", line):
+                found.append(int(folder.name))
+    return found

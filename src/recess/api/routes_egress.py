@@ -9,9 +9,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import Context, context_of
 from recess.api.wire import field, read_json, reject_unknown
+from recess.broker import parse_bindings
 from recess.errors import BadInput, NotFound
+from recess.machines.service import MachineSpec
 
 
 async def machine_egress(request: Request) -> Response:
@@ -39,6 +41,18 @@ async def change_egress(request: Request) -> Response:
         raise BadInput("allow, deny: lists of rules", hint="like example.org, *.example.org:443, 10.0.0.0/8")
     row = await ctx.node.machines.change_egress(str(request.path_params["ref"]), add=lists[0], remove=lists[1])
     return JSONResponse({"machine": row.id, "allow": list(row.spec.allow)})
+
+
+async def check_secrets(ctx: Context, spec: MachineSpec) -> None:
+    """Raise NotFound for a secret that a new machine is to use and this host does not have: said now, not at its first
+    call."""
+    names = await asyncio.to_thread(ctx.node.secrets.names)
+    for binding in parse_bindings(spec.secrets):
+        if binding.name not in names:
+            raise NotFound(
+                f"the secret {binding.name} is not set on this host", hint=f"recess secrets set {binding.name}",
+                kind="secret", ref=binding.name,
+            )  # fmt: skip
 
 
 async def list_secrets(request: Request) -> Response:
