@@ -20,12 +20,27 @@ from recess.db import Database, RoomSchema
 from recess.errors import BadInput, Conflict, Corrupt, IllegalState, NameInUse, NotFound
 
 
+TABLES = ("machine", "snapshot", "snapshot_ref", "template", "agent", "node", "token")
+
+
+@pytest.fixture(scope="module")
+def shared(postgres):
+    """One database for all tests here: making one takes longer than most of them."""
+    opened = Database.open(postgres.database(), [SCHEMA])
+    yield opened
+    asyncio.run(opened.close())
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
 async def catalog(request, tmp_path):
-    where = tmp_path / "x.db" if request.param == "sqlite" else request.getfixturevalue("postgres").database()
-    db = Database.open(where, [SCHEMA])
-    yield Catalog(db)
-    await db.close()
+    if request.param == "postgres":
+        opened = request.getfixturevalue("shared")
+        await opened.write(lambda tx: [tx.execute(f"DELETE FROM catalog_{table}") for table in TABLES])
+        yield Catalog(opened)
+        return
+    opened = Database.open(tmp_path / "x.db", [SCHEMA])
+    yield Catalog(opened)
+    await opened.close()
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
-"""Room `contextlog`: what was said and done in a session, append-only, on SQLite or in memory.
+"""Room `contextlog`: what was said and done in a session, append-only, on SQLite, Postgres or in memory.
 
 It imports none of machines, snapshots or images, and none of them imports it.
 """
 
-from recess.contextlog.bodies import BodyStore, DirectoryBodies, MemoryBodies
+from recess.contextlog.bodies import BlobBodies, BodyStore, DirectoryBodies, MemoryBodies
 from recess.contextlog.contract import INBOX_KINDS, Appended, ContextLog, Delta, Draft, Entry, SessionRow
 from recess.contextlog.memory import MemoryLog
 from recess.contextlog.migrations import SCHEMA
+from recess.contextlog.sealing import LogKeeper, Sealing
 from recess.contextlog.sql import SqlLog, freeze_in
 
 SqliteLog = SqlLog  # its name when there was one engine
@@ -15,14 +16,17 @@ __all__ = [
     "INBOX_KINDS",
     "SCHEMA",
     "Appended",
+    "BlobBodies",
     "BodyStore",
     "ContextLog",
     "Delta",
     "DirectoryBodies",
     "Draft",
     "Entry",
+    "LogKeeper",
     "MemoryBodies",
     "MemoryLog",
+    "Sealing",
     "SessionRow",
     "SqlLog",
     "SqliteLog",

@@ -30,7 +30,7 @@ FOLDER = "log"
 FRAME_BYTES = 64 << 10
 LEVEL = 6
 
-RawEntry = tuple[int, str, int, str, str, int, str, float, int, int, str, msgspec.Raw | None]
+RawEntry = tuple[int, str, int, str, str, int, str, float, int, int, str, msgspec.Raw]
 
 _LINE = msgspec.json.Decoder(RawEntry)
 
@@ -65,8 +65,8 @@ class Built:
     bodies: list[str]
 
 
-def build(session: str, rows: Sequence[Row], inbox_kinds: Iterable[str], pool: WorkPool) -> Built:
-    """Make a segment of neighbouring rows of one session (at least one)."""
+def build(identity: str, session: str, rows: Sequence[Row], inbox_kinds: Iterable[str], pool: WorkPool) -> Built:
+    """Make a segment of neighbouring rows of one session (at least one). `identity` is the log's name in its store."""
     frames: list[list[bytes]] = []
     starts: list[int] = []
     held = FRAME_BYTES
@@ -81,7 +81,7 @@ def build(session: str, rows: Sequence[Row], inbox_kinds: Iterable[str], pool: W
     first, last = int(rows[0]["position"]), int(rows[-1]["position"])
     extra = msgspec.json.encode(_Extra(VERSION, session, first, last, starts))
     file = build_seekable(KIND, len(frames), lambda i: b"".join(frames[i]), extra, level=LEVEL, pool=pool)
-    key = f"{FOLDER}/{session}/{first}-{last}.{file.index_hash}"
+    key = f"{FOLDER}/{identity}/{session}/{first}-{last}.{file.index_hash}"
     kinds = frozenset(inbox_kinds)
     return Built(
         Segment(session, first, last, key, file.index_hash, file.size_bytes),

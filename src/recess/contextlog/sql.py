@@ -268,7 +268,7 @@ class SqlLog:
         self._watchers.append(changed)
 
     def on_append(self, appended: Callable[[str, int], None]) -> None:
-        """Call this with a session and its head after each append made here, on the event loop of who appended."""
+        """Call this with a session and a number of entries after each append made here, on the event loop of who appended."""
         self._appended = appended
 
     def _heard(self, session: str) -> None:
@@ -296,7 +296,7 @@ class SqlLog:
     async def _append(self, session: str, fn: Callable[[Tx], list[Appended]]) -> list[Appended]:
         done = await self._change(session, fn)
         if self._appended is not None and done:
-            self._appended(session, done[-1].position)
+            self._appended(session, len(done))
         return done
 
     async def _offload(self, packed: list[Packed]) -> list[Packed]:

@@ -2,14 +2,18 @@ import os
 
 import pytest
 
-from recess.contextlog.bodies import DirectoryBodies, MemoryBodies
+from recess.blobs import LocalBlobs
+from recess.contextlog.bodies import BlobBodies, DirectoryBodies, MemoryBodies
 from recess.errors import Corrupt, Unavailable
 
+FAR_S = 1e12
 DATA = b'{"output":"' + b"spam " * 10_000 + b'"}'
 
 
-@pytest.fixture(params=["memory", "directory"])
+@pytest.fixture(params=["memory", "directory", "blobs"])
 def bodies(request, tmp_path):
+    if request.param == "blobs":
+        return BlobBodies(LocalBlobs(tmp_path / "blobs"), "log_1")
     return MemoryBodies() if request.param == "memory" else DirectoryBodies(tmp_path / "bodies")
 
 
@@ -73,3 +77,37 @@ def test_a_folder_that_cannot_be_made_is_unavailable(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(Unavailable):
         DirectoryBodies(tmp_path / "file" / "b").put(DATA)
+
+
+def test_what_is_old_can_be_dropped_unless_it_was_put_again(bodies):
+    one, two = bodies.put(b"1" * 100), bodies.put(b"2" * 100)
+    assert list(bodies.older_than(0.0)) == []
+    found = dict(bodies.older_than(FAR_S))
+    assert set(found) == {one, two}
+    assert all(size > 0 for size in found.values())
+    assert bodies.drop(one, 0.0) is False  # put since then
+    assert bodies.drop(one, FAR_S) is True
+    assert bodies.drop(one, FAR_S) is False
+    assert bodies.get(two, 100) == b"2" * 100
+    with pytest.raises(Corrupt):
+        bodies.get(one, 100)
+
+
+def test_what_an_interrupted_put_left_behind_is_dropped(tmp_path):
+    bodies = DirectoryBodies(tmp_path / "bodies")
+    digest = bodies.put(DATA)
+    left = tmp_path / "bodies" / digest[:2] / ".new-abc"
+    left.write_bytes(b"half")
+    assert sorted(dict(bodies.older_than(FAR_S))) == [".new-abc", digest]
+    assert bodies.drop(".new-abc", FAR_S) is True
+    assert not left.exists()
+
+
+def test_putting_what_is_there_makes_it_young(tmp_path):
+    bodies = DirectoryBodies(tmp_path / "bodies")
+    digest = bodies.put(DATA)
+    os.utime(tmp_path / "bodies" / digest[:2] / digest, (1.0, 1.0))
+    assert dict(bodies.older_than(2.0))
+    assert bodies.put(DATA) == digest
+    assert dict(bodies.older_than(2.0)) == {}
+    assert bodies.drop(digest, 2.0) is False

@@ -2,8 +2,9 @@
 
 from recess.contextlog.migrations.m0001_first import FIRST
 from recess.contextlog.migrations.m0002_segments import SEGMENTS
+from recess.contextlog.migrations.m0003_identity import IDENTITY
 from recess.db import RoomSchema
 
-SCHEMA = RoomSchema("contextlog", (FIRST, SEGMENTS))
+SCHEMA = RoomSchema("contextlog", (FIRST, SEGMENTS, IDENTITY))
 
 __all__ = ["SCHEMA"]
