@@ -5,6 +5,7 @@ Precedence: explicit argument, environment, `$RECESS_HOME/config.toml`, default.
 Files below the home (all private to the user, mode 0700):
     recess.db            SQLite: log, catalog            blobs/     layers, page maps, manifests, log blobs
     home-id              this home's name in shared stores   copies/  a remote store's blobs, bounded
+    pages/               memories of snapshots, uncompressed, bounded, to be mapped in place
     images/              roots, kernels, initrds         machines/  one folder a machine: writable disk, console
     server.log  server.lock  server.sock -> run_dir      logs/
 Files below the run directory (shared memory, gone after a host reboot, rebuildable): template RAM caches, sockets,
@@ -39,7 +40,8 @@ class Config:
     accelerator: str = "auto"  # auto | kvm | tcg
     runsc_bin: str = ""  # empty: runsc from PATH
     kernel: str = "auto"  # auto (trimmed if built, else Debian's) | trimmed | debian | path of a kernel file
-    lazy_memory: str = "auto"  # auto | lazy | inject: how a machine's memory is brought back (recess.paging.choice)
+    lazy_memory: str = "auto"  # auto | remap | lazy | inject: how memory is brought back (recess.paging.choice)
+    page_files_bytes: int = 4 << 30  # memories of snapshots kept uncompressed on this disk, to be mapped; 0: none
     page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
@@ -109,6 +111,7 @@ _ENV = {
     "runsc_bin": "RECESS_RUNSC_BIN",
     "kernel": "RECESS_KERNEL",
     "lazy_memory": "RECESS_LAZY_MEMORY",
+    "page_files_bytes": "RECESS_PAGE_FILES_BYTES",
     "page_tracking": "RECESS_PAGE_TRACKING",
     "bin_dir": "RECESS_BIN_DIR",
     "agent_dir": "RECESS_AGENT_DIR",

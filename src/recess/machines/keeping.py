@@ -136,6 +136,8 @@ class SnapshotKeeping:
 
     async def discard_bytes(self, snapshot_id: str) -> int:
         """Delete what a snapshot without a row alone needs; return the bytes. In doubt it is left to the sweep."""
+        if self._parts.at_hand is not None:
+            self._parts.at_hand.drop(snapshot_id)
         try:
             counts = await asyncio.to_thread(self._parts.store.discard, snapshot_id)
         except RecessError as exc:
@@ -231,7 +233,11 @@ class SnapshotKeeping:
     async def make_room(self, *, refuse: bool) -> None:
         """Before a snapshot is taken: when the quota is used up or the disk's reserve touched, prune as far as the
         policy allows under pressure. Raises OutOfSpace if that was not enough (only with `refuse`)."""
-        if not await self._missing():
+        missing = await self._missing()
+        if missing and self._parts.at_hand is not None:
+            await asyncio.to_thread(self._parts.at_hand.give_back, missing)  # it can be had again from the store
+            missing = await self._missing()
+        if not missing:
             return
         async with self._tidying:
             missing = await self._missing()
@@ -276,6 +282,8 @@ class SnapshotKeeping:
         templates, newest = await catalog.db.read(roots)
         live = [*await catalog.snapshots.all_ids(), *templates]
         wanted = [*newest, *holds.current, *holds.logged]
+        if self._parts.at_hand is not None:
+            await asyncio.to_thread(self._parts.at_hand.keep_only, [*live, *wanted])
         now = self._parts.clock.wall_s()
         try:
             return await asyncio.to_thread(

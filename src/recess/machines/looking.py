@@ -68,7 +68,7 @@ class SnapshotLooks:
         """
         rows = [await self._parts.catalog.snapshots.get(ref) for ref in (left, right)]
         async with self._one:
-            origins = [(await self._stored.open(row.id))[0] for row in rows]
+            origins = [(await self._stored.open(row.id, stored=True))[0] for row in rows]
             memory, disk = await asyncio.to_thread(_compare, origins[0], origins[1])
             out: dict[str, Any] = {
                 "left": rows[0].id, "right": rows[1].id, "memory": asdict(memory), "disk": asdict(disk),
@@ -104,7 +104,7 @@ class SnapshotLooks:
     async def _check(self, row: SnapshotRecord) -> dict[str, Any]:
         began = self._parts.clock.monotonic_s()
         async with self._one:
-            origin, _, _ = await self._stored.open(row.id)
+            origin, _, _ = await self._stored.open(row.id, stored=True)
             async with scratch_vm(self._parts, origin) as vm:
                 capture = await vm.capture(resume=False)
                 try:

@@ -13,6 +13,7 @@ from recess.catalog import Catalog
 from recess.catalog.snapshots import SnapshotRecord
 from recess.clock import Clock
 from recess.guestlink.link import IncomingHandler
+from recess.machines.athand import AtHand
 from recess.machines.contract import BootFiles, Driver, LazyMemory, PageSet
 from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
@@ -95,7 +96,8 @@ class Parts:
     keeping: Keeping = field(default_factory=Keeping)
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
     make_pager: MakePager | None = None  # None: this node has none, and every page is read before a machine runs
-    lazy_memory: str = "auto"  # auto | lazy | inject (recess.paging.choice)
+    lazy_memory: str = "auto"  # auto | remap | lazy | inject (recess.paging.choice)
+    at_hand: AtHand | None = None  # memories kept uncompressed; None: none are
     drop_caches: bool = False  # of a guest that is put away
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
 

@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any
 
 from recess.errors import Incompatible, NotFound, Timeout, Unavailable
-from recess.machines.contract import LazyMemory, PageSet, RestoreParts
+from recess.machines.contract import LazyMemory, MappedMemory, PageSet, RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
 from recess.machines.parts import NO_PAGES, Parts
 from recess.machines.records import damaged_snapshot, manifest_machine, snapshot_row
 from recess.machines.service import MachineSpec, SnapshotRow
 from recess.machines.starting import Origin
 from recess.machines.templates import Template, Templates, fingerprint_json
-from recess.paging.choice import INJECT, LAZY, Choice, Facts, choose
+from recess.paging.choice import INJECT, LAZY, REMAP, Choice, Facts, choose
 from recess.snapshots.compat import can_restore
+from recess.units import PAGE_BYTES
 
 
 class StoredSnapshots:
@@ -44,10 +45,13 @@ class StoredSnapshots:
                 raise
             return snapshot_row(await self._parts.find_elsewhere(ref))
 
-    async def open(self, snapshot_id: str, *, early: bool = False) -> tuple[Origin, MachineSpec, Mapping[str, Any]]:
+    async def open(
+        self, snapshot_id: str, *, early: bool = False, many: bool = False, stored: bool = False
+    ) -> tuple[Origin, MachineSpec, Mapping[str, Any]]:
         """Return what a restore needs: origin, machine spec, manifest. Raises Corrupt, NotFound, Incompatible.
 
-        With `early`, and a driver that can begin meanwhile, the pages are still being read when this returns.
+        With `early`, and a driver that can begin meanwhile, the pages are still being read when this returns. `many`: the
+        origin is for several machines. `stored`: every page comes from the store, whatever is at hand.
         """
         began = time.monotonic()
         manifest = await asyncio.to_thread(self._parts.store.manifest, snapshot_id)
@@ -61,7 +65,7 @@ class StoredSnapshots:
                 hint="restore it where it was taken; a session goes on from its log", reasons=reasons,
             )  # fmt: skip
         afar = await asyncio.to_thread(self._parts.store.fetch_bytes, snapshot_id)
-        rest = asyncio.ensure_future(self._read(snapshot_id, template, manifest))
+        rest = asyncio.ensure_future(self._read(snapshot_id, template, manifest, many=many, stored=stored))
         rest.add_done_callback(_look_at)  # a restore that fails before it needs the pages never awaits them
         coming = RestoreParts(template.ref, NO_PAGES, NO_PAGES, b"", snapshot_id, rest)
         origin = Origin(
@@ -71,10 +75,15 @@ class StoredSnapshots:
             origin = await origin.settled()
         return origin, machine, manifest
 
-    async def _read(self, snapshot_id: str, template: Template, manifest: Mapping[str, Any]) -> RestoreParts:
+    async def _read(
+        self, snapshot_id: str, template: Template, manifest: Mapping[str, Any], *, many: bool, stored: bool
+    ) -> RestoreParts:
         began = time.monotonic()
         store = self._parts.store
-        choice = self._choose(template, manifest)
+        mapped = None if stored else await self._at_hand(snapshot_id, template)
+        choice = self._choose(template, manifest, at_hand=mapped is not None, many=many or stored)
+        if choice.way != REMAP:
+            mapped = None
 
         async def overlay(part: str) -> PageSet:
             work = asyncio.to_thread(
@@ -84,6 +93,8 @@ class StoredSnapshots:
 
         async def memory() -> tuple[PageSet, LazyMemory | None, Choice]:
             make = self._parts.make_pager
+            if choice.way == REMAP:
+                return NO_PAGES, None, choice
             if choice.way == LAZY and make is not None and template.ref is not None:
                 boot = template.spec.boot
                 files = {boot.root_hash: boot.root, boot.kernel_hash: boot.kernel}
@@ -92,17 +103,30 @@ class StoredSnapshots:
                     return NO_PAGES, pager, choice
                 except (Unavailable, Timeout) as exc:
                     return await overlay(MEMORY), None, Choice(INJECT, exc.message)
-            return await overlay(MEMORY), None, choice
+            pages = await overlay(MEMORY)
+            if self._may_map() and self._parts.at_hand is not None and not stored:
+                total = template.spec.memory_bytes // PAGE_BYTES
+                self._parts.at_hand.keep_pages(snapshot_id, template.ref, pages, total)
+            return pages, None, choice
 
         (pages, lazy, how), disk, vmstate = await asyncio.gather(
             memory(), overlay(DISK), asyncio.to_thread(store.vmstate, snapshot_id)
         )
         return RestoreParts(
             template.ref, pages, disk, vmstate, snapshot_id,
-            read_s=time.monotonic() - began, lazy=lazy, choice=f"{how.way}: {how.why}",
+            read_s=time.monotonic() - began, lazy=lazy, choice=f"{how.way}: {how.why}", mapped=mapped,
         )  # fmt: skip
 
-    def _choose(self, template: Template, manifest: Mapping[str, Any]) -> Choice:
+    def _may_map(self) -> bool:
+        return self._parts.driver.capabilities.mapped_memory and self._parts.lazy_memory in ("auto", REMAP)
+
+    async def _at_hand(self, snapshot_id: str, template: Template) -> MappedMemory | None:
+        at_hand, ref = self._parts.at_hand, template.ref
+        if at_hand is None or ref is None or not self._may_map():
+            return None
+        return await asyncio.to_thread(at_hand.find, snapshot_id, ref)
+
+    def _choose(self, template: Template, manifest: Mapping[str, Any], *, at_hand: bool, many: bool) -> Choice:
         memory = manifest["parts"].get(MEMORY, {})
         facts = Facts(
             pages=sum(int(memory.get(kind, 0)) for kind in ("zero", "block", "layer")),
@@ -110,6 +134,9 @@ class StoredSnapshots:
             driver_can=self._parts.driver.capabilities.lazy_memory,
             pager_there=self._parts.make_pager is not None,
             wanted=self._parts.lazy_memory,
+            driver_maps=self._parts.driver.capabilities.mapped_memory,
+            at_hand=at_hand,
+            many=many,
         )
         return choose(facts)
 

@@ -128,6 +128,8 @@ class SnapshotTaker:
         # Last: should it not get through, the next capture holds more than it needs, never less.
         with contextlib.suppress(RecessError):
             await live.vm.committed(taken.capture, row.id)
+        if self._parts.at_hand is not None:
+            self._parts.at_hand.keep_capture(row.id, live.template.ref, taken.capture)
         return snapshot_row(row)
 
     async def _drop_rowless(self, snapshot_id: str) -> None:

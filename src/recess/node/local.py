@@ -31,6 +31,7 @@ from recess.contextlog import DirectoryBodies, SqliteLog
 from recess.crashpoints import arm_from_config
 from recess.db import Database
 from recess.errors import OutOfSpace, Refused, Unavailable
+from recess.machines.athand import AtHand
 from recess.machines.manager import Manager
 from recess.machines.parts import Parts, Progress
 from recess.machines.retention import Keeping
@@ -43,7 +44,7 @@ from recess.node.lock import HomeLock
 from recess.node.orphans import claim_run_dir, remove_orphans
 from recess.node.pagers import Pagers
 from recess.node.reaper import reap
-from recess.node.stores import Opened, open_store
+from recess.node.stores import Opened, open_page_files, open_store
 from recess.node.transfers import Transfers
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.sessions.deps import Deps, Settings
@@ -162,11 +163,13 @@ class LocalNode:
         transfers = Transfers(config, catalog, store, files, clock, progress, free_bytes)
         pagers = Pagers(config)
         stack.callback(pagers.close)
+        at_hand = AtHand(await asyncio.to_thread(open_page_files, config, free_bytes))
+        stack.callback(at_hand.close)
         parts = Parts(
             driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
-            make_pager=pagers.make, lazy_memory=config.lazy_memory,
+            make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
         )  # fmt: skip
         machines = Manager(parts)
         log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)

@@ -18,6 +18,7 @@ from typing import Any
 from recess.blobs import BlobStore, CachingBlobs, LocalBlobs, MeteredBlobs, RetryingBlobs
 from recess.config import Config
 from recess.errors import BadInput, Corrupt
+from recess.paging.pagefiles import PageFiles
 from recess.snapshots.blobcheck import checked_pieces
 from recess.snapshots.keys import id_of
 from recess.snapshots.shared import SharedStore
@@ -80,6 +81,14 @@ def open_blobs(address: str, config: Config) -> BlobStore:
         config.s3_session_token,
     )
     return RetryingBlobs(open_bucket(address, settings))
+
+
+def open_page_files(config: Config, free_bytes: Callable[[], int]) -> PageFiles:
+    """Return the memories that this node keeps uncompressed; the disk's reserve is left alone."""
+    return PageFiles(
+        config.home / "pages", max_bytes=config.page_files_bytes, free_bytes=free_bytes,
+        reserve_bytes=config.disk_reserve_bytes,
+    )  # fmt: skip
 
 
 def home_id(home: Path) -> str:

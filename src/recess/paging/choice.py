@@ -28,6 +28,7 @@ class Facts:
     wanted: str = "auto"  # auto | remap | inject | lazy: the user's word (remap: as auto, but never lazily)
     driver_maps: bool = False  # the driver can map pages in place
     at_hand: bool = False  # a file of this node has them uncompressed
+    many: bool = False  # all of the pages are needed at once, by several machines or to be looked at
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def choose(facts: Facts) -> Choice:
         return Choice(INJECT, "this node does not keep it uncompressed, and the configuration wants nothing lazily")
     if not facts.driver_can:
         return Choice(INJECT, "this driver has no lazy memory")
+    if facts.many:
+        return Choice(INJECT, "it is for more than one machine")
     if not facts.pager_there:
         return Choice(INJECT, "this node has no pager")
     if not facts.over_template:

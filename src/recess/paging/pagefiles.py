@@ -39,7 +39,7 @@ from recess.errors import Corrupt
 from recess.paging.book import Numbers, Pages, gaps_of
 from recess.paging.layout import Layout, Places, in_file, is_good, put_over, with_gaps
 from recess.paging.mapform import BYTES_MAX, Map, Sealed, decode, encode
-from recess.units import MIB, PAGE_BYTES
+from recess.units import PAGE_BYTES
 
 REWRITE_MAX = 524288  # pages: to write more than 2 GiB anew costs more than it saves
 _SLICE = 1024  # pages
@@ -371,7 +371,3 @@ def _gather(places: Places, files: Sequence[int], data: Pages) -> Pages:
         low += count
     out[~fresh] = found
     return out
-
-
-MAX_BYTES = 4096 * MIB
-"""What the cache may take by default."""
