@@ -39,6 +39,7 @@ class Config:
     qemu_bin: str = ""  # empty: qemu-system-x86_64 from PATH
     accelerator: str = "auto"  # auto | kvm | tcg
     runsc_bin: str = ""  # empty: runsc from PATH
+    firecracker_bin: str = ""  # empty: firecracker from PATH, or from the home's bin
     kernel: str = "auto"  # auto (trimmed if built, else Debian's) | trimmed | debian | path of a kernel file
     lazy_memory: str = "auto"  # auto | remap | lazy | inject: how memory is brought back (recess.paging.choice)
     page_files_bytes: int = 4 << 30  # memories of snapshots kept uncompressed on this disk, to be mapped; 0: none
@@ -109,6 +110,7 @@ _ENV = {
     "qemu_bin": "RECESS_QEMU_BIN",
     "accelerator": "RECESS_ACCELERATOR",
     "runsc_bin": "RECESS_RUNSC_BIN",
+    "firecracker_bin": "RECESS_FIRECRACKER_BIN",
     "kernel": "RECESS_KERNEL",
     "lazy_memory": "RECESS_LAZY_MEMORY",
     "page_files_bytes": "RECESS_PAGE_FILES_BYTES",

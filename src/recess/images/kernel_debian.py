@@ -35,14 +35,23 @@ def fetch_kernel(images_dir: Path, progress: Progress) -> kernels.Kernel:
     Raises MissingTool, Unavailable, OutOfSpace, Corrupt.
     """
     with build_dir(images_dir) as temp:
-        progress(f"downloading Debian's cloud kernel ({KERNEL_METAPACKAGE})")
-        package = _download(temp)
-        version = run_tool(["dpkg-deb", "--field", package, "Package", "Version"])
-        name = " ".join(re.findall(r"^\w+: (\S+)$", version, re.MULTILINE))
-        progress(f"unpacking {name}")
-        image, modules, built_in = read_package(_package_tar(package, temp))
+        name, tar = fetch_package(temp, progress)
+        image, modules, built_in = read_package(tar)
     order = kernel.load_order(modules, built_in, WANTED_MODULES)
     return kernels.install(images_dir, kernels.DEBIAN, image, name, [(m, modules[m]) for m in order])
+
+
+def fetch_package(folder: Path, progress: Progress) -> tuple[str, bytes]:
+    """Download the newest package into the folder; return its name with its version, and its files as a tar archive.
+
+    Raises MissingTool, Unavailable, OutOfSpace.
+    """
+    progress(f"downloading Debian's cloud kernel ({KERNEL_METAPACKAGE})")
+    package = _download(folder)
+    version = run_tool(["dpkg-deb", "--field", package, "Package", "Version"])
+    name = " ".join(re.findall(r"^\w+: (\S+)$", version, re.MULTILINE))
+    progress(f"unpacking {name}")
+    return name, _package_tar(package, folder)
 
 
 def _download(folder: Path) -> Path:
@@ -90,8 +99,11 @@ def _package_tar(package: Path, folder: Path) -> bytes:
     return tar.read_bytes()
 
 
-def read_package(tar: bytes) -> tuple[bytes, dict[str, bytes], frozenset[str]]:
-    """Return (boot image, modules by name, names built in) of a kernel package's tree. Raises Corrupt."""
+def read_package(tar: bytes, more: str = "") -> tuple[bytes, dict[str, bytes], frozenset[str]]:
+    """Return (boot image, modules by name, names built in) of a kernel package's tree. Raises Corrupt.
+
+    Of the modules only those that a guest may need, and those with `more` in their path.
+    """
     image = b""
     modules: dict[str, bytes] = {}
     built_in: frozenset[str] = frozenset()
@@ -106,7 +118,7 @@ def read_package(tar: bytes) -> tuple[bytes, dict[str, bytes], frozenset[str]]:
                     image = handle.read()
                 elif path.endswith("/modules.builtin"):
                     built_in = frozenset(kernel.module_name(line) for line in handle.read().decode().split())
-                elif ".ko" in path and _may_be_needed(path):
+                elif ".ko" in path and (_may_be_needed(path) or (more and more in path)):
                     modules[kernel.module_name(path)] = kernel.module_bytes(path, handle.read())
     except tarfile.TarError as exc:
         raise Corrupt(f"the kernel package cannot be read: {exc}") from exc

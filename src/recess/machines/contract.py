@@ -171,11 +171,18 @@ class LazyMemory(Protocol):
         ...
 
     async def serve(
-        self, uffd: int, pipe: int, segments: Sequence[tuple[int, int, int]], first: Sequence[int] = ()
+        self,
+        uffd: int,
+        pipe: int,
+        segments: Sequence[tuple[int, int, int]],
+        first: Sequence[int] = (),
+        *,
+        whole: bool = False,
     ) -> None:
         """Answer the faults of this userfaultfd from now on; returns when it does. `segments`: (address in the process,
         first page, pages). The pager says a word on `pipe` when every page is there; if that closes without a word the
-        machine must be ended. `first`: pages to bring before they are asked for. Raises DriverFailed, Timeout."""
+        machine must be ended. `first`: pages to bring before they are asked for. `whole`: all of the memory is absent,
+        not only the ranges, and nothing is protected against writing. Raises DriverFailed, Timeout."""
         ...
 
     async def read_all(self) -> PageSet:

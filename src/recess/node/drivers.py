@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from recess.config import Config
 from recess.drivers.fake import FakeDriver, FakeImages
+from recess.drivers.firecracker import FirecrackerDriver
 from recess.drivers.gvisor import GvisorDriver
 from recess.drivers.qemu import QemuDriver
 from recess.errors import BadInput
@@ -18,7 +19,7 @@ from recess.machines.contract import Driver
 from recess.machines.imagefiles import StoredImages
 from recess.machines.parts import ImageFiles, Progress
 
-KNOWN = ("auto", "qemu", "gvisor", "fake")
+KNOWN = ("auto", "qemu", "firecracker", "gvisor", "fake")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def choose_driver(config: Config) -> Chosen:
         return Chosen(FakeDriver(), "the configuration names it")
     if config.driver == "qemu":
         return Chosen(QemuDriver(config), "the configuration names it")
+    if config.driver == "firecracker":
+        return Chosen(FirecrackerDriver(config), "the configuration names it")
     if config.driver == "gvisor":
         return Chosen(GvisorDriver(config), "the configuration names it")
     if config.driver == "auto":

@@ -7,7 +7,7 @@ watches: it says "filled" there, or it is gone and the keeper ends the machine.
 
     server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files"} + the pager's socket
     pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs     or {"failed": text}
-    server -> pager     {"segments": [[address, first, pages]], "first": [pages]} + userfaultfd, pipe
+    server -> pager     {"segments": [[address, first, pages]], "first": [pages], "whole"} + userfaultfd, pipe
     pager -> server     {"serving": true}, and at the end {"filled": report}      or {"failed": text}
 """
 
@@ -66,9 +66,11 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     if message is None:
         return
     uffd, pipe = fds
+    if message["whole"]:
+        library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
     groups = dict.fromkeys(g for page in message["first"] if (g := library.book.group_of(page)) is not None)
-    server = FaultServer(Uffd(uffd, segments), library.book, library, first=list(groups))
+    server = FaultServer(Uffd(uffd, segments, protect=not message["whole"]), library.book, library, first=list(groups))
     _say(sock, {"serving": True})
     report = server.run()
     os.write(pipe, FILLED)

@@ -60,6 +60,12 @@ class SnapshotPages:
         self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
         self.book = self._make_book()
 
+    def take_all(self) -> None:
+        """Count every page as absent: those that are not listed are the template's."""
+        everything = np.arange(self._map.pages_total, dtype=np.uint32)
+        self._gaps = np.setdiff1d(everything, self._map.pages, assume_unique=True)
+        self.book = self._make_book()
+
     def _make_book(self) -> Book:
         """Number the groups: frames by source, then runs of what is neither in a layer nor listed."""
         listed, source = self._map.pages, self._map.source

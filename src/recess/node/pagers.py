@@ -162,11 +162,17 @@ class Pager:
         return fds[0]
 
     async def serve(
-        self, uffd: int, pipe: int, segments: Sequence[tuple[int, int, int]], first: Sequence[int] = ()
+        self,
+        uffd: int,
+        pipe: int,
+        segments: Sequence[tuple[int, int, int]],
+        first: Sequence[int] = (),
+        *,
+        whole: bool = False,
     ) -> None:
         """Hand it the memory; returns when faults are being answered. The descriptors stay the caller's, to close."""
         wanted = [*first, *await asyncio.to_thread(self._working_set.read)]
-        order = json.dumps({"segments": [list(s) for s in segments], "first": wanted}).encode()
+        order = json.dumps({"segments": [list(s) for s in segments], "first": wanted, "whole": whole}).encode()
         try:
             socket.send_fds(self._sock, [order], [uffd, pipe], socket.MSG_NOSIGNAL)
         except OSError as exc:

@@ -18,8 +18,10 @@ from recess.units import PAGE_BYTES
 
 _UFFDIO_COPY = 0xC028AA03
 _UFFDIO_WAKE = 0x8010AA02
+_UFFDIO_ZEROPAGE = 0xC020AA04
 _COPY = struct.Struct("<QQQQq")  # to, from, length, mode, copied
 _RANGE = struct.Struct("<QQ")
+_ZERO = struct.Struct("<QQQq")  # start, length, mode, zeroed
 _MESSAGE = struct.Struct("<B7xQQ8x")  # event, flags, address
 _FAULT_EVENT = 0x12
 _MODE_PROTECT = 2
@@ -84,17 +86,21 @@ class Uffd:
     def put(self, first: int, data: Pages) -> None:
         """Put neighbouring pages there and wake who waits for them. Pages that are there already stay as they are.
 
-        All must lie in one segment. Raises ProcessGone, OSError.
+        All must lie in one segment. Zeros cost no memory where nothing is protected. Raises ProcessGone, OSError.
         """
         target, source, length = self.address_of(first), data.ctypes.data, data.nbytes
+        zero = not self._mode and not data.any()
         done = 0
         while done < length:
-            request = bytearray(_COPY.pack(target + done, source + done, length - done, self._mode, 0))
+            if zero:
+                request = bytearray(_ZERO.pack(target + done, length - done, 0, 0))
+            else:
+                request = bytearray(_COPY.pack(target + done, source + done, length - done, self._mode, 0))
             try:
-                fcntl.ioctl(self.fd, _UFFDIO_COPY, request)
+                fcntl.ioctl(self.fd, _UFFDIO_ZEROPAGE if zero else _UFFDIO_COPY, request)
                 return
             except OSError as exc:
-                copied = _COPY.unpack(request)[4]
+                copied = (_ZERO if zero else _COPY).unpack(request)[-1]
                 if copied > 0:
                     done += copied
                 elif exc.errno == errno.EEXIST:

@@ -75,19 +75,19 @@ def cpu_s(pid: int) -> float:
 def _move_ram(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     disk.punch_zero_pages(source)
-    _move_sparse(source, target)
+    move_sparse(source, target)
 
 
 def _finish(vm: Handles, ref: TemplateRef, state: bytes) -> None:
-    _move_sparse(vm.layout.disk, ref.disk)
+    move_sparse(vm.layout.disk, ref.disk)
     with space_errors(str(ref.vmstate)):
         aside = ref.vmstate.with_name("vmstate.new")
         aside.write_bytes(state)
         aside.replace(ref.vmstate)
 
 
-def _move_sparse(source: Path, target: Path) -> None:
-    """Rename, or copy the data between filesystems."""
+def move_sparse(source: Path, target: Path) -> None:
+    """Rename, or copy the data between filesystems. Raises OutOfSpace, OSError."""
     try:
         source.replace(target)
     except OSError:

@@ -147,14 +147,15 @@ class QemuVm:
     async def stats(self) -> VmStats:
         """Return current numbers of QEMU and its keeper; zeros once they are gone."""
         processes = list(read_pids(self._handles.layout).values())
-        return await asyncio.to_thread(_stats, processes)
+        return await asyncio.to_thread(process_stats, processes)
 
     async def detach(self) -> None:
         """Drop the connections and let the VM go on, for the next server to adopt."""
         await self._handles.close()
 
 
-def _stats(processes: list[Process]) -> VmStats:
+def process_stats(processes: list[Process]) -> VmStats:
+    """Return what these processes use together; those that are gone count nothing."""
     pss = private = 0
     cpu_s = 0.0
     for process in processes:

@@ -1,0 +1,111 @@
+"""The Firecracker driver: the contract's front, over the procedures in this package."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recess.config import Config
+from recess.drivers.firecracker import start
+from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
+from recess.drivers.firecracker.journal import read_journal
+from recess.drivers.firecracker.vm import FirecrackerVm
+from recess.drivers.qemu.keeper import end_vm
+from recess.drivers.qemu.layout import layout_for
+from recess.errors import DriverFailed
+from recess.machines.contract import Capabilities, Fingerprint, RestoreParts, VmSpec
+
+BOOT_TIMEOUT_S = 120.0
+MACHINE_TYPE = "firecracker-mmio"
+
+
+class FirecrackerDriver:
+    """Runs VMs on the user's Firecracker; see `recess.machines.contract.Driver`. The host is looked at on first use."""
+
+    name = "firecracker"
+    capabilities = Capabilities(snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, lazy_memory=True)
+
+    def __init__(self, config: Config, *, boot_timeout_s: float = BOOT_TIMEOUT_S) -> None:
+        self._config = config
+        self._boot_timeout_s = boot_timeout_s
+        self._facts: HostFacts | None = None
+        self._looking = asyncio.Lock()
+
+    @classmethod
+    def from_config(cls, config: Config) -> FirecrackerDriver:
+        """Return the driver as a node uses it."""
+        return cls(config)
+
+    async def probe(self, *, fresh: bool = False) -> Mapping[str, Any]:
+        """Say what is known of this host; `fresh` looks anew and runs a tiny guest."""
+        facts = await self._host(fresh=fresh)
+        if fresh:
+            verdict = await run_tiny_guest(self._config, facts)
+            if verdict:
+                raise DriverFailed(f"Firecracker runs no guests here: {verdict}", hint="see recess doctor", log=verdict)
+        return {
+            "driver": self.name,
+            "firecracker": str(facts.binary),
+            "version": facts.version_text,
+            "accelerator": "kvm",
+            "why": "it ran a guest" if fresh else "it is the only one that Firecracker has",
+        }
+
+    async def fingerprint(self, spec: VmSpec) -> Fingerprint:
+        """Return what a snapshot taken here would carry."""
+        return self._fingerprint(await self._host(), spec)
+
+    async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> FirecrackerVm:
+        """Cold-boot."""
+        start.check_spec(spec)
+        place = await self._place(vm_id, spec, directory)
+        return FirecrackerVm(await start.boot(place, spec, for_template=for_template))
+
+    async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> FirecrackerVm:
+        """Bring a VM back."""
+        start.check_spec(spec)
+        place = await self._place(vm_id, spec, directory)
+        return FirecrackerVm(await start.restore(place, spec, parts))
+
+    async def adopt(self, vm_id: str, directory: Path) -> FirecrackerVm | None:
+        """Take over a VM of an earlier server."""
+        layout = layout_for(self._config.run_dir, vm_id, directory)
+        journal = read_journal(layout)
+        if journal is None:
+            await end_vm(layout, None)
+            return None
+        handles = await start.adopt(await self._place(vm_id, journal.spec, directory), journal)
+        return None if handles is None else FirecrackerVm(handles)
+
+    def list_leftovers(self) -> Sequence[str]:
+        """Return the ids that have a run folder."""
+        folder = self._config.run_dir / "m"
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    async def _host(self, *, fresh: bool = False) -> HostFacts:
+        async with self._looking:
+            if self._facts is None or fresh:
+                self._facts = await asyncio.to_thread(read_host, self._config)
+            return self._facts
+
+    def _fingerprint(self, facts: HostFacts, spec: VmSpec) -> Fingerprint:
+        return Fingerprint(
+            driver=self.name,
+            driver_version=facts.version_text,
+            accelerator="kvm",
+            cpu_model=facts.cpu_model,
+            cpu_flags=facts.cpu_flags,
+            machine_type=MACHINE_TYPE,
+            kernel_hash=spec.boot.kernel_hash,
+        )
+
+    async def _place(self, vm_id: str, spec: VmSpec, directory: Path) -> start.Place:
+        facts = await self._host()
+        return start.Place(
+            layout=layout_for(self._config.run_dir, vm_id, directory),
+            host=facts,
+            fingerprint=self._fingerprint(facts, spec),
+            hello_timeout_s=self._boot_timeout_s,
+        )

@@ -1,0 +1,128 @@
+"""Firecracker's page faults: it connects to our socket, tells where the guest's memory lies, and hands over a userfaultfd.
+
+The protocol (docs/snapshotting/handling-page-faults-on-snapshot-resume.md of Firecracker): one message, a JSON list of
+regions with exactly one descriptor; then never a word again. The kernel names the sender (SO_PEERCRED): it must be the VMM
+of this machine, and its message is bounded and checked before anything is done with it. Faults come while the load call is
+still being answered, so whoever answers them must not be whoever waits for that call: here it is the pager, a process of
+its own. The keeper watches the pager and ends the VM with it; the pager ends when the memory is no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import struct
+from pathlib import Path
+
+from recess.drivers.firecracker.calls import FAULT_SOCKET
+from recess.drivers.qemu.keeper import Keeper
+from recess.drivers.qemu.layout import socket_address
+from recess.errors import DriverFailed, Timeout
+from recess.machines.contract import LazyMemory
+from recess.units import PAGE_BYTES
+
+_MESSAGE_MAX = 64 * 1024
+_REGIONS_MAX = 64
+_WAIT_S = 30.0
+
+Segment = tuple[int, int, int]
+"""Address in the VMM, first page, pages."""
+
+
+def parse_regions(message: bytes, memory_bytes: int) -> list[Segment]:
+    """Return where the guest's memory lies. Raises DriverFailed unless the regions are whole pages that make up exactly the
+    machine's memory, none twice."""
+    try:
+        rows = json.loads(message)
+        found = [(int(r["base_host_virt_addr"]), int(r["offset"]), int(r["size"]), int(r["page_size"])) for r in rows]
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as exc:
+        raise DriverFailed(f"not a description of memory: {exc}", log="") from exc
+    if not 0 < len(found) <= _REGIONS_MAX:
+        raise DriverFailed(f"{len(found)} regions of memory", log="")
+    expected = 0
+    for address, offset, size, page in sorted(found, key=lambda row: row[1]):
+        if page != PAGE_BYTES or size <= 0 or size % PAGE_BYTES or address % PAGE_BYTES or address <= 0:
+            raise DriverFailed(f"a region of {size} bytes at {address:#x}, pages of {page}", log="")
+        if offset != expected:
+            raise DriverFailed(f"the regions leave a gap at {expected}", log="")
+        expected += size
+    if expected != memory_bytes:
+        raise DriverFailed(f"the regions have {expected} bytes, the machine {memory_bytes}", log="")
+    return [(address, offset // PAGE_BYTES, size // PAGE_BYTES) for address, offset, size, _ in found]
+
+
+class FaultSocket:
+    """The socket that Firecracker connects to. To be opened before the load is asked for."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+
+    @classmethod
+    def open(cls, run: Path) -> FaultSocket:
+        """Listen in the run folder."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with socket_address(run, FAULT_SOCKET) as address:
+                sock.bind(address)
+            sock.listen(1)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    async def receive(self, vmm: int, memory_bytes: int) -> tuple[int, list[Segment]]:
+        """Return the userfaultfd, the caller's, and where the memory lies. `vmm`: the process that must have sent it.
+        Raises DriverFailed for another sender or a message that makes no sense, Timeout."""
+        try:
+            async with asyncio.timeout(_WAIT_S):
+                peer, _ = await self._loop.sock_accept(self._sock)
+                with peer:
+                    pid, _uid, _gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+                    if pid != vmm:
+                        raise DriverFailed(f"process {pid} is not the machine's VMM", log="")
+                    message, fd = await self._message(peer)
+        except TimeoutError as exc:
+            raise Timeout(f"Firecracker did not ask for its pages within {_WAIT_S:g} s") from exc
+        try:
+            return fd, parse_regions(message, memory_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    async def _message(self, peer: socket.socket) -> tuple[bytes, int]:
+        """Return the message and its one descriptor. It is sent with one call, so it is received with one."""
+        ready: asyncio.Future[None] = self._loop.create_future()
+        self._loop.add_reader(peer.fileno(), lambda: None if ready.done() else ready.set_result(None))
+        try:
+            await ready
+        finally:
+            self._loop.remove_reader(peer.fileno())
+        data, fds, flags, _ = socket.recv_fds(peer, _MESSAGE_MAX, 4, socket.MSG_CMSG_CLOEXEC)
+        if len(fds) != 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            for fd in fds:
+                os.close(fd)
+            raise DriverFailed(f"a message with {len(fds)} descriptors", log="")
+        return data, fds[0]
+
+    def close(self) -> None:
+        """Listen no more. May be called twice."""
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+
+async def serve_faults(sock: FaultSocket, keeper: Keeper, vmm: int, memory_bytes: int, lazy: LazyMemory) -> None:
+    """Take the memory from Firecracker and have the pager answer for all of it. First the keeper watches, then the pager
+    serves: from the moment it could fail somebody looks. Raises DriverFailed, Timeout."""
+    uffd, segments = await sock.receive(vmm, memory_bytes)
+    watched, pipe = os.pipe()
+    try:
+        await keeper.guard(watched)
+        await lazy.serve(uffd, pipe, segments, whole=True)
+    finally:
+        for fd in (uffd, watched, pipe):
+            os.close(fd)

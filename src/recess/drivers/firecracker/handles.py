@@ -1,0 +1,72 @@
+"""What the driver holds of one running VM, and where its own files are in the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recess.drivers.firecracker.api import Api, Refused
+from recess.drivers.firecracker.host import HostFacts
+from recess.drivers.firecracker.journal import Journal
+from recess.drivers.firecracker.ledger import Ledger
+from recess.drivers.firecracker.port import Port
+from recess.drivers.qemu.handles import died
+from recess.drivers.qemu.keeper import Keeper, last_words
+from recess.drivers.qemu.layout import Layout
+from recess.errors import DriverFailed
+from recess.machines.contract import Fingerprint, LazyMemory
+
+RUNNING, PAUSED = "Running", "Paused"
+"""What Firecracker calls the states of a VM that was started."""
+
+STATE_FILE = "state"  # device state that a VM is loaded from
+TAKEN_STATE, TAKEN_MEMORY = "taken.state", "taken.memory"  # what a capture has Firecracker write
+
+
+@dataclass
+class Handles:
+    """One VM: where its files are, how to talk to its keeper, its API and its guest; what is known of its memory."""
+
+    layout: Layout
+    journal: Journal
+    host: HostFacts
+    fingerprint: Fingerprint
+    keeper: Keeper
+    api: Api
+    port: Port
+    ledger: Ledger
+    timings_s: dict[str, float] = field(default_factory=dict)
+    memory: str = ""  # how it was brought back, in words
+    lazy: LazyMemory | None = None
+
+    @contextlib.asynccontextmanager
+    async def explain(self, what: str) -> AsyncIterator[None]:
+        """Turn a lost connection inside the block into DriverFailed with how the VM ended and its last words."""
+        try:
+            yield
+        except Refused:
+            raise
+        except DriverFailed as exc:
+            obituary = await last_words(self.keeper)
+            if obituary is None:
+                raise
+            raise died(what, obituary) from exc
+
+    @property
+    def clone(self) -> Path:
+        """The disk's clone while a capture takes it."""
+        return self.layout.directory / "disk.taken"
+
+    async def close(self) -> None:
+        """Drop every connection; the VM goes on."""
+        if self.lazy is not None:
+            await self.lazy.close()
+        await self.port.close()
+        self.keeper.close()
+
+
+async def running(vm: Handles) -> bool:
+    """Tell whether the vCPUs run."""
+    return await vm.api.state() == RUNNING

@@ -1,0 +1,106 @@
+"""Every request that the driver makes is one that Firecracker's own API description takes (api.json is an extract of it)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recess.drivers.firecracker import calls
+from recess.drivers.firecracker.calls import Call
+from recess.machines.contract import BootFiles, VmSpec
+from recess.units import GIB, MIB
+
+API: dict[str, Any] = json.loads(Path(__file__).with_name("api.json").read_text())
+TYPES: dict[str, type | tuple[type, ...]] = {"string": str, "boolean": bool, "integer": int}
+
+
+def make_spec(**changes: Any) -> VmSpec:
+    boot = BootFiles(Path("/k"), "kk", Path("/i"), "ii", Path("/r"), "rr", cmdline_extra="extra=1")
+    return VmSpec(**{"memory_bytes": 512 * MIB, "cpus": 2, "disk_bytes": GIB, "boot": boot, **changes})
+
+
+def problems(body: object, name: str) -> list[str]:
+    """Return what is wrong with a body of this kind."""
+    known = API["bodies"][name]
+    if not isinstance(body, dict):
+        return [f"{name}: not an object"]
+    found = [f"{name}: {key} is missing" for key in known["required"] if key not in body]
+    for key, value in body.items():
+        rule = known["properties"].get(key)
+        if rule is None:
+            found.append(f"{name}: unknown field {key}")
+        elif "body" in rule:
+            found += problems(value, rule["body"])
+        elif not isinstance(value, TYPES[rule["type"]]) or (rule["type"] == "integer" and isinstance(value, bool)):
+            found.append(f"{name}: {key} is no {rule['type']}")
+        elif "enum" in rule and value not in rule["enum"]:
+            found.append(f"{name}: {key} may not be {value}")
+        elif not rule.get("minimum", value) <= value <= rule.get("maximum", value):
+            found.append(f"{name}: {key} is out of bounds")
+    return found
+
+
+def check(call: Call) -> list[str]:
+    """Return what is wrong with a call."""
+    head = f"{call.method} {call.path}"
+    if call.path.startswith("/drives/"):
+        if call.body.get("drive_id") != call.path.removeprefix("/drives/"):
+            return ["the drive's id differs from its path's"]
+        head = f"{call.method} /drives/{{drive_id}}"
+    return problems(call.body, API["paths"][head]) if head in API["paths"] else [f"no such call: {head}"]
+
+
+CALLS = [
+    *calls.boot_calls(make_spec()),
+    *calls.boot_calls(make_spec(cpus=1, memory_bytes=8 * GIB)),
+    calls.pause(),
+    calls.resume(),
+    calls.create_snapshot(calls.FULL, "s", "m"),
+    calls.create_snapshot(calls.DIFF, "s", "m"),
+    calls.load_snapshot("s", calls.FILE, "m"),
+    calls.load_snapshot("s", calls.UFFD, "m"),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call.method} {call.path}")
+def test_it_is_in_the_description(call: Call) -> None:
+    assert check(call) == []
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (Call("PUT", "/nothing", {}), "no such call"),
+        (Call("PATCH", "/vm", {"state": "Asleep"}), "may not be"),
+        (Call("PATCH", "/vm", {}), "is missing"),
+        (Call("PATCH", "/vm", {"state": "Paused", "more": 1}), "unknown field"),
+        (Call("PUT", "/machine-config", {"vcpu_count": 64, "mem_size_mib": 1}), "out of bounds"),
+        (Call("PUT", "/machine-config", {"vcpu_count": True, "mem_size_mib": 1}), "is no integer"),
+        (calls.load_snapshot("s", "Other", "m"), "may not be"),
+        (Call("PUT", "/drives/a", {"drive_id": "b", "is_root_device": False}), "differs"),
+    ],
+)
+def test_the_check_would_notice(call: Call, said: str) -> None:
+    assert said in "; ".join(check(call))
+
+
+def test_changes_are_tracked_from_the_first_instruction_and_after_each_load() -> None:
+    assert calls.machine_config(make_spec())["track_dirty_pages"] is True
+    assert calls.load_snapshot("s", calls.FILE, "m").body["track_dirty_pages"] is True
+
+
+def test_a_boot_ends_with_the_start_and_names_no_path_of_the_host() -> None:
+    made = calls.boot_calls(make_spec())
+    assert made[-1].body == {"action_type": "InstanceStart"}
+    names = [
+        value for call in made for key, value in call.body.items() if key.endswith("path") or key == "path_on_host"
+    ]
+    assert names == ["kernel", "initrd", "root", "disk", "v.sock"]
+
+
+def test_the_kernel_is_told_of_disks_and_channel() -> None:
+    words = calls.kernel_command_line(make_spec()).split()
+    assert {"recess.root=/dev/vda", "recess.disk=/dev/vdb", "recess.vsock=1024", "extra=1"} <= set(words)
