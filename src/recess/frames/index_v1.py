@@ -23,8 +23,8 @@ import struct
 import numpy as np
 
 from recess.errors import Corrupt
-from recess.frames.table import FRAMES_MAX, FrameTable
-from recess.frames.zstd import FRAME_RAW_BYTES_MAX, HASH_BYTES
+from recess.frames.table import FRAMES_MAX, FrameTable, check_sizes
+from recess.frames.zstd import HASH_BYTES
 
 VERSION = 1
 _HEAD = struct.Struct("<8sHH4sII")
@@ -41,6 +41,5 @@ def decode_index(data: bytes, kind: bytes, name: str) -> tuple[FrameTable, bytes
     compressed = np.frombuffer(data, "<u4", count, at)
     raw = np.frombuffer(data, "<u4", count, at + 4 * count)
     hashes = np.frombuffer(data, np.uint8, count * HASH_BYTES, at + 8 * count).reshape(-1, HASH_BYTES)
-    if count and int(raw.max()) > FRAME_RAW_BYTES_MAX:
-        raise Corrupt(f"{name}: a frame claims {int(raw.max())} bytes, over the cap", blob=name)
+    check_sizes(compressed, raw, name)
     return FrameTable(compressed, raw, hashes), data[len(data) - extra_bytes :]

@@ -9,10 +9,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from recess.frames.zstd import HASH_BYTES, Frame
+from recess.errors import Corrupt
+from recess.frames.zstd import FRAME_RAW_BYTES_MAX, HASH_BYTES, Frame
 
 FRAMES_MAX = 1 << 20
 INDEX_BYTES_MAX = 1 << 28
+_FRAME_OVERHEAD = 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ class FrameTable:
     def raw_offsets(self) -> NDArray[np.int64]:
         """Start of each frame's content in the unpacked file, and its end: n + 1 numbers."""
         return np.concatenate(([0], np.cumsum(self.raw, dtype=np.int64)))
+
+
+def check_sizes(compressed: NDArray[np.uint32], raw: NDArray[np.uint32], name: str) -> None:
+    """Raise Corrupt for sizes that no frame has: whoever reads one takes memory for what they say. zstd makes nothing
+    larger by more than a 256th and some bytes."""
+    if len(raw) and int(raw.max()) > FRAME_RAW_BYTES_MAX:
+        raise Corrupt(f"{name}: a frame claims {int(raw.max())} bytes, over the cap", blob=name)
+    if (compressed > raw.astype(np.int64) * 129 // 128 + _FRAME_OVERHEAD).any():
+        raise Corrupt(f"{name}: a frame claims to be larger than its content", blob=name)
 
 
 def table_of(frames: list[Frame], *, level: int) -> FrameTable:

@@ -1,5 +1,6 @@
 """Seekable files: random access, the standard tool, and every lie a file can tell."""
 
+import os
 import shutil
 import struct
 import subprocess
@@ -190,3 +191,14 @@ def test_when_one_task_fails_the_others_have_ended(pool):
     with pytest.raises(Corrupt):
         pool.each([fail, *[lambda i=i: done.append(i) for i in range(20)]])
     assert sorted(done) == list(range(20))
+
+
+def test_a_frame_that_claims_to_be_larger_than_its_content_is_refused_unread(pool):
+    """A fuzzer's find: reading it would have taken as many bytes of memory as it said."""
+    stored = build_seekable(KIND, 3, lambda n: bytes([n]) * 5000, b"", level=1, pool=pool)
+    index = bytearray(encode_index(KIND, stored.table, b""))
+    index[24:28] = (1 << 31).to_bytes(4, "little")
+    with pytest.raises(Corrupt, match="larger than its content"):
+        decode_index(bytes(index), KIND, "liar")
+    noise = build_seekable(KIND, 1, lambda n: os.urandom(FRAME_RAW_BYTES_MAX), b"", level=1, pool=pool)
+    decode_index(encode_index(KIND, noise.table, b""), KIND, "noise")  # the largest there is
