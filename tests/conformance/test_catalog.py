@@ -19,7 +19,6 @@ from recess.catalog import snapshots as snapshot_rows
 from recess.db import Database, RoomSchema
 from recess.errors import BadInput, Conflict, Corrupt, IllegalState, NameInUse, NotFound
 
-
 TABLES = ("machine", "snapshot", "snapshot_ref", "template", "agent", "node", "token")
 
 
@@ -108,6 +107,27 @@ async def test_a_name_belongs_to_one_machine_until_it_is_dead(catalog):
         await catalog.machines.update("mch_1", state="running", name="dev")
     with pytest.raises(Conflict, match="exists"):
         await catalog.machines.insert(machine(2, "other"))
+
+
+async def test_each_node_sees_its_own_machines(catalog):
+    one, two = (Catalog(catalog.db, node=name).machines for name in ("n1", "n2"))
+    await one.insert(machine(1, "dev", session="ses_1"))
+    await two.insert(machine(2, session="ses_1"))
+    await catalog.machines.insert(machine(3))
+    for rows, number in ((one, 1), (two, 2), (catalog.machines, 3)):
+        own = [f"mch_{number}"]
+        assert [m.id for m in await rows.list_all()] == own
+        assert [m.id for m in (await rows.survey())[0]] == own
+        assert [m.id for m in (await rows.survey_vms(["dead"]))[0]] == own
+        assert [m.id for m in await rows.list_in_states(["running"])] == own
+        assert [m.id for m in await rows.list_of_session("ses_1")] == (own if number < 3 else [])
+        assert sorted(await rows.all_ids()) == ["mch_1", "mch_2", "mch_3"]
+    assert (await one.get("dev")).node == "n1"
+    with pytest.raises(NotFound, match="another node"):
+        await two.get("dev")
+    assert await two.find("mch_1") is None
+    with pytest.raises(NameInUse):
+        await two.insert(machine(4, "dev"))
 
 
 @pytest.mark.parametrize("name", ["a b", "-x", "x", "mch_abc", "ses_1", "x" * 129, "a/b", "a:b", "\n", "é1", "a\x00"])

@@ -11,11 +11,12 @@ from recess.db import Database
 
 
 class Catalog:
-    """`catalog.machines`, `.snapshots`, `.templates`, `.agents`, `.nodes`, `.tokens`; `db` was opened with SCHEMA."""
+    """`catalog.machines`, `.snapshots`, `.templates`, `.agents`, `.nodes`, `.tokens`; `db` was opened with SCHEMA.
+    `node` names this one among those that share it ("": nobody does)."""
 
-    def __init__(self, db: Database) -> None:
+    def __init__(self, db: Database, *, node: str = "") -> None:
         self.db = db
-        self.machines = MachineRows(db)
+        self.machines = MachineRows(db, node)
         self.snapshots = SnapshotRows(db)
         self.templates = TemplateRows(db)
         self.agents = AgentRows(db)

@@ -68,4 +68,5 @@ def test_published_migrations_are_never_edited():
         ("contextlog", 3): ("437f9003e2d726b6", "7a67708d8bddca8f"),
         ("catalog", 1): ("cf2a681a2039c936", "eb49b522af478ee9"),
         ("catalog", 2): ("c637419a8db8bde8", "b0638a908078989c"),
+        ("catalog", 3): ("87ee33c21a61c52c", "029361864c0b97ab"),
     }

@@ -2,8 +2,9 @@
 
 from recess.catalog.migrations.m0001_first import FIRST
 from recess.catalog.migrations.m0002_snapshot_refs import SNAPSHOT_REFS
+from recess.catalog.migrations.m0003_machine_node import MACHINE_NODE
 from recess.db import RoomSchema
 
-SCHEMA = RoomSchema("catalog", (FIRST, SNAPSHOT_REFS))
+SCHEMA = RoomSchema("catalog", (FIRST, SNAPSHOT_REFS, MACHINE_NODE))
 
 __all__ = ["SCHEMA"]
