@@ -42,6 +42,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "secrets": ("secrets", "secrets", "Keep values that machines use and never hold: set, ls, rm"),
     "deploy": ("deploy", "deploy", "Store a version of agent code"),
     "session": ("session", "session", "Agent sessions: start, send, cancel, answer, log, ls, suspend, resume, fork, rewind, close"),
+    "mcp": ("mcp", "mcp", "Serve machines and sessions to clients of the Model Context Protocol"),
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
     "bench": ("bench", "bench", "Measure: snapshots beside other ways, the codec, the budgets"),
     "doctor": ("doctor", "doctor", "Check this host and run a guest"),
