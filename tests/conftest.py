@@ -26,6 +26,7 @@ from recess.config import Config, load_config
 from recess.crashpoints import Crashed
 from recess.images import ImageStore, ensure_boot_files
 from recess.testing.guestlink_process import writable_cgroup
+from recess.testing.firecracker_rig import why_no_firecracker
 from recess.testing.gvisor_rig import has_runsc
 from recess.testing.postgres_server import PostgresServer
 from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
@@ -192,6 +193,8 @@ _CONDITIONS: dict[str, Callable[[], bool]] = {
     "always": lambda: True,
     "ordinary-user": lambda: os.geteuid() != 0,
     "no-runsc": lambda: not has_runsc(),
+    "no-firecracker": lambda: bool(why_no_firecracker()),
+    "no-firecracker-binary": lambda: not load_config().firecracker_bin,
     "no-cgroup": lambda: writable_cgroup() is None,
     "no-namespaces": lambda: not may_mount() and not has_namespaces(),
 }

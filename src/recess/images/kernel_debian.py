@@ -41,35 +41,45 @@ def fetch_kernel(images_dir: Path, progress: Progress) -> kernels.Kernel:
     return kernels.install(images_dir, kernels.DEBIAN, image, name, [(m, modules[m]) for m in order])
 
 
-def fetch_package(folder: Path, progress: Progress) -> tuple[str, bytes]:
+def fetch_package(folder: Path, progress: Progress, *, source: str = "") -> tuple[str, bytes]:
     """Download the newest package into the folder; return its name with its version, and its files as a tar archive.
 
-    Raises MissingTool, Unavailable, OutOfSpace.
+    `source`: one line as in apt's sources, to take it from there and from nowhere else. Raises MissingTool, Unavailable,
+    OutOfSpace.
     """
     progress(f"downloading Debian's cloud kernel ({KERNEL_METAPACKAGE})")
-    package = _download(folder)
+    package = _download(folder, source)
     version = run_tool(["dpkg-deb", "--field", package, "Package", "Version"])
     name = " ".join(re.findall(r"^\w+: (\S+)$", version, re.MULTILINE))
     progress(f"unpacking {name}")
     return name, _package_tar(package, folder)
 
 
-def _download(folder: Path) -> Path:
+def _download(folder: Path, source: str) -> Path:
     """Download the newest cloud kernel package into the folder, with the host's lists or, without any, our own."""
     options: list[str] = ["-o", "APT::Sandbox::User=root"]  # the folder is private: apt must not switch user
-    try:
-        _download_with(options, folder)
-    except Unavailable:  # no lists, or lists so old that the package is gone from the mirror
-        state = folder / "apt"
-        (state / "lists" / "partial").mkdir(parents=True)
-        (state / "cache" / "archives" / "partial").mkdir(parents=True)
-        options += ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
-        run_tool(["apt-get", *options, "-q", "update"])
-        _download_with(options, folder)
+    if source:
+        (folder / "sources.list").write_text(f"{source}\n")
+        options += ["-o", f"Dir::Etc::sourcelist={folder}/sources.list", "-o", "Dir::Etc::sourceparts=/dev/null"]
+        _download_with(_own_lists(options, folder), folder)
+    else:
+        try:
+            _download_with(options, folder)
+        except Unavailable:  # no lists, or lists so old that the package is gone from the mirror
+            _download_with(_own_lists(options, folder), folder)
     found = sorted(folder.glob("linux-image-*.deb"))
     if not found:
         raise Unavailable("apt-get download left no kernel package")
     return found[0]
+
+
+def _own_lists(options: list[str], folder: Path) -> list[str]:
+    state = folder / "apt"
+    (state / "lists" / "partial").mkdir(parents=True)
+    (state / "cache" / "archives" / "partial").mkdir(parents=True)
+    options = [*options, "-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
+    run_tool(["apt-get", *options, "-q", "update"])
+    return options
 
 
 def _download_with(options: list[str], folder: Path) -> None:

@@ -1,0 +1,40 @@
+"""Run tests in a host with KVM: `python -m tests.kvm_host [--user] [PYTEST ARGUMENT...]`.
+
+Without arguments: the driver suite on Firecracker. RECESS_FIRECRACKER_BIN names the binary. With RECESS_KVM_HOST_KERNEL
+the guests there start from that kernel (`trimmed`: the one that `make kernel` built) instead of Debian's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from recess.config import load_config
+from tests.kvm_host.host import REPOSITORY, make_host, make_work, pytest_command, run
+
+FOLDER = REPOSITORY / "build" / "kvm_host"
+SUITE = "tests/conformance/test_driver_firecracker.py"
+
+
+async def main(arguments: list[str]) -> int:
+    """Make host and work disk, run pytest there, and return its exit code."""
+    config = load_config()
+    binary = config.firecracker_bin
+    host = make_host(FOLDER, config.bin_dir / "guestd")
+    work = FOLDER / f"work-{os.getpid()}.ext4"
+    kernel = os.environ.get("RECESS_KVM_HOST_KERNEL", "auto")
+    environment = {"RECESS_KERNEL": f"{REPOSITORY}/bin/vmlinux" if kernel == "trimmed" else kernel}
+    if binary:
+        environment["RECESS_FIRECRACKER_BIN"] = f"{REPOSITORY}/bin/firecracker"
+    try:
+        make_work(host, config.images_dir, Path(binary) if binary else None, work)
+        async with host.running(work) as link:
+            return await run(link, pytest_command(arguments or [SUITE], **environment))
+    finally:
+        work.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(sys.argv[1:])))

@@ -1,0 +1,203 @@
+"""A host with KVM for tests, where there is none: a machine under QEMU's software emulation whose processor has SVM.
+
+QEMU's TCG emulates AMD's nested virtualisation, so the kernel modules kvm and kvm-amd of Debian's cloud kernel work in
+such a machine, and real VMMs run real guests in it, at the speed of emulation twice over. The host is made of Debian
+packages by the image builder, starts guestd as its first process, and is spoken to as any machine is.
+
+    DIR/kernel DIR/initrd DIR/root.erofs    the host; kept, made again when what it is made of has changed (DIR/made-of)
+    DIR/work.ext4                           this repository, its Python packages, images, the binary under test; per run
+
+The work disk is mounted at this repository's own path, read-write, and thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from recess.guestlink.client import Link, connect
+from recess.guestlink.link import ExecRequest, Thaw
+from recess.images import debian, kernel, kernel_debian
+from recess.images.boot import build_initrd
+from recess.images.store import ImageStore
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PYTHON = (3, 11)  # of the host's Debian, which must be able to use this environment's packages
+
+_PACKAGES = ("e2fsprogs", "procps", "python3", "qemu-system-x86")
+# Newer than the release's own: what tells which pages were written (PAGEMAP_SCAN) came with 6.7.
+_KERNEL_SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm-backports main"
+_MODULES = (*kernel_debian.WANTED_MODULES, "kvm_amd")
+_RECIPE = 2  # to be raised when the way of making it changes
+_WORK_MIB = 1400
+_COMMAND_LINE = (
+    "console=ttyS0 quiet panic=-1 reboot=t recess.root=/dev/vda recess.rootfs=erofs mitigations=off nokaslr "
+    "tsc=reliable no_timer_check lsm=landlock,yama nowatchdog audit=0 cryptomgr.notests"
+)
+_HELLO_S = 300.0
+# Not needed to run the tests there, and large.
+_LEAVE_OUT = (
+    "PIL", "pillow*", "matplotlib*", "mpl_toolkits", "fontTools", "fonttools*", "moto*", "boto*", "mypy*", "pip*",
+    "*__mypyc*", "ruff*", "__pycache__", "cryptography*", "numpy*tests",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KvmHost:
+    """A host that is made. `folder` holds its files."""
+
+    folder: Path
+
+    @contextlib.asynccontextmanager
+    async def running(self, work: Path, *, memory: str = "3G", cpus: int = 2) -> AsyncIterator[Link]:
+        """Boot it with this work disk, mount that, and yield the link; afterwards it is gone."""
+        with tempfile.TemporaryDirectory(prefix="kvm-host-") as temp:
+            path = Path(temp) / "link"
+            joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+            joined = asyncio.get_running_loop().create_future()
+
+            def join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                if not joined.done():
+                    joined.set_result((reader, writer))
+
+            server = await asyncio.start_unix_server(join, str(path))
+            process = await asyncio.create_subprocess_exec(
+                *self._command(work, path, memory, cpus), stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            try:
+                async with asyncio.timeout(_HELLO_S):
+                    reader, writer = await joined
+                    link = await connect(reader, writer, hello_timeout_s=_HELLO_S)
+                name = secrets.token_hex(4)
+                thaw = Thaw(time.time_ns(), os.urandom(32), name, 1, f"kvm-{name}", secrets.token_hex(16))
+                await link.thaw(thaw, timeout_s=_HELLO_S)
+                code = await run(link, f"mkdir -p {REPOSITORY} && mount /dev/vdb {REPOSITORY}")
+                assert code == 0, "the work disk could not be mounted"
+                yield link
+                await link.close()
+            finally:
+                server.close()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+
+    def _command(self, work: Path, link: Path, memory: str, cpus: int) -> list[str]:
+        out = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+        out += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm", "-smp", str(cpus), "-m", memory]
+        out += ["-M", "q35,usb=off", "-kernel", str(self.folder / "kernel"), "-initrd", str(self.folder / "initrd")]
+        out += ["-append", _COMMAND_LINE, "-serial", f"file:{link.with_name('console')}"]
+        for name, path, options in (
+            ("root", self.folder / "root.erofs", "readonly=on"),
+            ("work", work, "cache=unsafe"),
+        ):
+            out += ["-drive", f"if=none,id={name},file={path},format=raw,{options}"]
+            out += ["-device", f"virtio-blk-pci,drive={name}"]
+        out += ["-device", "virtio-serial-pci,id=ports", "-chardev", f"socket,id=link,path={link}"]
+        return [*out, "-device", "virtserialport,bus=ports.0,nr=1,chardev=link,name=recess"]
+
+
+async def run(link: Link, script: str) -> int:
+    """Run a shell script there, its output passed on as it comes; return its exit code."""
+    job = await link.exec(ExecRequest(["sh", "-c", script]))
+    async for _stream, data in job.output():
+        sys.stdout.buffer.write(data)
+        sys.stdout.flush()
+    return await job.wait()
+
+
+def make_host(folder: Path, guestd: Path) -> KvmHost:
+    """Return the host, made now if it must be (some minutes, with network). Raises as `recess.images` does."""
+    recipe = repr((_RECIPE, _PACKAGES, _MODULES, hashlib.sha256(guestd.read_bytes()).hexdigest()))
+    stamp = folder / "made-of"
+    if stamp.is_file() and stamp.read_text() == recipe:
+        return KvmHost(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temp:
+        _make_kernel(folder, guestd, Path(temp))
+        work = Path(temp) / "root"
+        work.mkdir()
+        debian.build_root(_PACKAGES, work, _say).replace(folder / "root.erofs")
+    # The guests' own kernel, with the modules that this version of the set-up keeps.
+    (folder / "images").mkdir(exist_ok=True)
+    kernel_debian.fetch_kernel(folder / "images", _say)
+    stamp.write_text(recipe)
+    return KvmHost(folder)
+
+
+def _make_kernel(folder: Path, guestd: Path, temp: Path) -> None:
+    _name, tar = kernel_debian.fetch_package(temp, _say, source=_KERNEL_SOURCE)
+    image, modules, built_in = kernel_debian.read_package(tar, "/kvm/")
+    order = kernel.load_order(modules, built_in, _MODULES)
+    (folder / "kernel").write_bytes(image)
+    numbered = [(f"{number:02}-{name}.ko", modules[name]) for number, name in enumerate(order)]
+    (folder / "initrd").write_bytes(build_initrd(guestd.read_bytes(), numbered))
+
+
+def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path) -> None:
+    """Write the work disk: what the tests need of this repository, and the Firecracker to be tested (`bin/firecracker`)."""
+    site = Path(sys.prefix) / "lib" / f"python{PYTHON[0]}.{PYTHON[1]}" / "site-packages"
+    if sys.version_info[:2] != PYTHON or not site.is_dir():
+        raise RuntimeError(f"this environment's Python must be the host's: {PYTHON[0]}.{PYTHON[1]}")
+    ImageStore(images_dir).ensure_base()
+    with tempfile.TemporaryDirectory(dir=target.parent) as temp:
+        top = Path(temp) / "top"
+        top.mkdir()
+        skip = shutil.ignore_patterns("__pycache__", ".pytest_cache")
+        for name in ("src", "agent", "tests"):
+            shutil.copytree(REPOSITORY / name, top / name, symlinks=True, ignore=skip)
+        shutil.copy(REPOSITORY / "pyproject.toml", top)
+        shutil.copytree(
+            site, top / "site", symlinks=True, ignore=shutil.ignore_patterns(*_LEAVE_OUT), copy_function=_link
+        )
+        images = top / "home" / "images"
+        for source in (images_dir / "names", images_dir / "roots", host.folder / "images" / "kernel"):
+            shutil.copytree(source, images / source.name, copy_function=_link)
+        trimmed = REPOSITORY / "build" / "kernel" / "vmlinux"
+        (top / "bin").mkdir()
+        if trimmed.is_file():
+            shutil.copy(trimmed, top / "bin" / "vmlinux")
+        if binary is not None:
+            shutil.copy(binary, top / "bin" / "firecracker")
+        target.unlink(missing_ok=True)
+        command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(target), f"{_WORK_MIB}M"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def _link(source: str, target: str) -> None:
+    """Copy a file, without its bytes where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def pytest_command(arguments: Sequence[str], **environment: str) -> str:
+    """Return the shell command that runs pytest there, in this repository."""
+    known = {
+        "PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}/site",
+        "RECESS_TEST_HOME": f"{REPOSITORY}/home",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HOME": "/root",
+        **environment,
+    }
+    words = " ".join(f"{key}={value}" for key, value in known.items())
+    return f"cd {REPOSITORY} && env {words} python3 -m pytest -p no:cacheprovider {shlex.join(arguments)}"
+
+
+def _say(line: str) -> None:
+    print(f"   {line}", file=sys.stderr)
