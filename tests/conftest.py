@@ -25,8 +25,8 @@ import pytest
 from recess.config import Config, load_config
 from recess.crashpoints import Crashed
 from recess.images import ImageStore, ensure_boot_files
-from recess.testing.guestlink_process import writable_cgroup
 from recess.testing.firecracker_rig import why_no_firecracker
+from recess.testing.guestlink_process import writable_cgroup
 from recess.testing.gvisor_rig import has_runsc
 from recess.testing.postgres_server import PostgresServer
 from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
