@@ -47,6 +47,7 @@ from recess.node.reaper import reap
 from recess.node.stores import Opened, open_page_files, open_store
 from recess.node.transfers import Transfers
 from recess.paging.choice import LAZY_BYTES_MIN
+from recess.plain import Backends, PlainMachines
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
 from recess.snapshots.recompression import Recompression
@@ -177,7 +178,10 @@ class LocalNode:
             owner=f"local:{os.getpid()}", agent_package=config.agent_dir, lease_s=config.lease_s,
             idle_timeout_s=config.idle_timeout_s,
         )  # fmt: skip
-        sessions = Sessions(Deps(log=log, machines=machines, agents=catalog.agents, clock=clock, settings=settings))
+        plain = await asyncio.to_thread(PlainMachines, config.home / "plain", config.run_dir / "p", clock)
+        stack.push_async_callback(plain.close)
+        backends = Backends(machines, plain)
+        sessions = Sessions(Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings))
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)

@@ -19,6 +19,7 @@ from recess.units import parse_duration, parse_size
 ENTRY = "agent.py"
 SNAPSHOT_LEAST_S = 1.0
 CRONS_MAX = 16
+BACKENDS = ("machine", "process")
 _KEYS = frozenset(
     {
         "image",
@@ -35,6 +36,7 @@ _KEYS = frozenset(
         "upgrade",
         "snapshot",
         "cron",
+        "backend",
     }
 )
 
@@ -45,6 +47,7 @@ class AgentConfig:
 
     entry: str = ENTRY
     image: str = "base"
+    backend: str = "machine"  # or process: a plain process of this host, no VM (recess.plain)
     idle_s: float | None = None
     policy: str = "turn"
     snapshot: str = "off"  # beside those of idle times: off | turn | tool | seconds (then every `snapshot_s`)
@@ -62,7 +65,8 @@ class AgentConfig:
         """Return the machine a session of this agent runs in."""
         return MachineSpec(
             image=self.image, memory_bytes=self.memory_bytes, cpus=self.cpus, disk_bytes=self.disk_bytes,
-            network=self.network, allow=self.allow, routes=dict(self.routes), labels={"session": session},
+            network=self.network, allow=self.allow, routes=dict(self.routes),
+            labels={"session": session, **({"backend": self.backend} if self.backend != "machine" else {})},
         )  # fmt: skip
 
 
@@ -105,10 +109,19 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
     if policy not in POLICIES:
         raise BadInput(f"agent config: policy must be one of {', '.join(POLICIES)}, not {policy!r}")
     default = AgentConfig()
+    backend = str(config.get("backend") or default.backend)
+    if backend not in BACKENDS:
+        raise BadInput(f"agent config: backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    unheld = [name for name in ("allow", "routes", "network") if config.get(name)]
+    if backend == "process" and unheld:
+        # What nobody would hold must not look as if it were held.
+        raise BadInput(f"agent config: {unheld[0]}: a plain process has this host's network, no rule holds for it",
+                       hint="leave it out, or use backend='machine'")  # fmt: skip
     snapshot, snapshot_s = _snapshot(config.get("snapshot") or "off")
     return AgentConfig(
         entry=str(config.get("entry") or ENTRY),
         image=str(config.get("image") or default.image),
+        backend=backend,
         idle_s=parse_duration(config["idle"]) if config.get("idle") else None,
         policy=policy,
         snapshot=snapshot,

@@ -7,45 +7,9 @@ the host. The stream it hands over keeps the contract of `recess.guestlink.link.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
-from recess.errors import GuestFailed
 from recess.guestlink.link import IncomingHandler
-
-
-class SocketStream:
-    """A `ByteStream` over a socket: a broken connection is GuestFailed, as a cut link is."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    async def read(self, limit: int = 65536) -> bytes:
-        """Return some bytes, b"" at the end."""
-        try:
-            return await self._reader.read(limit)
-        except OSError as exc:
-            raise GuestFailed(f"the connection broke: {exc}") from exc
-
-    async def write(self, data: bytes) -> None:
-        """Send all, waiting while the other side is slow."""
-        try:
-            self._writer.write(data)
-            await self._writer.drain()
-        except OSError as exc:
-            raise GuestFailed(f"the connection broke: {exc}") from exc
-
-    async def close_write(self) -> None:
-        """Half-close."""
-        if self._writer.can_write_eof() and not self._writer.is_closing():
-            with contextlib.suppress(OSError):
-                self._writer.write_eof()
-
-    async def close(self) -> None:
-        """Close both ways; may be called twice."""
-        self._writer.close()
-        with contextlib.suppress(OSError):
-            await self._writer.wait_closed()
+from recess.plain.door import SocketStream
 
 
 class ProxyPort:

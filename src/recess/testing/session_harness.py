@@ -20,8 +20,7 @@ from recess.errors import IllegalState, NotFound
 from recess.guestlink.link import IncomingHandler
 from recess.ids import new_id
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
-from recess.testing.proxy_port import SocketStream
-from recess.testing.session_door import Door
+from recess.plain.door import Door, SocketStream
 from recess.testing.session_link import ProcessLink
 
 

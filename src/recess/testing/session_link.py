@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import os
 import signal
 import sys
-import tarfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from recess.errors import NotFound, Unsupported
-from recess.guestlink.link import ExecRequest, FileStat, IncomingHandler, JobInfo, Thaw
+from recess.guestlink.link import ExecRequest, IncomingHandler, JobInfo, Thaw
 from recess.ids import new_id
-from recess.testing.proxy_port import SocketStream
+from recess.plain.door import SocketStream
+from recess.plain.folder import FolderFiles
 
 
 @dataclass
@@ -77,17 +76,13 @@ class ProcessJob:
         """Nothing to drop."""
 
 
-class ProcessLink:
+class ProcessLink(FolderFiles):
     """GuestLink over a folder `root` of a machine: guest paths are below it, `session.sock` is beside it."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "root")
         self._folder = folder
-        self._root = folder / "root"
         self._jobs: dict[str, _Process] = {}
-
-    def path(self, guest: str) -> Path:
-        """Return where a guest path lives on the host."""
-        return self._root / guest.lstrip("/")
 
     def signal_all(self, number: int) -> None:
         """Signal every process group that runs."""
@@ -189,51 +184,6 @@ class ProcessLink:
 
     def serve_incoming(self, handler: IncomingHandler) -> None:
         """The harness routes streams itself."""
-
-    async def write_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Write a whole file."""
-        target = self.path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(data)
-        target.chmod(mode)
-
-    async def read_file(self, path: str, limit: int = 64 << 20) -> bytes:
-        """Return a whole file."""
-        target = self.path(path)
-        if not target.is_file():
-            raise NotFound(f"no such file: {path}")
-        return target.read_bytes()[:limit]
-
-    async def stat(self, path: str) -> FileStat:
-        """Return what is there."""
-        target = self.path(path)
-        if not target.exists():
-            raise NotFound(f"no such file: {path}")
-        found = target.stat()
-        kind = "dir" if target.is_dir() else "file"
-        return FileStat(path, kind, found.st_size, found.st_mode & 0o7777, found.st_mtime)
-
-    async def list_dir(self, path: str) -> list[FileStat]:
-        """Return a folder's entries."""
-        return [await self.stat(f"{path}/{one.name}") for one in sorted(self.path(path).iterdir())]
-
-    async def remove(self, path: str, *, recursive: bool = False) -> None:
-        """Remove a file."""
-        self.path(path).unlink(missing_ok=True)
-
-    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
-        """Unpack below `path`."""
-        data = b"".join([piece async for piece in archive])
-        target = self.path(path)
-        target.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            for member in tar.getmembers():  # `filter=` is younger than the oldest Python we support
-                where = (target / member.name).resolve()
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None and where.is_relative_to(target.resolve()):
-                    where.parent.mkdir(parents=True, exist_ok=True)
-                    where.write_bytes(content.read())
-                    where.chmod(member.mode & 0o777)
 
     async def stats(self) -> Mapping[str, Any]:
         """Nothing to say."""

@@ -1,4 +1,4 @@
-"""A listening unix socket for process machines that may be closed at any moment, in the middle of a connection too.
+"""A listening unix socket for machines that are plain processes that may be closed at any moment, in the middle of a connection too.
 
 `asyncio.start_unix_server` may not: a connection that was accepted when its server is closed is dropped without being closed
 (CPython 3.11), which is a leak and, with warnings as errors, a test that fails now and then. This accepts synchronously.
@@ -7,14 +7,50 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from recess.testing.proxy_port import SocketStream
+from recess.errors import GuestFailed
 
 LINE_BYTES = 16 << 20
 BACKLOG = 16
+
+
+class SocketStream:
+    """A `ByteStream` over a socket: a broken connection is GuestFailed, as a cut link is."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def read(self, limit: int = 65536) -> bytes:
+        """Return some bytes, b"" at the end."""
+        try:
+            return await self._reader.read(limit)
+        except OSError as exc:
+            raise GuestFailed(f"the connection broke: {exc}") from exc
+
+    async def write(self, data: bytes) -> None:
+        """Send all, waiting while the other side is slow."""
+        try:
+            self._writer.write(data)
+            await self._writer.drain()
+        except OSError as exc:
+            raise GuestFailed(f"the connection broke: {exc}") from exc
+
+    async def close_write(self) -> None:
+        """Half-close."""
+        if self._writer.can_write_eof() and not self._writer.is_closing():
+            with contextlib.suppress(OSError):
+                self._writer.write_eof()
+
+    async def close(self) -> None:
+        """Close both ways; may be called twice."""
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
 
 
 class Door:
