@@ -61,14 +61,12 @@ pub fn remap(ram: &mut Ram, files: &[OwnedFd], runs: &[Run]) -> io::Result<()> {
     }
     let opened = remote::open_ours(ram.pid, files)?;
     let calls = map_calls(segments, runs, &opened);
-    let results = remote::system_calls(ram.pid, &calls);
+    let mapped = remote::run_all(ram.pid, &calls);
     remote::close(ram.pid, &opened)?;
     for run in runs {
         ram.placed.add(run.first as usize, run.count as usize);
     }
-    results?
-        .iter()
-        .try_for_each(|&got| remote::result(got).map(|_| ()))
+    mapped
 }
 
 fn map_calls(segments: &[Segment], runs: &[Run], opened: &[u64]) -> Vec<Call> {
@@ -216,6 +214,18 @@ mod tests {
         assert_eq!(private, Vec::<u32>::new());
         let (_writer, mut shared) = Writer::start("refused-shared", libc::MAP_SHARED);
         assert!(remap(&mut shared, &files, &[run(0, 1, 0, 0)]).is_err());
+    }
+
+    #[test]
+    fn a_process_that_somebody_else_traces_keeps_its_memory() {
+        let (writer, mut ram) = Writer::start("remap-traced", libc::MAP_PRIVATE);
+        let tracer = crate::testing::Tracer::start(writer.pid);
+        let error = remap(&mut ram, &[pages(&[9])], &[run(1, 1, 0, 0)]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        drop(tracer);
+        assert_eq!(first_bytes(&ram, 0..2), [1, 1]);
+        remap(&mut ram, &[pages(&[9])], &[run(1, 1, 0, 0)]).unwrap();
+        assert_eq!(first_bytes(&ram, 0..2), [1, 9]);
     }
 
     #[test]

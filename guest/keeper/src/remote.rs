@@ -16,6 +16,25 @@ use crate::sys::{self, Remote, Way};
 pub type Call = [u64; 7];
 
 const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// Makes r12 calls from the table at rbx, and stops at the trap behind it; a call that fails leaves r12 above zero.
+const LOOP: [u8; 52] = [
+    0x4d, 0x85, 0xe4, // 0: test r12, r12
+    0x74, 0x2e, // je 2
+    0x48, 0x8b, 0x03, // mov rax, [rbx]
+    0x48, 0x8b, 0x7b, 0x08, // mov rdi, [rbx + 8]
+    0x48, 0x8b, 0x73, 0x10, // mov rsi, [rbx + 16]
+    0x48, 0x8b, 0x53, 0x18, // mov rdx, [rbx + 24]
+    0x4c, 0x8b, 0x53, 0x20, // mov r10, [rbx + 32]
+    0x4c, 0x8b, 0x43, 0x28, // mov r8, [rbx + 40]
+    0x4c, 0x8b, 0x4b, 0x30, // mov r9, [rbx + 48]
+    0x0f, 0x05, // syscall
+    0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff, // cmp rax, -4095
+    0x73, 0x09, // jae 2
+    0x48, 0x83, 0xc3, 0x38, // add rbx, 56
+    0x49, 0xff, 0xcc, // dec r12
+    0xeb, 0xcd, // jmp 0
+    0xcc, // 2: int3
+];
 /// The vDSO is two pages; anything far beyond is not one.
 const VDSO_LIMIT: u64 = 1 << 20;
 /// Room for `/proc/PID/fd/N` and the zero behind it.
@@ -87,6 +106,17 @@ pub fn close(pid: libc::pid_t, descriptors: &[u64]) -> io::Result<()> {
 /// What a system call returned, as a number or an error.
 pub fn result(returned: i64) -> io::Result<u64> {
     u64::try_from(returned).map_err(|_| io::Error::from_raw_os_error(-returned as i32))
+}
+
+/// Have process `pid` make these calls one after the other, at its own speed: hundreds cost little more than one. Ends with
+/// the first that fails, whose error this returns. A loop of a few instructions is put into a page of its own, run, and
+/// taken away; where no page may be made executable, the calls are stepped through one by one.
+pub fn run_all(pid: libc::pid_t, calls: &[Call]) -> io::Result<()> {
+    let instruction = find_instruction(pid)?;
+    let mut held = Held::take(pid)?;
+    let done = held.run_all(instruction, calls);
+    held.release()?;
+    done
 }
 
 fn find_instruction(pid: libc::pid_t) -> io::Result<u64> {
@@ -209,6 +239,68 @@ impl Held {
         Ok(registers.rax as i64)
     }
 
+    fn run_all(&mut self, instruction: u64, calls: &[Call]) -> io::Result<()> {
+        let access = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let bytes = sys::PAGE + std::mem::size_of_val(calls).next_multiple_of(sys::PAGE);
+        let map = [
+            libc::SYS_mmap as u64,
+            0,
+            bytes as u64,
+            access,
+            flags,
+            u64::MAX,
+            0,
+        ];
+        let page = result(self.step(instruction, &map)?)?;
+        let done = match self.load(instruction, page, calls) {
+            Ok(()) => self.run_loop(page, calls.len()),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => calls
+                .iter()
+                .try_for_each(|call| result(self.step(instruction, call)?).map(|_| ())),
+            Err(error) => Err(error),
+        };
+        let unmap = [libc::SYS_munmap as u64, page, bytes as u64, 0, 0, 0, 0];
+        self.step(instruction, &unmap)?;
+        done
+    }
+
+    /// Put the loop into the first page at `page` and the table behind it.
+    fn load(&mut self, instruction: u64, page: u64, calls: &[Call]) -> io::Result<()> {
+        let mut image = LOOP.to_vec();
+        image.resize(sys::PAGE, 0);
+        image.extend(calls.iter().flatten().flat_map(|word| word.to_ne_bytes()));
+        let there = [Remote {
+            address: page,
+            bytes: image.len(),
+        }];
+        let here = [sys::local(image.as_mut_ptr(), image.len())];
+        sys::process_vm(&Way::Write, self.pid, &here, &there)?;
+        let access = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+        let number = libc::SYS_mprotect as u64;
+        let protect = [number, page, sys::PAGE as u64, access, 0, 0, 0];
+        result(self.step(instruction, &protect)?).map(|_| ())
+    }
+
+    fn run_loop(&mut self, page: u64, count: usize) -> io::Result<()> {
+        let mut registers = self.registers;
+        registers.orig_rax = u64::MAX;
+        registers.rip = page;
+        registers.rbx = page + sys::PAGE as u64;
+        registers.r12 = count as u64;
+        self.write(&registers)?;
+        // Any stop but the one at the trap is somebody else's: it goes on.
+        while registers.rip != page + LOOP.len() as u64 {
+            request(libc::PTRACE_CONT, self.pid, 0)?;
+            self.wait_stop(libc::PTRACE_CONT)?;
+            self.read(Some(&mut registers))?;
+        }
+        match registers.r12 {
+            0 => Ok(()),
+            _ => result(registers.rax as i64).map(|_| ()),
+        }
+    }
+
     /// Put the registers back and let the thread go on.
     fn release(mut self) -> io::Result<()> {
         let restored = self.write(&self.registers);
@@ -285,6 +377,35 @@ mod tests {
                 .unwrap();
             assert_eq!(back, [round]);
         }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn many_calls_run_at_once_until_one_fails() {
+        use std::io::{Read, Write};
+        let mut child = echo();
+        let pid = child.id() as libc::pid_t;
+        let pass = |child: &mut std::process::Child| {
+            let mut back = [0];
+            child.stdin.as_mut().unwrap().write_all(&[7]).unwrap();
+            let out = child.stdout.as_mut().unwrap();
+            out.read_exact(&mut back).unwrap();
+            back[0]
+        };
+        assert_eq!(pass(&mut child), 7);
+        let dup = |to: u64| [libc::SYS_dup2 as u64, 0, to, 0, 0, 0, 0];
+        let calls: Vec<Call> = (100..900).map(dup).collect();
+        run_all(pid, &calls).unwrap();
+        let there = |n: u64| std::path::Path::new(&format!("/proc/{pid}/fd/{n}")).is_symlink();
+        assert!(there(100) && there(899) && !there(900));
+        assert_eq!(pass(&mut child), 7);
+        let close = |fd: u64| [libc::SYS_close as u64, fd, 0, 0, 0, 0, 0];
+        let error = run_all(pid, &[close(100), close(1000), close(101)]).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        assert!(!there(100) && there(101));
+        run_all(pid, &[]).unwrap();
+        assert_eq!(pass(&mut child), 7);
         child.kill().unwrap();
         child.wait().unwrap();
     }

@@ -129,3 +129,39 @@ pub fn content((buffer, count): (Buffer, usize)) -> Vec<(u32, u8)> {
         .map(|slot| (number(slot), byte(slot * PAGE)))
         .collect()
 }
+
+/// A process that traces another, so that nobody else can.
+pub struct Tracer(libc::pid_t);
+
+impl Tracer {
+    pub fn start(pid: libc::pid_t) -> Tracer {
+        let (tell, told) = crate::sys::pipe().unwrap();
+        // SAFETY: the tracer makes system calls only.
+        let tracer = unsafe {
+            let tracer = libc::fork();
+            if tracer == 0 {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                keep_only(told.as_raw_fd(), told.as_raw_fd());
+                let ret = libc::ptrace(libc::PTRACE_SEIZE, pid, 0usize, 0usize);
+                libc::write(told.as_raw_fd(), [ret as u8].as_ptr().cast(), 1);
+                libc::pause();
+            }
+            tracer
+        };
+        let mut seized = [9u8];
+        // SAFETY: the buffer is valid.
+        unsafe { libc::read(tell.as_raw_fd(), seized.as_mut_ptr().cast(), 1) };
+        assert_eq!(seized, [0]);
+        Tracer(tracer)
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        // SAFETY: our own child.
+        unsafe {
+            libc::kill(self.0, libc::SIGKILL);
+            libc::waitpid(self.0, std::ptr::null_mut(), 0);
+        }
+    }
+}

@@ -318,8 +318,7 @@ impl Copying {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{content, keep_only, Writer};
-    use std::os::fd::AsRawFd;
+    use crate::testing::{content, Tracer, Writer};
 
     fn go() -> io::Result<()> {
         Ok(())
@@ -429,29 +428,10 @@ mod tests {
     #[test]
     fn a_process_that_somebody_else_traces_is_refused() {
         let (writer, ram) = Writer::start("traced", libc::MAP_PRIVATE);
-        let (tell, told) = crate::sys::pipe().unwrap();
-        // SAFETY: the tracer makes system calls only.
-        let tracer = unsafe {
-            let tracer = libc::fork();
-            if tracer == 0 {
-                keep_only(told.as_raw_fd(), told.as_raw_fd());
-                let ret = libc::ptrace(libc::PTRACE_SEIZE, writer.pid, 0usize, 0usize);
-                libc::write(told.as_raw_fd(), [ret as u8].as_ptr().cast(), 1);
-                libc::pause();
-            }
-            tracer
-        };
-        let mut seized = [9u8];
-        // SAFETY: the buffer is valid.
-        unsafe { libc::read(tell.as_raw_fd(), seized.as_mut_ptr().cast(), 1) };
-        assert_eq!(seized, [0]);
+        let tracer = Tracer::start(writer.pid);
         let error = Tracker::start(&ram, "-", &[], Faults::Any).err().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
-        // SAFETY: our own child.
-        unsafe {
-            libc::kill(tracer, libc::SIGKILL);
-            libc::waitpid(tracer, std::ptr::null_mut(), 0);
-        }
+        drop(tracer);
         assert!(Tracker::start(&ram, "-", &[], Faults::Any).is_ok());
     }
 }
