@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.routing import Route
 from recess.api.context import context_of
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.errors import BadInput
+from recess.node.install_firecracker import install_firecracker
 from recess.version import __version__
 
 
@@ -31,8 +33,15 @@ async def shutdown(request: Request) -> Response:
 
 
 async def doctor(request: Request) -> Response:
-    """POST /v1/doctor: check the host, then run a guest under the driver and say what level was reached."""
-    return JSONResponse(await context_of(request).node.doctor())
+    """POST /v1/doctor: check the host, then run a guest under the driver and say what level was reached. With
+    `install_firecracker` its release is fetched into the home instead."""
+    body = await read_json(request)
+    reject_unknown(body, {"install_firecracker"}, "doctor")
+    node = context_of(request).node
+    if field(body, "install_firecracker", bool, False):
+        path = await asyncio.to_thread(install_firecracker, node.config.home)
+        return JSONResponse({"installed": str(path)})
+    return JSONResponse(await node.doctor())
 
 
 async def list_images(request: Request) -> Response:
