@@ -60,6 +60,7 @@ class Config:
     snapshot_quota_bytes: int = 0  # 0: none
     snapshot_check_every_s: float = 86400.0  # one stored snapshot is restored for real that often; 0: never
     disk_reserve_bytes: int = 256 << 20  # below that nothing is stored any more
+    database_url: str = field(default="", repr=False)  # empty: SQLite in the home; else postgresql://...
     store: str = ""  # empty: the folder `blobs` of the home; else s3://BUCKET/PREFIX, gs://, az://
     store_cache_bytes: int = 10 << 30  # copies of remote blobs on this disk, at most
     remote: str = ""  # where `recess snapshots push` and `pull` go by default: as `store`, or an absolute folder
@@ -128,6 +129,7 @@ _ENV = {
     "recompress_budget_s": "RECESS_RECOMPRESS_BUDGET_S",
     "crash_point": "RECESS_CRASH_POINT",
     "run_dir": "RECESS_RUN_DIR",
+    "database_url": "RECESS_DATABASE_URL",
     "store": "RECESS_STORE",
     "store_cache_bytes": "RECESS_STORE_CACHE_BYTES",
     "remote": "RECESS_REMOTE",

@@ -44,3 +44,10 @@ def test_a_file_that_cannot_be_meant_is_refused(tmp_path, content):
     (tmp_path / "config.toml").write_bytes(content)
     with pytest.raises(BadInput, match=r"config\.toml"):
         load_config({}, home=tmp_path)
+
+
+def test_a_database_address_holds_a_password_and_is_not_shown(tmp_path):
+    url = "postgresql://me:secret@host/db"
+    config = load_config({"RECESS_HOME": str(tmp_path), "RECESS_DATABASE_URL": url})
+    assert config.database_url == url
+    assert "secret" not in repr(config)

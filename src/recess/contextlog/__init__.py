@@ -7,7 +7,7 @@ from recess.contextlog.bodies import BlobBodies, BodyStore, DirectoryBodies, Mem
 from recess.contextlog.contract import INBOX_KINDS, Appended, ContextLog, Delta, Draft, Entry, SessionRow
 from recess.contextlog.memory import MemoryLog
 from recess.contextlog.migrations import SCHEMA
-from recess.contextlog.sealing import LogKeeper, Sealing
+from recess.contextlog.sealing import LogKeeper, Sealing, identity_of
 from recess.contextlog.sql import SqlLog, freeze_in
 
 SqliteLog = SqlLog  # its name when there was one engine
@@ -31,4 +31,5 @@ __all__ = [
     "SqlLog",
     "SqliteLog",
     "freeze_in",
+    "identity_of",
 ]

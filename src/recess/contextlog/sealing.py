@@ -28,7 +28,7 @@ from recess.contextlog.contract import INBOX_KINDS
 from recess.contextlog.segments import Built
 from recess.contextlog.sql import SqlLog
 from recess.crashpoints import crash_point
-from recess.db import Row, Tx
+from recess.db import Database, Row, Tx
 from recess.errors import IllegalState, RecessError
 from recess.frames import WorkPool
 from recess.ids import new_id
@@ -148,18 +148,9 @@ class LogKeeper:
         return segments.build(identity, session, rows, INBOX_KINDS, self._pool)
 
     async def identity(self) -> str:
-        """Return this log's name in stores, made at the first call."""
+        """Return this log's name in stores."""
         if not self._identity:
-
-            def run(tx: Tx) -> str:
-                tx.execute(
-                    "INSERT INTO log_identity (one, id, made) VALUES (1, ?, ?) ON CONFLICT DO NOTHING",
-                    (new_id("log"), self._clock.wall_s()),
-                )
-                row = tx.one("SELECT id FROM log_identity WHERE one = 1")
-                return str(row["id"]) if row else ""
-
-            self._identity = await self._log.db.write(run)
+            self._identity = await identity_of(self._log.db, self._clock.wall_s())
         return self._identity
 
     # --- sweeping
@@ -181,6 +172,19 @@ class LogKeeper:
             if digest not in hashes and await asyncio.to_thread(self._log.bodies.drop, digest, before_s):
                 gone, freed = gone + 1, freed + size
         return Swept(len(dead), gone, freed)
+
+
+async def identity_of(db: Database, now: float) -> str:
+    """Return the name of this database's log in stores that it may share with others, made at the first call."""
+
+    def run(tx: Tx) -> str:
+        tx.execute(
+            "INSERT INTO log_identity (one, id, made) VALUES (1, ?, ?) ON CONFLICT DO NOTHING", (new_id("log"), now)
+        )
+        row = tx.one("SELECT id FROM log_identity WHERE one = 1")
+        return str(row["id"]) if row else ""
+
+    return await db.write(run)
 
 
 def _index(tx: Tx, built: Built, now: float) -> bool:

@@ -16,20 +16,17 @@ import contextlib
 import os
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from recess.broker import Authorities, Broker, SecretStore
-from recess.catalog import SCHEMA as CATALOG_SCHEMA
 from recess.catalog import Catalog
 from recess.clock import Clock, SystemClock
 from recess.config import Config
-from recess.contextlog import SCHEMA as LOG_SCHEMA
-from recess.contextlog import DirectoryBodies, SqliteLog
+from recess.contextlog import LogKeeper, SqlLog
 from recess.crashpoints import arm_from_config
-from recess.db import Database
 from recess.errors import OutOfSpace, Refused, Unavailable
 from recess.machines.athand import AtHand
 from recess.machines.manager import Manager
@@ -41,6 +38,7 @@ from recess.node.drivers import Chosen, choose_driver, make_images
 from recess.node.gate import NodeGate
 from recess.node.imageadmin import ImageAdmin
 from recess.node.lock import HomeLock
+from recess.node.logs import keep_log, node_name, open_database, open_log
 from recess.node.orphans import claim_run_dir, remove_orphans
 from recess.node.pagers import Pagers
 from recess.node.reaper import reap
@@ -107,7 +105,7 @@ class LocalNode:
     """An open node. Make it with `await LocalNode.open(config)`."""
 
     def __init__(
-        self, config: Config, stack: contextlib.AsyncExitStack, catalog: Catalog, log: SqliteLog, broker: Broker,
+        self, config: Config, stack: contextlib.AsyncExitStack, catalog: Catalog, log: SqlLog, broker: Broker,
         chosen: Chosen, machines: Manager, sessions: Sessions, images: ImageAdmin, transfers: Transfers, opened: Opened,
     ) -> None:  # fmt: skip
         self.config = config
@@ -145,9 +143,9 @@ class LocalNode:
         arm_from_config(config.crash_point)
         claim_run_dir(config)
         await asyncio.to_thread(remove_orphans, config)
-        db = await asyncio.to_thread(Database.open, config.database_path, [LOG_SCHEMA, CATALOG_SCHEMA])
+        db = await asyncio.to_thread(open_database, config)
         stack.push_async_callback(db.close)
-        catalog = Catalog(db)
+        catalog = Catalog(db, node=node_name(config))
         opened = await asyncio.to_thread(open_store, config)
         store = opened.store
         stack.callback(store.close)
@@ -173,9 +171,10 @@ class LocalNode:
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
         )  # fmt: skip
         machines = Manager(parts)
-        log = SqliteLog(db, DirectoryBodies(config.home / "bodies"), clock)
+        kept = await open_log(config, db, clock)
+        log = kept.log
         settings = Settings(
-            owner=f"local:{os.getpid()}", agent_package=config.agent_dir, lease_s=config.lease_s,
+            owner=node_name(config) or f"local:{os.getpid()}", embedded=not config.database_url, agent_package=config.agent_dir, lease_s=config.lease_s,
             idle_timeout_s=config.idle_timeout_s,
         )  # fmt: skip
         plain = await asyncio.to_thread(PlainMachines, config.home / "plain", config.run_dir / "p", clock)
@@ -190,14 +189,17 @@ class LocalNode:
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())
-        node._start_reaper(clock, stack)
+        keep_log(kept, sessions, stack, cluster=bool(config.database_url))
+        node._start_reaper(clock, kept.keeper, stack)
         if chosen.driver.capabilities.lazy_memory and await any_large(catalog):
             stack.push_async_callback(finish_task, asyncio.create_task(pagers.warm(), name="pagers"))
         return node
 
-    def _start_reaper(self, clock: Clock, stack: contextlib.AsyncExitStack) -> None:
-        task = asyncio.create_task(reap(clock, self.machines.tidy), name="reaper")
+    def _start_reaper(self, clock: Clock, keeper: LogKeeper, stack: contextlib.AsyncExitStack) -> None:
+        async def tidy() -> Mapping[str, int]:
+            return {**await self.machines.tidy(), **{f"log_{k}": n for k, n in asdict(await keeper.sweep()).items()}}
 
+        task = asyncio.create_task(reap(clock, tidy), name="reaper")
         stack.push_async_callback(finish_task, task)
 
     async def _end(self) -> None:

@@ -286,6 +286,26 @@ class Sessions:
         await self._schedules.look_all(rows)
         return woken
 
+    async def take_abandoned(self, limit: int) -> list[str]:
+        """In a cluster: take up to `limit` sessions whose nodes have let their leases end, and wake them."""
+        settings, clock = self._deps.settings, self._deps.clock
+        rows = await self._deps.log.claim_abandoned(settings.owner, settings.lease_s, now=clock.wall_s(), limit=limit)
+        for row in rows:
+            log.info("session %s is taken over", row.id)
+            self._wake(row.id)
+        return [row.id for row in rows]
+
+    async def rest_between_looks(self) -> None:
+        """Wait for a third of a lease: so long a dead node's session waits at most beyond its lease."""
+        await self._deps.clock.sleep(self._deps.settings.lease_s / 3)
+
+    def heard(self, session: str) -> None:
+        """Another node has changed a session ("": may have changed any): whoever drives it here looks at it."""
+        for one in [session] if session else list(self._live):
+            supervisor = self._live.get(one)
+            if supervisor is not None:
+                supervisor.poke()
+
     async def _all_open(self) -> list[SessionRow]:
         return await self._deps.log.list_sessions(states=OPEN_STATES, limit=100_000)
 

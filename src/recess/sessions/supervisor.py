@@ -307,8 +307,11 @@ class Supervisor:
     # -- commands --------------------------------------------------------------------------------------------------
 
     async def detach(self) -> None:
-        """Stop serving and leave the machine running for the next server (a command)."""
+        """Stop serving and leave the machine running for the next server (a command). In a cluster that server must come
+        before the lease ends: then the keeper ends the machine, and another node takes the session."""
         self.stopping = True
+        if not self.deps.settings.embedded:
+            return
         await self.deps.log.release(self.session, self.held_desk.epoch, state=self.state)
         with contextlib.suppress(RecessError):
             await self.deps.machines.set_deadline(self.hand.machine_id, None)
