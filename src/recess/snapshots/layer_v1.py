@@ -94,6 +94,8 @@ class LayerReader:
         sane = 1 <= per_frame <= FRAME_RAW_BYTES_MAX // PAGE_BYTES and slots <= SLOTS_MAX and parts <= _PARTS_MAX
         if zero or page_bytes != PAGE_BYTES or not sane:
             raise self._corrupt("layer header makes no sense")
+        if -(-slots // per_frame) != self._file.table.count:  # before anything is made for so many slots
+            raise self._corrupt("frames do not hold the slots they should")
         raw = self._file.table.raw.astype(np.int64)
         full = np.full(-(-slots // per_frame), per_frame * PAGE_BYTES, np.int64)
         if len(full):

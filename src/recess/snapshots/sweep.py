@@ -13,6 +13,7 @@ what it needs is unknown. Writes that run meanwhile are protected by `publish.Pi
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 
 from recess.blobs import BlobInfo, BlobStore
 from recess.crashpoints import crash_point
@@ -93,8 +94,8 @@ def discard(blobs: BlobStore, pins: Pins, snapshot_id: str) -> dict[str, int]:
         if own in marked:
             raise HasDependents(f"snapshot {snapshot_id[:16]} is a template in use", dependents=[])
         sizes = {}
-        for key in (key for ref in files for key in keys_of(ref)):
-            if key not in marked and blobs.exists(key):
+        for key in (key for ref in files for key in keys_of(ref) if key not in marked):
+            with suppress(NotFound):  # the other form of a layer; or another process deletes the same
                 sizes[key] = blobs.stat(key).size_bytes
         if not pins.delete(blobs, own):
             return counts
