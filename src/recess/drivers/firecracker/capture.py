@@ -104,6 +104,7 @@ async def _pause(vm: Handles, plan: Plan, *, resume: bool, mark: str, steps: Ste
     ledger.poison(vm.layout.run)
     crash_point("firecracker.poisoned")
     taking = calls.create_snapshot(plan.kind, TAKEN_STATE, TAKEN_MEMORY)
+    vm.reset = True
     await all_of(
         vm.api.call(taking, timeout_s=_SNAPSHOT_S),
         in_thread(clone_sparse, vm.layout.disk, vm.clone),
@@ -112,7 +113,7 @@ async def _pause(vm: Handles, plan: Plan, *, resume: bool, mark: str, steps: Ste
     steps.mark("take")
     standstill_s = 0.0
     if resume:
-        await vm.api.call(calls.resume())
+        await let_run(vm)
         standstill_s = time.monotonic() - began
     clear_capturing(vm.layout)
     steps.mark("resume")
@@ -165,9 +166,30 @@ async def _go_on(vm: Handles, *, ran: bool) -> None:
     _drop_files(vm)
     with contextlib.suppress(RecessError):
         if ran:
-            await vm.api.call(calls.resume())
+            await let_run(vm)
             await vm.port.attach()
         clear_capturing(vm.layout)
+
+
+async def let_run(vm: Handles) -> None:
+    """Let a paused VM run. No-op for one that runs.
+
+    Firecracker lets nothing from the host into its vsock after it resumed a VM until the guest has acknowledged that its
+    connections are gone, which it tells the guest only when a snapshot is taken (its issue 6100; also when a running VM
+    is "resumed"). So a VM of which no snapshot was taken since it was paused gets one now; it goes into the ledger.
+    """
+    if await vm.api.state() != PAUSED:
+        return
+    if not vm.reset:
+        poisoned = ledger.is_poisoned(vm.layout.run)
+        _drop_files(vm)
+        ledger.poison(vm.layout.run)
+        await vm.api.call(calls.create_snapshot(calls.DIFF, TAKEN_STATE, TAKEN_MEMORY), timeout_s=_SNAPSHOT_S)
+        if not poisoned:
+            vm.ledger = await in_thread(ledger.absorb, vm.layout.run, vm.ledger, vm.layout.run / TAKEN_MEMORY)
+        _drop_files(vm)
+    await vm.api.call(calls.resume())
+    vm.reset = False
 
 
 def _drop_files(vm: Handles) -> None:
@@ -184,8 +206,8 @@ async def undo_interrupted(vm: Handles) -> None:
     """After a server died in the middle of a capture: drop what it began, and let the VM run if it ran before. Whether its
     list of changes was cleared is unknown: the poison, if it was set, stays."""
     _drop_files(vm)
-    if interrupted_capture(vm.layout) == "running" and await vm.api.state() == PAUSED:
-        await vm.api.call(calls.resume())
+    if interrupted_capture(vm.layout) == "running":
+        await let_run(vm)
     clear_capturing(vm.layout)
 
 

@@ -40,6 +40,7 @@ class Handles:
     timings_s: dict[str, float] = field(default_factory=dict)
     memory: str = ""  # how it was brought back, in words
     lazy: LazyMemory | None = None
+    reset: bool = False  # since it was paused the guest was told that its connections are gone (capture.let_run)
 
     @contextlib.asynccontextmanager
     async def explain(self, what: str) -> AsyncIterator[None]:

@@ -48,14 +48,16 @@ _NONE: Numbers = np.empty(0, np.uint32)
 
 @dataclass(frozen=True)
 class Ledger:
-    """The record. `base`: the stored snapshot that `since` counts from, "" for none. `over`: pages that a restore put over
-    the template. `whole`: the content of everything that differs from the template is at hand here."""
+    """The record. `base`: the stored snapshot that `since` counts from, "" for none; `since` goes up to the last capture,
+    `fresh` are pages that were taken in after it (`absorb`). `over`: pages that a restore put over the template. `whole`:
+    the content of everything that differs from the template is at hand here."""
 
     base: str = ""
     generation: int = 0
     since: Numbers = field(default_factory=lambda: _NONE)
     over: Numbers = field(default_factory=lambda: _NONE)
     whole: bool = True
+    fresh: Numbers = field(default_factory=lambda: _NONE)
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ class _Record(msgspec.Struct, array_like=True):
     whole: bool
     since: bytes
     over: bytes
+    fresh: bytes
 
 
 def write_ledger(run: Path, ledger: Ledger) -> None:
     """Write the record in one step (temp name, rename); the folder is in memory, so there is nothing to sync."""
-    since, over = (numbers.astype("<u4").tobytes() for numbers in (ledger.since, ledger.over))
-    record = _Record(_VERSION, ledger.base, ledger.generation, ledger.whole, since, over)
+    since, over, fresh = (n.astype("<u4").tobytes() for n in (ledger.since, ledger.over, ledger.fresh))
+    record = _Record(_VERSION, ledger.base, ledger.generation, ledger.whole, since, over, fresh)
     aside = run / f"{LEDGER_FILE}.new"
     with space_errors(str(aside)):
         aside.write_bytes(msgspec.msgpack.encode(record))
@@ -105,12 +108,13 @@ def read_ledger(run: Path) -> Ledger:
     """Return the record. Raises DriverFailed when there is none that can be read: nothing is known of the VM then."""
     try:
         record = msgspec.msgpack.decode((run / LEDGER_FILE).read_bytes(), type=_Record)
-        since, over = (np.frombuffer(raw, "<u4").astype(np.uint32) for raw in (record.since, record.over))
+        raws = (record.since, record.over, record.fresh)
+        since, over, fresh = (np.frombuffer(raw, "<u4").astype(np.uint32) for raw in raws)
     except (OSError, ValueError, msgspec.MsgspecError) as exc:
         raise DriverFailed(f"what is known of the VM's memory cannot be read: {exc}", log="") from exc
     if record.version != _VERSION:
         raise DriverFailed(f"a ledger of version {record.version}", log="")
-    return Ledger(record.base, record.generation, since, over, record.whole)
+    return Ledger(record.base, record.generation, since, over, record.whole, fresh)
 
 
 def poison(run: Path) -> None:
@@ -138,19 +142,36 @@ def enter(run: Path, ledger: Ledger, plan: Plan, taken: Path, template: Path | N
         aside.replace(pages)
         ledger = Ledger("", generation, numbers, _NONE, True)
     else:
-        fresh = _pages_with_data(taken)
-        if pages.exists():
-            fd = os.open(pages, os.O_RDWR | os.O_CLOEXEC)
-            with contextlib.closing(os.fdopen(fd, "r+b")):
-                disk.copy_data(taken, fd)
-            taken.unlink()
-        else:
-            taken.replace(pages)
-        ledger = replace(ledger, generation=generation, since=np.union1d(ledger.since, fresh))
-        numbers = ledger.since if plan.which == DELTA else np.union1d(ledger.over, _pages_with_data(pages))
+        since = np.union1d(np.union1d(ledger.since, ledger.fresh), _take_in(pages, taken))
+        ledger = replace(ledger, generation=generation, since=since, fresh=_NONE)
+        numbers = since if plan.which == DELTA else np.union1d(ledger.over, _pages_with_data(pages))
+    _settle(run, ledger)
+    return ledger, numbers.astype(np.uint32)
+
+
+def absorb(run: Path, ledger: Ledger, taken: Path) -> Ledger:
+    """Take a Diff into the ledger that is nobody's capture, and end the poison; return the new ledger."""
+    ledger = replace(ledger, fresh=np.union1d(ledger.fresh, _take_in(run / PAGES_FILE, taken)))
+    _settle(run, ledger)
+    return ledger
+
+
+def _take_in(pages: Path, taken: Path) -> Numbers:
+    """Put a Diff's pages over those that are known; return which pages that is. `taken` is gone afterwards."""
+    numbers = _pages_with_data(taken)
+    if pages.exists():
+        fd = os.open(pages, os.O_RDWR | os.O_CLOEXEC)
+        with contextlib.closing(os.fdopen(fd, "r+b")):
+            disk.copy_data(taken, fd)
+        taken.unlink()
+    else:
+        taken.replace(pages)
+    return numbers
+
+
+def _settle(run: Path, ledger: Ledger) -> None:
     write_ledger(run, ledger)
     (run / POISON_FILE).unlink(missing_ok=True)
-    return ledger, numbers.astype(np.uint32)
 
 
 def collect(run: Path, numbers: Numbers) -> disk.Packed:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from recess.drivers.firecracker import calls, ledger
-from recess.drivers.firecracker.capture import capture, export_template
+from recess.drivers.firecracker.capture import capture, export_template, let_run
 from recess.drivers.firecracker.handles import Handles, running
 from recess.drivers.qemu.handles import in_thread, unless_dead
 from recess.drivers.qemu.keeper import end_vm, read_pids
@@ -41,12 +41,13 @@ class FirecrackerVm:
             if await running(vm):
                 await unless_dead(vm.keeper, "pause", vm.port.leave())
                 await vm.api.call(calls.pause())
+                vm.reset = False
 
     async def unpause(self) -> None:
         """Let the vCPUs run; the link is connected when this returns."""
         vm = self._handles
         async with self._turn, vm.explain("unpause"):
-            await vm.api.call(calls.resume())
+            await let_run(vm)
             await unless_dead(vm.keeper, "unpause", vm.port.attach())
 
     async def capture(

@@ -81,6 +81,8 @@ STEPS = st.lists(
         st.tuples(st.just("capture"), st.booleans(), st.booleans()),
         st.tuples(st.just("fail"), st.booleans(), st.booleans()),
         st.tuples(st.just("restart"), st.none(), st.none()),
+        st.tuples(st.just("absorb"), st.none(), st.none()),
+        st.tuples(st.just("late"), st.none(), st.none()),
     ),
     max_size=25,
 )
@@ -99,12 +101,25 @@ def test_what_a_capture_gives_rebuilds_the_memory(
     guest = Guest(run, template, over)
     known = Ledger("snp_0", over=np.array(sorted(over), np.uint32), whole=whole)
     ledger.write_ledger(run, known)
-    stored = {"snp_0": dict(guest.differing())}
+    last = dict(guest.differing())
+    stored = {"snp_0": last}
     for number, (what, one, two) in enumerate(steps, start=1):
         if what == "write":
             guest.write(one, two)
         elif what == "restart":
             known = ledger.read_ledger(run)
+        elif what == "absorb":
+            poisoned = ledger.is_poisoned(run)
+            ledger.poison(run)
+            taken = guest.take(DIFF)
+            if poisoned:
+                taken.unlink()
+            else:
+                known = ledger.absorb(run, known, taken)
+        elif what == "late":
+            known = ledger.committed(known, known.generation, f"snp_{number}")
+            ledger.write_ledger(run, known)
+            stored[f"snp_{number}"] = last
         elif what == "fail":  # Firecracker may have written, or not; nobody takes it
             ledger.poison(run)
             if one:
@@ -114,7 +129,7 @@ def test_what_a_capture_gives_rebuilds_the_memory(
             ledger.poison(run)
             known, numbers = ledger.enter(run, known, plan, guest.take(plan.kind), template)
             given_out = content(run, numbers)
-            wanted = guest.differing()
+            last = wanted = guest.differing()
             below = stored[plan.parent] if plan.parent else {}
             together = {**below, **given_out}
             rebuilt = {n: together.get(n, guest._template_page(n)) for n in range(PAGES)}
@@ -156,8 +171,8 @@ def test_a_ledger_that_cannot_be_read_is_a_typed_error(tmp_path: Path, data: byt
 
 
 def test_the_record_comes_back(tmp_path: Path) -> None:
-    known = Ledger("snp_a", 7, np.array([1, 5], np.uint32), np.array([9], np.uint32), False)
+    known = Ledger("snp_a", 7, np.array([1, 5], np.uint32), np.array([9], np.uint32), False, np.array([2], np.uint32))
     ledger.write_ledger(tmp_path, known)
     back = ledger.read_ledger(tmp_path)
     assert (back.base, back.generation, back.whole) == ("snp_a", 7, False)
-    assert (back.since.tolist(), back.over.tolist()) == ([1, 5], [9])
+    assert (back.since.tolist(), back.over.tolist(), back.fresh.tolist()) == ([1, 5], [9], [2])
