@@ -28,8 +28,7 @@ from recess.machines.parts import Parts
 from recess.machines.scratch import scratch_vm
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.starting import Origin
-from recess.snapshots.contract import PageData
-from recess.units import PAGE_BYTES
+from recess.snapshots.contract import PageData, PartDiff
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +67,7 @@ class SnapshotLooks:
         """
         rows = [await self._parts.catalog.snapshots.get(ref) for ref in (left, right)]
         async with self._one:
-            origins = [(await self._stored.open(row.id, stored=True))[0] for row in rows]
-            memory, disk = await asyncio.to_thread(_compare, origins[0], origins[1])
+            memory, disk = await self._compare(rows[0].id, rows[1].id)
             out: dict[str, Any] = {
                 "left": rows[0].id, "right": rows[1].id, "memory": asdict(memory), "disk": asdict(disk),
                 "files": None, "processes": None, "why_no_files": "",
@@ -78,12 +76,27 @@ class SnapshotLooks:
             if silent:
                 out["why_no_files"] = f"guestd did not answer when {silent[0]} was taken: it cannot be asked now"
                 return out
-            states = [await self._state(origin) for origin in origins]
+            states = [await self._state(row.id) for row in rows]  # one after the other: each may take much memory
         out["files"] = asdict(compare_files(states[0].files, states[1].files))
         out["processes"] = asdict(compare_processes(states[0].processes, states[1].processes))
         return out
 
-    async def _state(self, origin: Origin) -> GuestState:
+    async def _compare(self, left: str, right: str) -> tuple[PartDiff, PartDiff]:
+        """Compare memory and disk in the store: neither is ever whole in memory."""
+        (mine, _), (theirs, _) = [await self._stored.stands_on(ref) for ref in (left, right)]
+        if (mine.spec.memory_bytes, mine.spec.disk_bytes) != (theirs.spec.memory_bytes, theirs.spec.disk_bytes):
+            raise BadInput("the snapshots are of machines with different memory or disk sizes: they cannot be compared")
+        sources = [*mine.sources, *theirs.sources]
+        memory, disk = [
+            await asyncio.to_thread(
+                self._parts.store.difference, left, right, part, templates=(mine.pages, theirs.pages), sources=sources
+            )
+            for part in (MEMORY, DISK)
+        ]
+        return memory, disk
+
+    async def _state(self, snapshot_id: str) -> GuestState:
+        origin, _, _ = await self._stored.open(snapshot_id, stored=True)
         async with scratch_vm(self._parts, origin) as vm:
             return await look_at(vm.link)
 
@@ -168,15 +181,3 @@ def checked_at(row: SnapshotRecord) -> float:
 def _base(origin: Origin, part: str) -> PageData | None:
     pages = origin.template.pages
     return pages.part(part) if pages is not None else None
-
-
-def _compare(left: Origin, right: Origin) -> tuple[PageDiff, PageDiff]:
-    mine, theirs = left.template.spec, right.template.spec
-    if (mine.memory_bytes, mine.disk_bytes) != (theirs.memory_bytes, theirs.disk_bytes):
-        raise BadInput("the snapshots are of machines with different memory or disk sizes: they cannot be compared")
-    sizes = {MEMORY: mine.memory_bytes // PAGE_BYTES, DISK: mine.disk_bytes // PAGE_BYTES}
-    pairs = {MEMORY: (left.parts.memory, right.parts.memory), DISK: (left.parts.disk, right.parts.disk)}
-    memory, disk = (
-        compare_pages(*pairs[part], _base(left, part), _base(right, part), sizes[part]) for part in (MEMORY, DISK)
-    )
-    return memory, disk

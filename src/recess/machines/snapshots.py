@@ -54,9 +54,8 @@ class StoredSnapshots:
         origin is for several machines. `stored`: every page comes from the store, whatever is at hand.
         """
         began = time.monotonic()
-        manifest = await asyncio.to_thread(self._parts.store.manifest, snapshot_id)
-        machine, spec = manifest_machine(manifest, snapshot_id), manifest["spec"]
-        template = await self._templates.under(str(spec.get("template", "")), spec.get("vm"))
+        template, manifest = await self.stands_on(snapshot_id)
+        machine = manifest_machine(manifest, snapshot_id)
         here = fingerprint_json(await self._parts.driver.fingerprint(template.spec))
         reasons = can_restore(manifest.get("fingerprint", {}), here)
         if reasons:
@@ -74,6 +73,13 @@ class StoredSnapshots:
         if not (early and self._parts.driver.capabilities.early_start):
             origin = await origin.settled()
         return origin, machine, manifest
+
+    async def stands_on(self, snapshot_id: str) -> tuple[Template, Mapping[str, Any]]:
+        """Return the template that a snapshot's gaps mean, ready on this node, and its manifest. Raises as `open` does."""
+        manifest = await asyncio.to_thread(self._parts.store.manifest, snapshot_id)
+        manifest_machine(manifest, snapshot_id)  # is it one of a machine at all?
+        spec = manifest["spec"]
+        return await self._templates.under(str(spec.get("template", "")), spec.get("vm")), manifest
 
     async def _read(
         self, snapshot_id: str, template: Template, manifest: Mapping[str, Any], *, many: bool, stored: bool

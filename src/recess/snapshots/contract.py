@@ -109,6 +109,18 @@ class Overlay:
     data: PageData
 
 
+@dataclass(frozen=True)
+class PartDiff:
+    """How a part differs from one snapshot to another, in pages. `listed`: those that either has of its own; `zeroed` and
+    `reverted`: of the changed ones those that are, in the second, zeros and the base's."""
+
+    pages_total: int
+    listed: int
+    changed: int
+    zeroed: int
+    reverted: int
+
+
 class SnapshotStore(Protocol):
     """Manifests, page maps and layers over a blob store. Raises Corrupt, NotFound, OutOfSpace, HasDependents."""
 
@@ -158,6 +170,18 @@ class SnapshotStore(Protocol):
     ) -> None:
         """Write the whole part to a sparse file (temp name and rename), byte for byte what was captured."""
         ...  # fmt: skip
+
+    def difference(
+        self,
+        left_id: str,
+        right_id: str,
+        part: str,
+        *,
+        templates: tuple[TemplatePages | None, TemplatePages | None],
+        sources: list[PageSource] | None = None,
+    ) -> PartDiff:
+        """Compare a part of two snapshots, each over its template, in little memory. Raises BadInput for other sizes."""
+        ...
 
     def verify(self, snapshot_id: str) -> Mapping[str, Any]:
         """Re-hash everything reachable; raises Corrupt naming the blob."""

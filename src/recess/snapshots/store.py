@@ -25,11 +25,13 @@ from recess.snapshots.contract import (
     Overlay,
     PageData,
     PageSource,
+    PartDiff,
     RawPart,
     SnapshotMeta,
     TemplatePages,
     WriteReport,
 )
+from recess.snapshots.difference import Side, difference
 from recess.snapshots.forms import recoded_sizes
 from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
 from recess.snapshots.lineage import Shape, dependents, shape_of
@@ -179,6 +181,23 @@ class Store:
         except (Exception, KeyboardInterrupt):
             temp.unlink(missing_ok=True)
             raise
+
+    def difference(
+        self,
+        left_id: str,
+        right_id: str,
+        part: str,
+        *,
+        templates: tuple[TemplatePages | None, TemplatePages | None],
+        sources: list[PageSource] | None = None,
+    ) -> PartDiff:
+        """See `SnapshotStore.difference`."""
+        sides = []
+        for ref, template in zip((left_id, right_id), templates, strict=True):
+            snapshot = self._open(ref)
+            _check_template(snapshot, template)
+            sides.append(Side(snapshot, template.part(part) if template is not None else None))
+        return difference(sides[0], sides[1], part, by_hash(sources))
 
     def verify(self, snapshot_id: str) -> Mapping[str, Any]:
         """See `SnapshotStore.verify`. The template's files are verified too."""
