@@ -175,3 +175,74 @@ def test_down_returns_when_the_server_has_ended_and_nothing_runs(recess, tmp_pat
     except FileNotFoundError:
         state = "gone"
     assert state in ("gone", "Z")  # a zombie is its parent's business
+
+
+def test_a_machine_is_created_started_waited_for_and_started_again(recess):
+    created = recess("create", "--name", "job", "-e", "WHO=you", "base", "sh", "-c", "echo hi $WHO; exit 3")
+    assert created.stdout.startswith(b"mch_")
+    assert recess("ps", "-q").stdout == b""
+    assert recess("ps", "-a", "--format", "{{.Names}} {{.Status}}").stdout == b"job Created\n"
+    recess("start", "-a", "job", expect=3)
+    assert recess("wait", "job").stdout == b"3\n"
+    assert recess("logs", "job").stdout == b"hi you\n"
+    again = recess("start", "-a", "job", expect=3)
+    assert again.stdout == b"hi you\n"
+    assert b"rung 4" in again.stderr
+    assert recess("logs", "--tail", "1", "job").stdout == b"hi you\n"
+    assert recess("logs", "job").stdout == b"hi you\n" * 2
+    recess("rename", "job", "task")
+    assert recess("ps", "-a", "-f", "exited=3", "--format", "{{.Names}}").stdout == b"task\n"
+    assert recess("prune", "-f").stdout.startswith(b"mch_")
+    assert envelope(recess("prune", "--json", expect=2))["error"]["code"] == "bad_input"
+    assert recess("ps", "-aq").stdout == b""
+
+
+def test_events_tell_what_happened(recess):
+    recess("run", "--rm", "--name", "one", "base", "sh", "-c", "exit 2", expect=2)
+    lines = recess("events", "--since", "1h", "--until", "0s", "--json").stdout.splitlines()
+    assert lines == []
+    lines = recess("events", "--since", "1h", "--until", "1s", "-f", "machine=one", "--json").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["action"] for event in events][:3] == ["create", "start", "die"]
+    assert events[2]["details"] == {"exit_code": 2}
+
+
+def test_rewind_restore_with_other_settings_and_fork_counts(recess):
+    recess("run", "-d", "--name", "dev", "-e", "A=1", "base")
+    recess("snapshot", "dev", "first")
+    recess("exec", "dev", "sh", "-c", "echo now > /root/state")
+    recess("rewind", "dev", "first")
+    recess("exec", "dev", "cat", "/root/state", expect=1)
+    recess("restore", "first", "--name", "copy", "-e", "A=2", "-l", "team=x")
+    assert recess("exec", "copy", "sh", "-c", "echo $A").stdout == b"2\n"
+    assert recess("ps", "-f", "label=team=x", "--format", "{{.Names}}").stdout == b"copy\n"
+    assert b"-3 is not in the range" in recess("fork", "-n", "-3", "dev", expect=2).stderr
+    assert len(recess("fork", "dev").stdout.split()) == 1
+    assert recess("fork", "--name", "kid1", "--name", "kid2", "dev").stdout.count(b"mch_") == 2
+
+
+def test_what_takes_space_and_where_ports_are(recess):
+    recess("run", "-d", "--name", "dev", "-p", "80", "base")
+    kinds = {row["kind"]: row for row in envelope(recess("df", "--json"))["data"]["kinds"]}
+    assert kinds["machines"]["count"] == 1
+    where = recess("port", "dev", "80").stdout.decode().strip()
+    assert recess("port", "dev").stdout.decode() == f"80/tcp -> {where}\n"
+    recess("port", "dev", "81", expect=1)
+    assert recess("stats", "--no-stream", "--format", "{{.name}}").stdout == b"dev\n"
+    for shell in ("bash", "zsh", "fish"):
+        assert b"_RECESS_COMPLETE" in recess("completion", shell).stdout
+    assert envelope(recess("--json", "ps", "--format", "json", expect=2))["error"]["code"] == "bad_input"
+
+
+def test_a_suspended_machine_is_followed_until_it_is_back(recess):
+    recess("run", "-d", "--name", "dev", "base", "sh", "-c", "echo one; sleep 1000")
+    command = [sys.executable, "-m", "recess.cli.main", "attach", "dev"]
+    with subprocess.Popen(command, env=recess.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as attached:
+        assert attached.stdout.readline() == b"one\n"
+        recess("suspend", "dev")
+        assert b"is suspended" in attached.stderr.readline()
+        recess("resume", "dev")
+        recess("stop", "dev")
+        rest = attached.stdout.read()
+        assert attached.wait(timeout=30) == 143
+    assert rest == b""  # nothing is shown twice

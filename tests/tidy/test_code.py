@@ -139,13 +139,12 @@ def test_the_root_is_small():
 
 
 def test_only_config_reads_the_environment():
-    """The exceptions: test helpers; a secret that is kept in the server's environment; `-e NAME` of exec and run, where the
+    """The exceptions: test helpers; a secret that is kept in the server's environment; `-e NAME` of Docker's verbs, where the
     user's environment is what is handed on; what is sent into a machine and runs there."""
     excepted = (
         "src/recess/config.py",
         "src/recess/broker/sources.py",
-        "src/recess/cli/verbs/exec.py",
-        "src/recess/cli/verbs/run.py",
+        "src/recess/cli/common.py",
         "src/recess/adapters/code_runner.py",
     )
     bad = [

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from recess.api import (
+    routes_acts,
     routes_egress,
     routes_exec,
     routes_files,
@@ -70,7 +71,8 @@ def _no_end() -> None:
 
 def make_app(node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end) -> Starlette:
     """Return the application over an open node; `end` is what a call to shut down does."""
-    routes = [*routes_egress.ROUTES, *routes_node.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
+    routes = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES, *routes_sessions_events.ROUTES]
+    routes += [*routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
         routes=[*routes_files.ROUTES, *routes],

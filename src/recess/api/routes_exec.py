@@ -17,6 +17,7 @@ from recess.api.context import context_of
 from recess.api.wire import field, parse_object, reject_unknown
 from recess.errors import BadInput, IllegalState, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Job
+from recess.machines.service import MachineSpec
 
 _FIELDS = {"argv", "env", "cwd", "user", "tty", "rows", "cols", "stdin", "detach", "label", "attach"}
 
@@ -30,7 +31,7 @@ async def exec_socket(ws: WebSocket) -> None:
         node = context_of(ws).node
         row = await node.machines.get(str(ws.path_params["ref"]))
         with node.sessions.activity(row.session, "exec"):  # a session's machine is not frozen under an attached process
-            job = await _open(await node.machines.link(row.id), first)
+            job = await _open(await node.machines.link(row.id), first, row.spec)
             try:
                 await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
                 if not first.get("detach"):
@@ -54,7 +55,7 @@ async def _first(ws: WebSocket) -> dict[str, Any]:
     return parse_object(message.get("text") or "", "the first message")
 
 
-async def _open(link: GuestLink, first: dict[str, Any]) -> Job:
+async def _open(link: GuestLink, first: dict[str, Any], spec: MachineSpec) -> Job:
     if first.get("attach"):
         return await link.attach(field(first, "attach", str, ""))
     argv = field(first, "argv", list, [])
@@ -63,8 +64,8 @@ async def _open(link: GuestLink, first: dict[str, Any]) -> Job:
     request = ExecRequest(
         argv=argv,
         env={str(k): str(v) for k, v in field(first, "env", dict, {}).items()},
-        cwd=field(first, "cwd", str, "/root"),
-        user=field(first, "user", str, "root"),
+        cwd=field(first, "cwd", str, "") or spec.cwd,
+        user=field(first, "user", str, "") or spec.user,
         tty=field(first, "tty", bool, False),
         rows=field(first, "rows", int, 24),
         cols=field(first, "cols", int, 80),

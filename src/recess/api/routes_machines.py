@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from signal import SIGKILL
 from typing import Any
 
 from starlette.requests import Request
@@ -9,6 +10,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from recess.api.context import context_of, once
+from recess.api.imagespec import with_image
+from recess.api.routes_acts import signal_number
 from recess.api.wire import (
     field,
     machine_json,
@@ -20,6 +23,7 @@ from recess.api.wire import (
     with_progress,
 )
 from recess.errors import BadInput
+from recess.images import BASE_IMAGE
 from recess.machines.ladder import RUNGS
 
 
@@ -37,11 +41,17 @@ async def list_machines(request: Request) -> Response:
 async def create_machine(request: Request) -> Response:
     """POST /v1/machines."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"name", "spec"}, "body")
-    spec, name = parse_spec(field(body, "spec", dict, {})), field(body, "name", str, "")
+    reject_unknown(body, {"name", "spec", "start", "shell"}, "body")
+    asked, name = field(body, "spec", dict, {}), field(body, "name", str, "")
+    shell = [str(word) for word in field(body, "shell", list, [])]
+    machines = ctx.node.machines
 
     async def work() -> dict[str, Any]:
-        return machine_json(await ctx.node.machines.create(spec, name=name))
+        config = await ctx.node.images.config(field(asked, "image", str, BASE_IMAGE))
+        spec = parse_spec(with_image(asked, config, shell))
+        if not field(body, "start", bool, True):
+            return machine_json(await machines.acts.prepare(spec, name=name))
+        return machine_json(await machines.create(spec, name=name))
 
     return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
 
@@ -67,14 +77,18 @@ async def delete_machine(request: Request) -> Response:
 
 
 async def act_on_machine(request: Request) -> Response:
-    """POST /v1/machines/REF/{stop,kill,pause,unpause}: the machine afterwards."""
+    """POST /v1/machines/REF/{stop,kill,pause,unpause}: the machine afterwards. `kill` takes `signal`, for the main process."""
     machines, ref, verb = context_of(request).node.machines, _ref(request), request.path_params["verb"]
     body = await read_json(request)
     row = await machines.get(ref)
     if verb == "stop":
         await machines.stop(row.id, timeout_s=field(body, "timeout_s", float, 10.0))
     elif verb == "kill":
-        await machines.kill(row.id, why="killed by the user")
+        number = signal_number(body.get("signal") or SIGKILL)
+        if number == SIGKILL:
+            await machines.kill(row.id, why="killed by the user")
+        else:
+            await machines.acts.signal(row.id, number)
     elif verb == "pause":
         await machines.pause(row.id)
     elif verb == "unpause":
@@ -115,8 +129,9 @@ async def fork_machine(request: Request) -> Response:
 
 
 async def machine_logs(request: Request) -> Response:
-    """GET /v1/machines/REF/logs."""
-    data = await context_of(request).node.machines.logs(_ref(request))
+    """GET /v1/machines/REF/logs: `framed=1` tells the streams apart, and how much of the process's output it is."""
+    framed = request.query_params.get("framed") == "1"
+    data = await context_of(request).node.machines.logs(_ref(request), framed=framed)
     return Response(data, media_type="application/octet-stream")
 
 

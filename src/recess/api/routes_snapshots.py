@@ -13,6 +13,7 @@ from recess.api.context import context_of, once
 from recess.api.wire import (
     field,
     machine_json,
+    parse_changes,
     read_json,
     reject_unknown,
     resume_json,
@@ -117,11 +118,12 @@ async def diff_snapshots(request: Request) -> Response:
 async def restore_snapshot(request: Request) -> Response:
     """POST /v1/snapshots/REF/restore."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"name", "disk"}, "body")
+    reject_unknown(body, {"name", "disk", "env", "labels", "ports"}, "body")
     name, disk_only = field(body, "name", str, ""), field(body, "disk", bool, False)
+    changes = parse_changes(body)
 
     async def work() -> dict[str, Any]:
-        row, report = await ctx.node.machines.restore(_ref(request), name=name, disk_only=disk_only)
+        row, report = await ctx.node.machines.restore(_ref(request), name=name, disk_only=disk_only, changes=changes)
         return {"machine": machine_json(row), "resume": resume_json(report)}
 
     return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)

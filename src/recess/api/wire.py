@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from recess.errors import BadInput, RecessError
-from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.service import Changes, MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.units import MIB, parse_size
 
 BODY_BYTES_MAX = 16 * MIB
@@ -74,6 +74,13 @@ def field(data: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:
     return value
 
 
+def number_of(text: str, name: str) -> int:
+    """Return a number of a query, 0 or more. Raises BadInput naming it."""
+    if not (text.isascii() and text.isdigit()) or int(text) > NUMBER_MAX:
+        raise BadInput(f"{name}: a number is needed")
+    return int(text)
+
+
 def reject_unknown(data: Mapping[str, Any], known: set[str], where: str) -> None:
     """Raise BadInput for the first key nobody knows: a typo must not be silently ignored."""
     unknown = sorted(set(data) - known)
@@ -125,6 +132,15 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
             kind = {"cpus": int, "tty": bool, "stdin": bool, "remove_on_exit": bool}.get(name, str)
             out[name] = field(data, name, kind, None)
     return MachineSpec(**out)
+
+
+def parse_changes(data: Mapping[str, Any]) -> Changes:
+    """Return what a restore changes, from the body's env, labels and ports. Raises BadInput."""
+    ports = data.get("ports")
+    return Changes(
+        env=_str_map(data.get("env") or {}, "env"), labels=_str_map(data.get("labels") or {}, "labels"),
+        ports=None if ports is None else _ports(ports),
+    )  # fmt: skip
 
 
 def machine_json(row: MachineRow) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What every verb shares: the --json and -q options, the way to the server, parsing of Docker's flag values."""
+"""What every verb shares: the --json, --format and -q options, the way to the server, parsing of Docker's flag values."""
 
 from __future__ import annotations
 
 import functools
+import os
 import secrets
 import sys
 from collections.abc import Callable
@@ -23,8 +24,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Invocation:
     """One run of a verb: its output and, when first needed, its server."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, command: str) -> None:
-        self.out = Output(as_json=as_json, quiet=quiet, command=command)
+    def __init__(self, *, as_json: bool, quiet: bool, command: str, template: str = "") -> None:
+        if template and as_json:
+            raise BadInput("--json and --format exclude each other", hint="--format json prints one document a row")
+        self.out = Output(as_json=as_json, quiet=quiet, command=command, template=template)
         self.config: Config = load_config()
         self._transport: Transport | None = None
 
@@ -39,16 +42,19 @@ class Invocation:
 
 
 def verb(function: F) -> Callable[..., Any]:
-    """Give a verb --json and -q and pass it an `Invocation` first."""
+    """Give a verb --json, --format and -q and pass it an `Invocation` first."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope instead of text.")
+    @click.option(
+        "--format", "template", default="", metavar="TEMPLATE", help="Print by a template: '{{.Name}}', json."
+    )
     @click.option("-q", "--quiet", is_flag=True, help="Print ids only.")
     @click.pass_context
     @functools.wraps(function)
-    def wrapper(ctx: click.Context, /, *args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> Any:
+    def wrapper(ctx: click.Context, /, *args: Any, as_json: bool, quiet: bool, template: str, **kwargs: Any) -> Any:
         parent_json = bool((ctx.find_root().obj or {}).get("json"))
         command = " ".join(ctx.command_path.split()[1:])
-        invocation = Invocation(as_json=as_json or parent_json, quiet=quiet, command=command)
+        invocation = Invocation(as_json=as_json or parent_json, quiet=quiet, command=command, template=template)
         return function(invocation, *args, **kwargs)
 
     return wrapper
@@ -68,6 +74,11 @@ def parse_pairs(items: tuple[str, ...], what: str) -> dict[str, str]:
             raise BadInput(f"{what}: expected NAME=VALUE, got {item!r}")
         out[name] = value
     return out
+
+
+def callers_env() -> dict[str, str]:
+    """Return the user's environment, which `-e NAME` hands on: the one place beside `config` that looks at it."""
+    return dict(os.environ)
 
 
 def parse_env(items: tuple[str, ...], files: tuple[str, ...], environ: dict[str, str]) -> dict[str, str]:

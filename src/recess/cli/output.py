@@ -11,37 +11,48 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recess.cli.template import align, heading, render
 from recess.errors import RecessError
 
 
 class Output:
     """One invocation's output. `quiet`: ids only."""
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, command: str = "") -> None:
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, command: str = "", template: str = "") -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.command = command
-        self._line_open = False
+        self.template = template
 
     def data(self, value: Any, text: str | None = None) -> None:
-        """Print the result: the envelope with --json, else `text` (None prints nothing)."""
-        if self.as_json:
+        """Print the result: the envelope with --json, by the template with --format, else `text` (None prints nothing)."""
+        if self.template:
+            self._by_template(value if isinstance(value, list) else [value])
+        elif self.as_json:
             print(json.dumps({"ok": True, "command": self.command, "data": value}))
         elif text is not None:
             print(text)
 
     def line(self, text: str) -> None:
-        """Print one line of result text (never with --json)."""
-        if not self.as_json:
+        """Print one line of result text (never with --json or --format)."""
+        if not (self.as_json or self.template):
             print(text, flush=True)
 
     def stream_item(self, value: Mapping[str, Any], text: str) -> None:
         """Print one item of a stream: a JSON line with --json, else text."""
+        if self.template:
+            text = render(self.template, value)
         print(json.dumps(value) if self.as_json else text, flush=True)
+
+    def _by_template(self, rows: Sequence[Any]) -> None:
+        lines = [render(self.template, row) for row in rows]
+        first = heading(self.template)
+        for line in lines if first is None else align([first, *lines]):
+            print(line)
 
     def table(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[tuple[str, str]], ids: str = "id") -> None:
         """Print rows. `columns` are (heading, key); -q prints only the `ids` column."""
-        if self.as_json:
+        if self.as_json or (self.template and not self.quiet):
             self.data(list(rows))
             return
         if self.quiet:

@@ -15,13 +15,13 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import quote, unquote
 
-from recess.errors import BadInput, Corrupt, HasDependents, NameInUse, NotFound
+from recess.errors import BadInput, Conflict, Corrupt, HasDependents, NameInUse, NotFound
 from recess.images import debian
 from recess.images.files import build_dir, hash_file, locked, publish_dir, read_json, write_json
 from recess.images.pages import FilePages
@@ -42,6 +42,12 @@ class ImageInfo:
     packages: tuple[str, ...]
     size_bytes: int
     created: float
+    config: Mapping[str, Any] = field(default_factory=dict)  # how it wants to be started, in the OCI's words
+    source: str = ""  # where it came from, with the digest of what it was made of
+
+
+Making = Callable[[Path], Path]
+"""Makes a root image somewhere below the folder it is given and returns its path."""
 
 
 class RootBuilder(Protocol):
@@ -86,8 +92,21 @@ class ImageStore:
         wanted = debian.check_packages([*packages, *(debian.BASE_PACKAGES if with_base else ())])
         if path.exists() and not replace:
             raise NameInUse(f"an image named {name!r} exists", hint="remove it first, or use another name")
+        return self.put(
+            name, lambda work: self._build(wanted, work, progress, cancel=cancel), {"packages": list(wanted)},
+            progress, replace=True,
+        )  # fmt: skip
+
+    def put(
+        self, name: str, make: Making, about: Mapping[str, Any], progress: Progress = _silent, *, replace: bool = True
+    ) -> ImageInfo:
+        """Make a root and give it a name; `about`: what else its metadata says (packages, config, source).
+
+        Nothing is left behind unless it returns. Without `replace` a name in use is NameInUse. Errors of `make` as well.
+        """
+        path = self._name_path(name)
         with build_dir(self._dir) as work:
-            root = self._build(wanted, work, progress, cancel=cancel)
+            root = make(work)
             progress("indexing the root image")
             folder = work / "new"
             folder.mkdir()
@@ -98,18 +117,21 @@ class ImageStore:
             with locked(self._names):
                 publish_dir(folder, self._roots / digest)
                 size = (self._roots / digest / "root.erofs").stat().st_size
-                write_json(
-                    path,
-                    {
-                        "version": _VERSION,
-                        "name": name,
-                        "root_hash": digest,
-                        "packages": list(wanted),
-                        "size_bytes": size,
-                        "created": time.time(),
-                    },
-                )
+                if path.exists() and not replace:
+                    raise NameInUse(f"an image named {name!r} exists", hint="remove it first, or use another name")
+                found = {"root_hash": digest, "size_bytes": size, "created": time.time()}
+                write_json(path, {"packages": [], **about, "version": _VERSION, "name": name, **found})
         return self.get(name)
+
+    def tag(self, name: str, further: str) -> ImageInfo:
+        """Give an image a further name; another image that has it loses it. Raises NotFound, BadInput, Corrupt."""
+        info, path = self.get(name), self._name_path(further)
+        with locked(self._names):
+            found = read_json(self._name_path(name), _VERSION)
+            if found.get("root_hash") != info.root_hash:
+                raise Conflict(f"image {name!r} was changed meanwhile", hint="try again")
+            write_json(path, {**found, "name": further})
+        return self.get(further)
 
     def ensure_base(self, progress: Progress = _silent) -> ImageInfo:
         """Return the image `base`, building it first if it is not there. Errors as `create`."""
@@ -222,14 +244,16 @@ class ImageStore:
     def _parse(self, name: str, found: dict[str, object], path: Path) -> ImageInfo:
         digest, packages = found.get("root_hash"), found.get("packages")
         size, created = found.get("size_bytes"), found.get("created")
+        config, source = found.get("config", {}), found.get("source", "")
         if (
             not isinstance(digest, str)
             or not re.fullmatch(r"[0-9a-f]{64}", digest)
             or not isinstance(packages, list)
             or not isinstance(size, int)
             or not isinstance(created, int | float)
+            or not isinstance(config, dict)
             or found.get("name") != name
         ):
             raise Corrupt(f"image {name!r}: damaged metadata in {path}", hint=f"recess images rm {name}, create it")
         root = self._roots / digest / "root.erofs"
-        return ImageInfo(name, root, digest, tuple(str(p) for p in packages), size, float(created))
+        return ImageInfo(name, root, digest, tuple(map(str, packages)), size, float(created), config, str(source))

@@ -79,17 +79,20 @@ class BringBack:
         return record, await self._report(row, origin, timings, began, why)
 
     async def restore_new(
-        self, row: SnapshotRow, *, name: str, session: str, epoch: int
+        self, row: SnapshotRow, *, name: str, session: str, epoch: int, changes: Changes | None = None
     ) -> tuple[MachineRecord, ResumeReport]:
         """Make a new machine from a snapshot. Raises Unsupported for one that was taken without guestd's consent."""
         _check_forkable(row)
         began = time.monotonic()
         origin, spec, _ = await self._stored.open(row.id, early=True)
         note = {"origin": {"snapshot": row.id, "machine": row.machine}}
-        record = await self._launcher.claim(child_spec(spec), name=name, session=session, meta=note)
+        spec = child_spec(spec, changes)
+        check_spec(spec, self._parts.driver.capabilities)
+        record = await self._launcher.claim(spec, name=name, session=session, meta=note)
         async with self._fleet.lock(record.id):
             try:
-                record, _, timings = await self._launcher.launch(record, origin, epoch=epoch)
+                strict = changes is not None and changes.ports is not None
+                record, _, timings = await self._launcher.launch(record, origin, epoch=epoch, strict_ports=strict)
             except UNDO:
                 await self._launcher.abandon(record)
                 raise

@@ -28,7 +28,7 @@ from recess.machines.launching import Launcher, child_spec
 from recess.machines.mapped import DISK, MappedTemplate
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import manifest_machine, spec_from_json, vm_spec
-from recess.machines.service import MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.service import Changes, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.starting import cold_origin
 from recess.machines.states import next_state
 from recess.machines.templates import Templates, bare_template, manifest_vm
@@ -66,10 +66,12 @@ class ColdBoot:
         await self._fleet.end(record.id, "it comes back from a snapshot", keep_disk=True)
         return await self.snapshot(record, row, epoch=epoch, why=record.status)
 
-    async def new(self, row: SnapshotRow, *, name: str, session: str, epoch: int) -> tuple[MachineRecord, ResumeReport]:
+    async def new(
+        self, row: SnapshotRow, *, name: str, session: str, epoch: int, changes: Changes | None = None
+    ) -> tuple[MachineRecord, ResumeReport]:
         """Make a new machine from a snapshot's disk. Raises as `own`; then no row is left."""
         manifest = await asyncio.to_thread(self._parts.store.manifest, row.id)
-        spec = child_spec(manifest_machine(manifest, row.id))
+        spec = child_spec(manifest_machine(manifest, row.id), changes)
         note = {"origin": {"snapshot": row.id, "machine": row.machine}}
         record = await self._launcher.claim(spec, name=name, session=session, meta=note)
         async with self._fleet.lock(record.id):

@@ -23,6 +23,7 @@ from recess.machines.leavings import Leavings
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import is_sound, spec_from_json
+from recess.machines.restarting import Restarts
 from recess.machines.stalls import Stalls
 from recess.machines.starting import Starter, finish
 from recess.machines.states import (
@@ -65,6 +66,7 @@ class Fleet:
         self.stalls = Stalls(parts)
         self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
         self.linger_s = LINGER_S
+        self._restarts = Restarts(parts, self.starter, lambda live: self._live.get(live.id) is live)
 
     def lock(self, machine_id: str) -> asyncio.Lock:
         """Return the lock that orders the changes of one machine."""
@@ -145,7 +147,8 @@ class Fleet:
             return {"state": state, "status": status}
 
         if await self._parts.catalog.machines.find(machine_id) is not None:
-            await self._parts.catalog.machines.change(machine_id, decide)
+            row = await self._parts.catalog.machines.change(machine_id, decide)
+            self._parts.tell("lost", machine_id, row.name, reason=reason, state=row.state)
 
     async def end(self, machine_id: str, why: str, *, keep_disk: bool = False) -> None:
         """End a VM on purpose; the row is the caller's. Returns when nothing of it is left, but for its disk under its
@@ -185,7 +188,13 @@ class Fleet:
             live = self._live.get(machine_id)
             if live is None:
                 return
-            row = await self._parts.catalog.machines.change(machine_id, decide)
+            again = self._restarts.due(live, code)
+            if again is None:
+                row = await self._parts.catalog.machines.change(machine_id, decide)
+                self._parts.tell("die", machine_id, row.name, exit_code=code)
+        if again is not None:
+            await self._start_again(live, again, code)
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.linger_s):
                 await live.gone.wait()
@@ -198,6 +207,24 @@ class Fleet:
             if live.spec.remove_on_exit and row.state == EXITED:
                 await self.forget(machine_id)
 
+    async def _start_again(self, live: Live, delay_s: float, code: int) -> None:
+        """Start a main process anew by its restart policy; one that cannot be started is over."""
+        if not await self._restarts.wait(live, delay_s):
+            return
+        async with self.lock(live.id):
+            if self._live.get(live.id) is not live:
+                return
+            try:
+                await self._restarts.start(live)
+            except RecessError as exc:
+                live.stopping = True  # its policy has come to its end, too
+                log.warning("machine %s: its process is not started again: %s", live.id, exc.message)
+            else:
+                row = await self._parts.catalog.machines.get(live.id)
+                self._parts.tell("restart", live.id, row.name, exit_code=code, restarts=live.restarts)
+                return
+        await self.main_exited(live.id, code)
+
     async def settle(self, live: Live) -> None:
         """Have the guest write everything to its disk before its end (bounded): a disk that needs no recovery."""
         if live.paused_since == 0.0 and not live.stalled:
@@ -209,6 +236,7 @@ class Fleet:
         has no row, which the next start removes."""
         await self._parts.catalog.machines.delete(machine_id)
         crash_point("machines.row_deleted")
+        self._parts.tell("destroy", machine_id, "")
         await self.starter.forget_files(machine_id)
         self.incoming.forget(machine_id)
         self._locks.pop(machine_id, None)  # who waits for it finds no row; ids are never used again

@@ -22,7 +22,7 @@ from recess.machines.identity import new_name
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import spec_to_json
-from recess.machines.service import MachineSpec
+from recess.machines.service import Changes, MachineSpec
 from recess.machines.starting import Origin, finish
 from recess.machines.states import CREATING, RUNNING
 from recess.machines.templates import vm_json
@@ -30,9 +30,11 @@ from recess.machines.templates import vm_json
 _NAME_TRIES = 8
 
 
-def child_spec(spec: MachineSpec) -> MachineSpec:
+def child_spec(spec: MachineSpec, changes: Changes | None = None) -> MachineSpec:
     """Return the spec of a new machine made from an older one: published ports move to free host ports."""
-    return replace(spec, ports=tuple((ip, 0, guest) for ip, _, guest in spec.ports))
+    changes = changes or Changes()
+    moved = tuple((ip, 0, guest) for ip, _, guest in spec.ports) if changes.ports is None else changes.ports
+    return replace(spec, ports=moved, env={**spec.env, **changes.env}, labels={**spec.labels, **changes.labels})
 
 
 class Launcher:
@@ -43,17 +45,20 @@ class Launcher:
         self._fleet = fleet
 
     async def claim(
-        self, spec: MachineSpec, *, name: str, session: str, template: str = "", meta: Mapping[str, Any] | None = None
-    ) -> MachineRecord:
-        """Insert a row in state "creating". Raises NameInUse, BadInput; without a name one is made up."""
+        self, spec: MachineSpec, *, name: str, session: str, template: str = "", meta: Mapping[str, Any] | None = None,
+        state: str = CREATING,
+    ) -> MachineRecord:  # fmt: skip
+        """Insert a row in state "creating" (or `state`). Raises NameInUse, BadInput; without a name one is made up."""
         record = MachineRecord(
-            id=new_id("mch"), name=name or new_name(), state=CREATING, spec=spec_to_json(spec),
+            id=new_id("mch"), name=name or new_name(), state=state, spec=spec_to_json(spec),
             driver=self._parts.driver.name, created=self._parts.clock.wall_s(), template=template, session=session,
             meta=dict(meta or {}),
         )  # fmt: skip
         for last in (n == _NAME_TRIES - 1 for n in range(_NAME_TRIES)):
             try:
-                return await self._parts.catalog.machines.insert(record)
+                record = await self._parts.catalog.machines.insert(record)
+                self._parts.tell("create", record.id, record.name, image=spec.image)
+                return record
             except asyncio.CancelledError:
                 await self.abandon(record)  # it may have been inserted all the same
                 raise
@@ -76,17 +81,19 @@ class Launcher:
         fresh: bool = False,
         skip: Mapping[int, int] | None = None,
         status: str = "",
+        strict_ports: bool = False,
         note: Mapping[str, Any] | None = None,
     ) -> tuple[MachineRecord, Live, dict[str, float]]:
         """Start the VM of a row and serve it; returns the row in state "running".
 
         `fresh`: a new machine, whose main process is started, as it is after a cold boot; else it is looked for
-        (`skip`: output that is logged already). The disk that an earlier VM left goes once the row says "running". `note` goes into the row's meta. On any error, cancellation too, no VM is left; the row is the
+        (`skip`: output that is logged already). The disk that an earlier VM left goes once the row says "running". `note` goes into the row's meta. `strict_ports`: a host port that is taken is a
+        Conflict, as it is for a fresh machine; else another one is found. On any error, cancellation too, no VM is left; the row is the
         caller's.
         """
         live, timings = await self._fleet.starter.start(record, origin, epoch=epoch)
         try:
-            ports = await self._fleet.starter.open_ports(live, fall_back=not fresh)
+            ports = await self._fleet.starter.open_ports(live, fall_back=not (fresh or strict_ports))
             crash_point("machines.started")
             self._fleet.admit(live)
             meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
@@ -98,6 +105,7 @@ class Launcher:
             )
             crash_point("machines.running")
             keptdisk.drop(self._parts.directory(record.id))
+            self._parts.tell("start", record.id, record.name, status=status)
             if not fresh and not origin.cold:
                 await self._fleet.starter.attach_main(live, skip)
         except UNDO:

@@ -44,6 +44,9 @@ class Live:
     stalled: str = ""  # why its vCPUs stand still although nobody paused it; empty: they do not
     detached: bool = False
     reason: str = ""
+    stopping: bool = False  # somebody asked for its end: a main process that ends is not started again
+    restarts: int = 0  # of the main process, in a row
+    main_since: float = 0.0  # when the main process was started, or found
     forwarder: Forwarder | None = None
     main: MainJob | None = None
     watcher: asyncio.Task[None] | None = None

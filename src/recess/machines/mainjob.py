@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
 from recess.errors import NotFound, OutOfSpace, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Job
@@ -34,7 +35,10 @@ class MainJob:
             argv=list(spec.argv), env=dict(spec.env), cwd=spec.cwd, user=spec.user, tty=spec.tty, stdin=spec.stdin,
             job_id=JOB_ID, label="main",
         )  # fmt: skip
-        self._follow(await link.exec(request), {1: 0, 2: 0})
+        job = await link.exec(request)
+        with suppress(OutOfSpace):
+            self._log.new_run()
+        self._follow(job, {1: 0, 2: 0})
 
     async def attach(self, link: GuestLink, skip: Mapping[int, int]) -> bool:
         """Find the process again; False when the machine has none. `skip`: bytes per stream that are logged already."""

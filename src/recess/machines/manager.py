@@ -17,6 +17,7 @@ from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, GuestFailed, RecessError, Timeout
 from recess.guestlink.link import GuestLink, IncomingHandler
+from recess.machines.acts import Acts
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
 from recess.machines.coldboot import ColdBoot
@@ -28,10 +29,11 @@ from recess.machines.letting import change_egress
 from recess.machines.live import Live
 from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
-from recess.machines.outputlog import read_output
+from recess.machines.outputlog import read_framed, read_output
 from recess.machines.parts import UNDO, Parts
+from recess.machines.processes import Process, list_processes
 from recess.machines.records import check_spec, damaged_machine, machine_row, shown_machine, vm_spec
-from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.service import Changes, MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.stalls import check_goes, hint_of
@@ -50,6 +52,7 @@ class Manager:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self.events = parts.events
         self.templates = Templates(parts)
         self.fleet = Fleet(parts, self.templates)
         self._launcher = Launcher(parts, self.fleet)
@@ -61,6 +64,9 @@ class Manager:
         self._back = BringBack(parts, self.fleet, self._launcher, self._taker, self._stored)
         self._cold = ColdBoot(parts, self.fleet, self._launcher, self.templates)
         self._climber = Climber(parts, self.fleet, self._unpark, self._back, self._cold, self._stored)
+        self.acts = Acts(
+            parts, self.fleet, self._launcher, self.templates, self._taker, self._back, self._climber, self._stored
+        )
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -109,10 +115,14 @@ class Manager:
         """Return the id of the machine's main job, "" if it has none."""
         return JOB_ID if (await self.get(ref)).spec.argv else ""
 
-    async def logs(self, ref: str) -> bytes:
-        """Return what is kept of the main process's output; it outlives the VM."""
+    async def logs(self, ref: str, *, framed: bool = False) -> bytes:
+        """Return what is kept of the main process's output; it outlives the VM. `framed`: see `outputlog.read_framed`."""
         record = await self._record(ref)
-        return await asyncio.to_thread(read_output, self._parts.directory(record.id))
+        return await asyncio.to_thread(read_framed if framed else read_output, self._parts.directory(record.id))
+
+    async def processes(self, ref: str) -> list[Process]:
+        """Return the processes of a running machine, by pid."""
+        return await list_processes(await self.link((await self._record(ref)).id))
 
     async def console(self, ref: str) -> bytes:
         """Return the tail of the serial console of a machine that has a VM."""
@@ -155,6 +165,7 @@ class Manager:
                 await live.vm.pause()
                 live.paused_since = self._parts.clock.monotonic_s()
                 await self._parts.catalog.machines.update(record.id, state=after)
+                self._parts.tell("pause", record.id, record.name)
             except UNDO:
                 await finish(self._taker.wake(live))
                 raise
@@ -174,12 +185,15 @@ class Manager:
             meta = {**meta, "epoch": epoch}
         await self._taker.wake(live)
         await self._parts.catalog.machines.update(record.id, state=after, meta=meta)
+        self._parts.tell("unpause", record.id, record.name)
 
     async def stop(self, ref: str, *, timeout_s: float = 10.0) -> None:
         """SIGTERM the main process, wait, then end the VM: state exited. One that has exited may be stopped again."""
         record = await self._record(ref)
         live = self.fleet.find(record.id)
         code: int | None = None
+        if live is not None:
+            live.stopping = True
         if live is not None and record.state == RUNNING and not live.stalled:
             code = await self._terminate(live, timeout_s)
         async with self.fleet.lock(record.id):
@@ -190,6 +204,7 @@ class Manager:
                 await self._parts.catalog.machines.update(
                     record.id, state=after, exit_code=code, status=f"stopped ({code})"
                 )
+                self._parts.tell("stop", record.id, record.name, exit_code=code)
             elif record.state != after:
                 await self._parts.catalog.machines.update(record.id, state=after, status="stopped while suspended")
             if live is not None and not live.spec.remove_on_exit and self.fleet.find(record.id) is live:
@@ -218,6 +233,7 @@ class Manager:
             after = next_state(record.state, "kill", f"machine {record.name}")
             if record.state != DEAD:
                 await self._parts.catalog.machines.update(record.id, state=after, status=why)
+                self._parts.tell("kill", record.id, record.name, reason=why)
             await self.fleet.end(record.id, why, keep_disk=True)
 
     async def remove(self, ref: str, *, force: bool = False) -> str:
@@ -257,9 +273,11 @@ class Manager:
         record = await self._record(ref)
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
-            return await self._taker.snapshot(
+            row = await self._taker.snapshot(
                 record, name=name, why=why, log_position=log_position, epoch=epoch, resume=resume
             )
+            self._parts.tell("snapshot", record.id, record.name, snapshot=row.id, why=why)
+            return row
 
     async def evict(self, ref: str, *, snapshot: str) -> None:
         """End the VM of a paused machine whose snapshot is stored: state suspended."""
@@ -271,7 +289,9 @@ class Manager:
         """Put a machine away under its identity."""
         record = await self._record(ref)
         async with self.fleet.lock(record.id):
-            return await self._taker.suspend(await self._record(record.id), why)
+            row = await self._taker.suspend(await self._record(record.id), why)
+            self._parts.tell("suspend", record.id, record.name, snapshot=row.id)
+            return row
 
     async def resume(self, ref: str, *, epoch: int = 0) -> ResumeReport:
         """Bring back a paused (rung 1) or suspended machine (rung 2)."""
@@ -311,14 +331,17 @@ class Manager:
         epoch: int = 0,
         machine_id: str = "",
         disk_only: bool = False,
+        changes: Changes | None = None,
     ) -> tuple[MachineRow, ResumeReport]:
         """Make a machine from a snapshot, or bring `machine_id` back from it under its own identity."""
         row = await self._stored.get(snapshot)
         if not machine_id:
             if disk_only:
-                record, report = await self._cold.new(row, name=name, session=session, epoch=epoch)
+                record, report = await self._cold.new(row, name=name, session=session, epoch=epoch, changes=changes)
             else:
-                record, report = await self._back.restore_new(row, name=name, session=session, epoch=epoch)
+                record, report = await self._back.restore_new(
+                    row, name=name, session=session, epoch=epoch, changes=changes
+                )
             return machine_row(record), report
         known = await self._record(machine_id)
         async with self.fleet.lock(known.id):

@@ -1,7 +1,7 @@
 """The host's copy of what a machine's main process said: two capped files, readable after the machine is gone.
 
 Records: u8 stream (1 stdout, 2 stderr, 0xFF heading), u32 little-endian length, bytes. A heading opens each file and
-holds two u64: how many bytes of stdout and stderr came before it. So the totals survive rotation, which is what lets
+holds two u64: how many bytes of stdout and stderr of this run came before it (zeros within a file: a new run began). So the totals survive rotation, which is what lets
 a re-attached reader skip the part of the guest's ring that is here already. A torn last record (the host crashed in a
 write) is cut off when the log is opened. Synchronous; writes are small and buffered by the kernel, never fsynced.
 """
@@ -58,6 +58,17 @@ class OutputLog:
             with self._path.open("r+b") as file:
                 file.truncate(self._size)
 
+    def new_run(self) -> None:
+        """Count from zero: the process is started anew, and its ring in the guest with it. Raises OutOfSpace."""
+        if not any(self.totals.values()):
+            return
+        try:
+            with self._path.open("ab") as file:
+                self._size += file.write(_HEAD.pack(_HEADING, _TOTALS.size) + _TOTALS.pack(0, 0))
+        except OSError as exc:
+            raise OutOfSpace(f"cannot keep the machine's output: {exc.strerror or exc}") from exc
+        self.totals = {1: 0, 2: 0}
+
     def append(self, stream: int, data: bytes) -> None:
         """Add output. Raises OutOfSpace; what was there stays."""
         try:
@@ -76,13 +87,28 @@ class OutputLog:
 
 def read_output(directory: Path) -> bytes:
     """Return what is kept of the output, both streams in order; b"" when there is none."""
-    out = bytearray()
+    return b"".join(piece for stream, piece in _kept(directory) if stream != _HEADING)
+
+
+def read_framed(directory: Path) -> bytes:
+    """Return the same as records (u8 stream, u32 little-endian length, bytes), and last one of stream 0xFF: two u64, how
+    many bytes of stdout and stderr this run of the process has said up to here."""
+    out, totals = bytearray(), {1: 0, 2: 0}
+    for stream, piece in _kept(directory):
+        if stream == _HEADING:
+            totals[1], totals[2] = _TOTALS.unpack(piece)
+            continue
+        totals[stream] += len(piece)
+        out += _HEAD.pack(stream, len(piece)) + piece
+    return bytes(out) + _HEAD.pack(_HEADING, _TOTALS.size) + _TOTALS.pack(totals[1], totals[2])
+
+
+def _kept(directory: Path) -> Iterator[tuple[int, bytes]]:
     for name in ("output.log.1", "output.log"):
         try:
             data = (directory / name).read_bytes()
         except FileNotFoundError:
             continue
         for stream, piece, _ in _records(data):
-            if stream != _HEADING:
-                out += piece
-    return bytes(out)
+            if stream != _HEADING or len(piece) == _TOTALS.size:
+                yield stream, piece

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from recess.broker import Policy
 from recess.catalog import Catalog
@@ -15,6 +15,7 @@ from recess.clock import Clock
 from recess.guestlink.link import IncomingHandler
 from recess.machines.athand import AtHand
 from recess.machines.contract import BootFiles, Driver, LazyMemory, PageSet
+from recess.machines.events import Events
 from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
 
@@ -100,6 +101,11 @@ class Parts:
     at_hand: AtHand | None = None  # memories kept uncompressed; None: none are
     drop_caches: bool = False  # of a guest that is put away
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
+    events: Events = field(default_factory=Events)
+
+    def tell(self, action: str, machine_id: str, name: str, **details: Any) -> None:
+        """Tell who watches what has happened to a machine, once its row says so."""
+        self.events.publish(self.clock.wall_s(), action, machine_id, name, details)
 
     def directory(self, machine_id: str) -> Path:
         """Return the machine's own folder: disk, console, log of its main process."""

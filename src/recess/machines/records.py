@@ -13,6 +13,7 @@ from recess.catalog.machines import MachineRecord
 from recess.catalog.snapshots import SnapshotRecord
 from recess.errors import Corrupt, InvalidSpec, Unsupported
 from recess.machines.contract import BootFiles, Capabilities, VmSpec
+from recess.machines.restartpolicy import parse_policy
 from recess.machines.service import MachineRow, MachineSpec, SnapshotRow
 from recess.machines.states import DAMAGED, STATES
 from recess.units import MIB, PAGE_BYTES
@@ -120,6 +121,8 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         raise InvalidSpec(f"network: broker, none or full, got {spec.network!r}")
     if spec.network == "full" and not can.network_full:
         raise Unsupported("this driver gives machines no network card", hint="use --net broker with --allow")
+    if parse_policy(spec.restart) is not None and (not spec.argv or spec.remove_on_exit):
+        raise InvalidSpec("restart: needs a command, and a machine that is not removed when it ends")
     if len(spec.ports) > PORTS_MAX:
         raise InvalidSpec(f"ports: at most {PORTS_MAX}")
     for ip, host, guest in spec.ports:

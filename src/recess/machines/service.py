@@ -35,6 +35,17 @@ class MachineSpec:
     authority: str = ""  # in whose name the broker speaks TLS to the guest for them; forks and restores keep it
     ports: tuple[tuple[str, int, int], ...] = ()  # (host ip, host port, guest port)
     labels: Mapping[str, str] = field(default_factory=dict)
+    restart: str = ""  # of the main process: no | on-failure[:TIMES] | always | unless-stopped
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is different in a machine made from a snapshot. `env` and `labels` are added, `ports` replace (None: the
+    snapshot's guest ports, on free host ports)."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    ports: tuple[tuple[str, int, int], ...] | None = None
 
 
 @dataclass(frozen=True)

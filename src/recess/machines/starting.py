@@ -142,13 +142,13 @@ class Starter:
     async def start_main(self, live: Live) -> None:
         """Start the main process, if the spec has one. Raises NotFound (no such command), GuestFailed."""
         if live.spec.argv:
-            live.main = self._main(live)
+            live.main, live.main_since = self._main(live), self._parts.clock.monotonic_s()
             await live.main.start(live.link, live.spec)
 
     async def attach_main(self, live: Live, skip: Mapping[int, int] | None = None) -> None:
         """Find the main process again after a restore; `skip` as in MainJob.attach (None: nothing is logged yet)."""
         if live.spec.argv:
-            live.main = self._main(live)
+            live.main, live.main_since = self._main(live), self._parts.clock.monotonic_s()
             if not await live.main.attach(live.link, skip or {1: 0, 2: 0}):
                 live.main = None
 

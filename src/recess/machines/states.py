@@ -1,5 +1,6 @@
 """The state machine of machines: one table, and a guard that says what was illegal and why. Pure.
 
+created    claimed and checked, never started
 creating   its VM is being started; nothing is served yet
 running    thawed and served
 paused     vCPUs stopped, memory held (a session's parked state)
@@ -15,6 +16,7 @@ from typing import Final
 
 from recess.errors import IllegalState
 
+CREATED: Final = "created"
 CREATING: Final = "creating"
 RUNNING: Final = "running"
 PAUSED: Final = "paused"
@@ -28,12 +30,12 @@ DAMAGED: Final = "damaged"
 STALLED: Final = "stalled"
 """Not a state of a row but of a running VM: shown instead of "running" while the host's disk has no room for its writes."""
 
-STATES: Final = (CREATING, RUNNING, PAUSED, SUSPENDED, EXITED, DEAD)
+STATES: Final = (CREATED, CREATING, RUNNING, PAUSED, SUSPENDED, EXITED, DEAD)
 WITH_VM: Final = (CREATING, RUNNING, PAUSED)
-WITHOUT_VM: Final = (SUSPENDED, EXITED, DEAD)
+WITHOUT_VM: Final = (CREATED, SUSPENDED, EXITED, DEAD)
 
 MOVES: Final[Mapping[str, Mapping[str, str]]] = {
-    "start": {CREATING: RUNNING},
+    "start": {CREATED: RUNNING, CREATING: RUNNING},
     "use": {RUNNING: RUNNING},
     "pause": {RUNNING: PAUSED},
     "unpause": {PAUSED: RUNNING},
@@ -44,9 +46,9 @@ MOVES: Final[Mapping[str, Mapping[str, str]]] = {
     "restore": {SUSPENDED: RUNNING, EXITED: RUNNING, DEAD: RUNNING},
     "bring back": {PAUSED: RUNNING, SUSPENDED: RUNNING, EXITED: RUNNING, DEAD: RUNNING},
     "exit": {RUNNING: EXITED, PAUSED: EXITED},
-    "stop": {RUNNING: EXITED, PAUSED: EXITED, SUSPENDED: EXITED, EXITED: EXITED},
+    "stop": {RUNNING: EXITED, PAUSED: EXITED, SUSPENDED: EXITED, EXITED: EXITED, CREATED: CREATED, DEAD: DEAD},
     "kill": {CREATING: DEAD, RUNNING: DEAD, PAUSED: DEAD, SUSPENDED: DEAD, EXITED: DEAD, DEAD: DEAD},
-    "remove": {SUSPENDED: "", EXITED: "", DEAD: ""},
+    "remove": {CREATED: "", SUSPENDED: "", EXITED: "", DEAD: ""},
 }
 
 _HINTS: Final[Mapping[tuple[str, str], str]] = {
@@ -55,7 +57,11 @@ _HINTS: Final[Mapping[tuple[str, str], str]] = {
     ("remove", CREATING): "it is being made; wait, or use --force",
     ("use", SUSPENDED): "bring it back first: recess resume",
     ("use", PAUSED): "let it run first: recess unpause",
+    ("use", CREATED): "start it first: recess start",
+    ("use", EXITED): "start it again first: recess start",
     ("use", DEAD): "restore one of its snapshots: recess restore",
+    ("bring back", CREATED): "it was never started: recess start",
+    ("start", PAUSED): "let it run: recess unpause",
     ("resume", DEAD): "it has no snapshot to resume from; restore one of another machine",
     ("resume", RUNNING): "it runs already",
     ("bring back", RUNNING): "it runs already",

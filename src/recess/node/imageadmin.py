@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from recess.config import Config
-from recess.errors import Corrupt
+from recess.errors import Corrupt, NotFound
 from recess.images import ImageInfo, ImageStore, kernels
 from recess.machines.parts import Progress
 
@@ -32,6 +33,13 @@ class ImageAdmin:
         """Return one; NotFound names those there are."""
         return _json(await asyncio.to_thread(self.store.get, name))
 
+    async def config(self, name: str) -> Mapping[str, Any]:
+        """Return how an image wants to be started, in the OCI's words; {} for one that does not say. That there is such an
+        image is not said: the driver may have its own."""
+        with contextlib.suppress(NotFound):
+            return (await asyncio.to_thread(self.store.get, name)).config
+        return {}
+
     async def create(self, name: str, packages: Sequence[str]) -> dict[str, Any]:
         """Build an image (minutes). Cancelled, it leaves nothing."""
         cancel = threading.Event()
@@ -49,6 +57,10 @@ class ImageAdmin:
         """Forget an image; HasDependents while templates, machines or snapshots stand on its root. Raises Corrupt when
         that cannot be told."""
         await asyncio.to_thread(self.store.remove, name, in_use=await self._in_use())
+
+    async def used(self) -> set[str]:
+        """Return the root hashes that templates, machines or snapshots stand on. Raises Corrupt when that cannot be told."""
+        return await self._in_use()
 
     async def kernel(self, meta: Mapping[str, Any]) -> str:
         """Return one line about the kernel that a machine runs, from its row's notes; "" for one without."""

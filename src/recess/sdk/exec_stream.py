@@ -39,7 +39,7 @@ class ExecStream:
                 )
             self._ws = opened.__enter__()  # newer versions want that said; `close` is all that leaving it does
         except (OSError, InvalidHandshake) as exc:
-            raise ServerUnavailable(f"cannot attach: {exc}", hint="run: recess up") from exc
+            raise transport.silent(exc) from exc
         try:
             self._ws.send(json.dumps(dict(start)))
             first = self._text(self._ws.recv())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import BinaryIO
 from urllib.parse import quote, urlencode
 
-from recess.errors import RecessError, ServerUnavailable, Unavailable
+from recess.errors import RecessError, Unavailable
 from recess.sdk.transport import Json, Transport, object_of, problem_of
 
 PIECE_BYTES = 1 << 20
@@ -79,8 +79,7 @@ def _ask(
                      encode_chunked="Transfer-Encoding" in headers)  # fmt: skip
         response = conn.getresponse()
     except (OSError, http.client.HTTPException) as exc:
-        where = transport.url or str(transport.socket_path)
-        raise ServerUnavailable(f"no answer from the server at {where}: {exc}", hint="run: recess up") from exc
+        raise transport.silent(exc) from exc
     if response.status >= 400:
         raise problem_of(response.status, response.read())
     return response

@@ -66,6 +66,13 @@ class Transport:
             raise ServerUnavailable("no server is named: neither a socket nor a URL", hint="set RECESS_URL")
         return _UnixConnection(self.socket_path, timeout_s)
 
+    def silent(self, error: object) -> ServerUnavailable:
+        """Return the error of a server that does not answer, with what can be done about it."""
+        if self.url:
+            hint = "is RECESS_URL right, and does a server listen there (recess up --listen HOST:PORT)?"
+            return ServerUnavailable(f"no answer from the server at {self.url}: {error}", hint=hint)
+        return ServerUnavailable(f"no answer from the server at {self.socket_path}: {error}", hint="run: recess up")
+
     def headers(self) -> dict[str, str]:
         """Return the headers every call carries."""
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
@@ -83,8 +90,7 @@ class Transport:
             return conn, conn.getresponse()
         except (OSError, http.client.HTTPException) as exc:
             conn.close()
-            where = self.url or str(self.socket_path)
-            raise ServerUnavailable(f"no answer from the server at {where}: {exc}", hint="run: recess up") from exc
+            raise self.silent(exc) from exc
         except BaseException:
             conn.close()
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 
 import pytest
 
@@ -13,7 +14,7 @@ from recess.machines.forward import Forwarder
 from recess.machines.incoming import Incoming
 from recess.machines.live import needs_clock
 from recess.machines.mapped import file_part
-from recess.machines.outputlog import FILE_BYTES_MAX, OutputLog, read_output
+from recess.machines.outputlog import FILE_BYTES_MAX, OutputLog, read_framed, read_output
 from recess.machines.records import spec_from_json, spec_to_json
 from recess.machines.service import MachineSpec
 
@@ -112,6 +113,23 @@ def test_output_is_capped_and_still_counted(tmp_path):
     kept = sum(f.stat().st_size for f in tmp_path.iterdir())
     assert kept <= 2 * (FILE_BYTES_MAX + (1 << 20)) + 100
     assert OutputLog(tmp_path).totals[1] == 11 << 20
+
+
+def test_a_new_run_counts_from_zero_and_keeps_what_was_said(tmp_path):
+    log = OutputLog(tmp_path)
+    log.new_run()
+    log.append(1, b"first\n")
+    log.new_run()
+    log.append(2, b"second\n")
+    assert OutputLog(tmp_path).totals == {1: 0, 2: 7}
+    assert read_output(tmp_path) == b"first\nsecond\n"
+    framed = read_framed(tmp_path)
+    assert framed[:5] == struct.pack("<BI", 1, 6)
+    assert framed.endswith(struct.pack("<BIQQ", 0xFF, 16, 0, 7))
+    for _ in range(5):
+        log.append(1, bytes(1 << 20))
+    log.append(1, b"x")
+    assert read_framed(tmp_path).endswith(struct.pack("<QQ", (5 << 20) + 1, 7))
 
 
 def test_no_output(tmp_path):

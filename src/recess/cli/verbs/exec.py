@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
-from recess.cli.common import Invocation, parse_env, verb
-from recess.cli.terminal import converse, size
+from recess.cli.common import Invocation, callers_env, parse_env, verb
+from recess.cli.terminal import converse, follow_main, size
 from recess.sdk.exec_stream import ExecStream
 
 
@@ -17,8 +15,8 @@ from recess.sdk.exec_stream import ExecStream
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
 @click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Environment.")
 @click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file.")
-@click.option("-w", "--workdir", default="/root", help="Working folder.")
-@click.option("-u", "--user", default="root", help="User, or uid[:gid].")
+@click.option("-w", "--workdir", default="", help="Working folder; default: the machine's.")
+@click.option("-u", "--user", default="", help="User, or uid[:gid]; default: the machine's.")
 @click.argument("machine")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @verb
@@ -30,9 +28,9 @@ def exec_(
     rows, cols = size()
     start = {
         "argv": list(command),
-        "env": parse_env(env, env_file, dict(os.environ)),
-        "cwd": workdir,
-        "user": user,
+        "env": parse_env(env, env_file, callers_env()),
+        "cwd": workdir or None,
+        "user": user or None,
         "tty": tty,
         "stdin": interactive,
         "rows": rows,
@@ -44,18 +42,17 @@ def exec_(
         stream.close()
         inv.out.data({"job_id": stream.job_id, "pid": stream.pid}, stream.job_id)
         return 0
-    return converse(stream, is_tty=tty, stdin=interactive)
+    return converse(stream, is_tty=tty, stdin=interactive) or 0
 
 
 @click.command("attach")
 @click.option("--no-stdin", is_flag=True, help="Only watch.")
+@click.option("--detach-keys", default="", metavar="KEYS", help="Keys that detach, like ctrl-p,ctrl-q.")
+@click.option("--sig-proxy/--no-sig-proxy", default=True, help="Hand our signals on to the process.")
 @click.argument("machine")
 @verb
-def attach(inv: Invocation, machine: str, no_stdin: bool) -> int:
+def attach(inv: Invocation, machine: str, no_stdin: bool, detach_keys: str, sig_proxy: bool) -> int:
     """Attach to a MACHINE's main process. Detach with Ctrl-P Ctrl-Q."""
     row = inv.server.call("GET", f"/v1/machines/{machine}")
-    spec = row["spec"]
-    stream = ExecStream(inv.server, row["id"], {"attach": "main"})
-    if spec["tty"]:
-        stream.resize(*size())
-    return converse(stream, is_tty=spec["tty"], stdin=spec["stdin"] and not no_stdin)
+    code = follow_main(inv, row, stdin=row["spec"]["stdin"] and not no_stdin, keys=detach_keys, proxy=sig_proxy)
+    return code or 0

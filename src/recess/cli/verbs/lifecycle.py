@@ -1,4 +1,4 @@
-"""`recess stop kill rm pause unpause suspend resume`: verbs that take machines and move them between states."""
+"""`recess start stop restart kill rm wait rename pause unpause suspend resume`: verbs that take machines and move them between states."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import click
 
 from recess.cli.common import Invocation, verb
-from recess.errors import RecessError
+from recess.cli.terminal import follow_main
+from recess.errors import BadInput, RecessError
+from recess.sdk.transport import Json
 from recess.units import format_bytes, format_duration
 
 
@@ -41,6 +43,49 @@ def _each(inv: Invocation, refs: tuple[str, ...], act: Callable[[str], Any]) -> 
     return failed.exit_code
 
 
+@click.command("start")
+@click.option("-a", "--attach", is_flag=True, help="Attach to its main process (one machine).")
+@click.option("-i", "--interactive", is_flag=True, help="Attach stdin too.")
+@click.option("--detach-keys", default="", metavar="KEYS", help="Keys that detach, like ctrl-p,ctrl-q.")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def start(inv: Invocation, machines: tuple[str, ...], attach: bool, interactive: bool, detach_keys: str) -> int:
+    """Start MACHINES: those that were created, and those that have ended, which boot again from their disks."""
+
+    def act(ref: str) -> Any:
+        answer = inv.server.call_with_progress("POST", f"/v1/machines/{ref}/start", {}, inv.out.progress)
+        _tell_rung(inv, ref, answer["resume"])
+        return answer
+
+    if not (attach or interactive):
+        return _each(inv, machines, act)
+    if len(machines) != 1:
+        raise BadInput("-a and -i take one machine")
+    row = act(machines[0])["machine"]
+    return follow_main(inv, row, stdin=interactive and row["spec"]["stdin"], keys=detach_keys) or 0
+
+
+def _tell_rung(inv: Invocation, ref: str, report: Json | None) -> None:
+    if report is not None:
+        inv.out.progress(f"{ref}: rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
+
+
+@click.command("restart")
+@click.option("-t", "--time", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
+    """Stop MACHINES and start them again from their disks."""
+
+    def act(ref: str) -> Any:
+        inv.server.call("POST", f"/v1/machines/{ref}/stop", {"timeout_s": timeout_s})
+        answer = inv.server.call_with_progress("POST", f"/v1/machines/{ref}/start", {}, inv.out.progress)
+        _tell_rung(inv, ref, answer["resume"])
+        return answer
+
+    return _each(inv, machines, act)
+
+
 @click.command("stop")
 @click.option("-t", "--time", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
 @click.argument("machines", nargs=-1, required=True)
@@ -51,18 +96,45 @@ def stop(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
 
 
 @click.command("kill")
+@click.option("-s", "--signal", "signal", default="KILL", help="Another one goes to the main process.")
 @click.argument("machines", nargs=-1, required=True)
 @verb
-def kill(inv: Invocation, machines: tuple[str, ...]) -> int:
-    """End MACHINES at once."""
-    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/kill", {}))
+def kill(inv: Invocation, machines: tuple[str, ...], signal: str) -> int:
+    """End MACHINES at once, or send their main processes a signal."""
+    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/kill", {"signal": signal}))
+
+
+@click.command("wait")
+@click.argument("machines", nargs=-1, required=True)
+@verb
+def wait(inv: Invocation, machines: tuple[str, ...]) -> int:
+    """Wait until MACHINES have ended, and print their exit codes."""
+    done = []
+    for ref in machines:
+        code: int | None = None
+        while code is None:
+            code = inv.server.call("POST", f"/v1/machines/{ref}/wait", {})["exit_code"]
+        inv.out.line(str(code))
+        done.append({"ref": ref, "exit_code": code})
+    inv.out.data(done)
+    return 0
+
+
+@click.command("rename")
+@click.argument("machine")
+@click.argument("name")
+@verb
+def rename(inv: Invocation, machine: str, name: str) -> None:
+    """Give MACHINE another NAME."""
+    inv.out.data(inv.server.call("POST", f"/v1/machines/{machine}/rename", {"name": name}))
 
 
 @click.command("rm")
 @click.option("-f", "--force", is_flag=True, help="Kill those that run.")
+@click.option("-v", "--volumes", is_flag=True, help="Docker's; the disk of a machine goes with it anyway.")
 @click.argument("machines", nargs=-1, required=True)
 @verb
-def rm(inv: Invocation, machines: tuple[str, ...], force: bool) -> int:
+def rm(inv: Invocation, machines: tuple[str, ...], force: bool, volumes: bool) -> int:
     """Remove MACHINES; their snapshots stay."""
 
     def act(ref: str) -> Any:

@@ -1,10 +1,13 @@
-"""`recess snapshot`, `restore` and `fork`: the verbs that act (the plural `snapshots` manages)."""
+"""`recess snapshot`, `restore`, `fork`, `rewind` and `diff`: the verbs that act (the plural `snapshots` manages)."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from recess.cli.common import Invocation, new_key, verb
+from recess.cli.common import Invocation, callers_env, new_key, parse_env, parse_port, verb
+from recess.cli.machine_flags import parse_labels
 from recess.units import format_bytes, format_duration, parse_duration
 
 
@@ -34,11 +37,24 @@ def snapshot(inv: Invocation, machine: str, name: str, ttl: str, keep_last: int 
 @click.command("restore")
 @click.option("--name", default="", help="Name of the new machine.")
 @click.option("--disk", is_flag=True, help="Boot its disk cold: files only, whatever its memory needs.")
+@click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Environment of what is started in it.")
+@click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file.")
+@click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label.")
+@click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST",
+              help="Publish these ports; default: the snapshot's, on free host ports.")  # fmt: skip
 @click.argument("ref")
 @verb
-def restore(inv: Invocation, ref: str, name: str, disk: bool) -> None:
+def restore(
+    inv: Invocation, ref: str, name: str, disk: bool, env: tuple[str, ...], env_file: tuple[str, ...],
+    label: tuple[str, ...], publish: tuple[str, ...],
+) -> None:  # fmt: skip
     """Start a new machine from a snapshot (id, name or prefix)."""
-    path, body = f"/v1/snapshots/{ref}/restore", {"name": name, "disk": disk}
+    path = f"/v1/snapshots/{ref}/restore"
+    body: dict[str, Any] = {
+        "name": name, "disk": disk, "env": parse_env(env, env_file, callers_env()), "labels": parse_labels(label),
+    }  # fmt: skip
+    if publish:
+        body["ports"] = [list(parse_port(p)) for p in publish]
     answer = inv.server.call_with_progress("POST", path, body, inv.out.progress, key=new_key())
     report = answer["resume"]
     inv.out.progress(f"rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
@@ -46,12 +62,47 @@ def restore(inv: Invocation, ref: str, name: str, disk: bool) -> None:
 
 
 @click.command("fork")
-@click.option("-n", "--count", default=1, help="How many children.")
+@click.option("-n", "--count", type=click.IntRange(1, 64), default=None, help="How many children; default: one.")
 @click.option("--name", "names", multiple=True, help="Name of a child (repeat for more).")
 @click.argument("machine")
 @verb
-def fork(inv: Invocation, machine: str, count: int, names: tuple[str, ...]) -> None:
+def fork(inv: Invocation, machine: str, count: int | None, names: tuple[str, ...]) -> None:
     """Fork a running MACHINE: its children run on from here, the parent too."""
-    body = {"count": max(count, len(names)), "names": list(names)}
+    body = {"count": len(names) or 1 if count is None else count, "names": list(names)}
     answer = inv.server.call("POST", f"/v1/machines/{machine}/fork", body, key=new_key())
     inv.out.data(answer["machines"], "\n".join(m["id"] for m in answer["machines"]))
+
+
+@click.command("rewind")
+@click.argument("machine")
+@click.argument("snapshot", default="")
+@verb
+def rewind(inv: Invocation, machine: str, snapshot: str) -> None:
+    """Take MACHINE back to one of its snapshots (default: its newest). What it is now is stored first: rewinding to that
+    undoes it."""
+    answer = inv.server.call("POST", f"/v1/machines/{machine}/rewind", {"to": snapshot})
+    report, kept = answer["resume"], answer["kept"]
+    if kept is not None:
+        inv.out.progress(f"{machine} as it was: {kept['id'][:16]}")
+    inv.out.progress(f"rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
+    inv.out.data(answer, machine)
+
+
+@click.command("diff")
+@click.argument("left")
+@click.argument("right")
+@verb
+def diff(inv: Invocation, left: str, right: str) -> None:
+    """Show what changed from snapshot LEFT to snapshot RIGHT: files as Docker shows them (A, C, D), and processes."""
+    found = inv.server.call("GET", f"/v1/snapshots/{left}/diff", query={"to": right})
+    if inv.out.as_json or inv.out.template:
+        inv.out.data(found)
+        return
+    if found["why_no_files"]:
+        inv.out.progress(found["why_no_files"])
+    for kind in ("files", "processes"):
+        for letter, which in (("A", "added"), ("C", "changed"), ("D", "removed")):
+            for name in (found[kind] or {}).get(which, ()):
+                inv.out.line(f"{letter} {name}" if kind == "files" else f"{letter} process {name}")
+    memory = found["memory"]
+    inv.out.progress(f"memory: {memory['changed']} of {memory['pages_total']} pages differ")

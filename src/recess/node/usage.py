@@ -1,0 +1,84 @@
+"""What takes space on a node, by kind, as `docker system df` shows it: counts, bytes on the disk, bytes nobody needs.
+
+Bytes are what the file system allots (sparse disks count what they hold). Blocking parts run off the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recess.config import Config
+from recess.machines.manager import Manager
+from recess.machines.states import CREATED, DEAD, EXITED, WITH_VM
+from recess.node.imageadmin import ImageAdmin
+
+_BLOCK = 512  # of st_blocks, whatever the file system's own
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One line: how many there are, how many of them are in use, their bytes and those that could be given back."""
+
+    kind: str
+    count: int
+    active: int
+    bytes: int
+    reclaimable_bytes: int
+
+
+def allotted_bytes(folder: Path) -> int:
+    """Return the bytes that the files below a folder hold; what goes meanwhile counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += (Path(place) / name).lstat().st_blocks * _BLOCK
+            except OSError:
+                continue
+    return total
+
+
+async def usage(config: Config, machines: Manager, images: ImageAdmin, in_use: Collection[str]) -> dict[str, Any]:
+    """Return the kinds, and what is free on the disk of the home."""
+    kinds = [
+        await _machines(config, machines), await _snapshots(machines), await _images(images, in_use),
+        await _templates(config),
+    ]  # fmt: skip
+    free = await asyncio.to_thread(lambda: shutil.disk_usage(config.home).free)
+    return {"kinds": [asdict(kind) for kind in kinds], "free_bytes": free}
+
+
+async def _machines(config: Config, machines: Manager) -> Kind:
+    rows = await machines.list_machines(everything=True)
+    sizes = {row.id: await asyncio.to_thread(allotted_bytes, config.machines_dir / row.id) for row in rows}
+    ended = [row for row in rows if row.state in (EXITED, DEAD, CREATED) and not row.session]
+    active = sum(row.state in WITH_VM for row in rows)
+    return Kind("machines", len(rows), active, sum(sizes.values()), sum(sizes[row.id] for row in ended))
+
+
+async def _snapshots(machines: Manager) -> Kind:
+    tree = await machines.views.tree()
+    nodes = [node for node in tree["nodes"] if node["kind"] == "snapshot"]
+    needed = [node for node in nodes if node["names"] or node["needed_by"] or node.get("dependents")]
+    loose = sum(int(node.get("frees") or 0) for node in nodes if node not in needed)
+    return Kind("snapshots", len(nodes), len(needed), int(tree["bytes"]), loose)
+
+
+async def _images(images: ImageAdmin, in_use: Collection[str]) -> Kind:
+    rows = await images.list_all()
+    sizes = {row["root_hash"]: int(row["size_bytes"]) for row in rows}
+    loose = sum(size for digest, size in sizes.items() if digest not in in_use)
+    return Kind("images", len(rows), sum(row["root_hash"] in in_use for row in rows), sum(sizes.values()), loose)
+
+
+async def _templates(config: Config) -> Kind:
+    folder = config.run_dir / "templates"
+    size = await asyncio.to_thread(allotted_bytes, folder)
+    count = await asyncio.to_thread(lambda: len(list(folder.iterdir())) if folder.is_dir() else 0)
+    return Kind("templates", count, count, size, 0)
