@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute
 
 from recess.api import (
     routes_acts,
@@ -71,8 +72,8 @@ def _no_end() -> None:
 
 def make_app(node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end) -> Starlette:
     """Return the application over an open node; `end` is what a call to shut down does."""
-    routes = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES, *routes_sessions_events.ROUTES]
-    routes += [*routes_sessions.ROUTES, *routes_exec.ROUTES]
+    routes: list[BaseRoute] = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES]
+    routes += [*routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
         routes=[*routes_files.ROUTES, *routes],
