@@ -23,8 +23,8 @@ from recess.machines.launching import Launcher, child_spec
 from recess.machines.live import Live
 from recess.machines.mapped import mapped_capture
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import spec_from_json
-from recess.machines.service import ResumeReport, SnapshotRow
+from recess.machines.records import check_spec, spec_from_json
+from recess.machines.service import Changes, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import Origin, finish
