@@ -69,7 +69,9 @@ async def put_secret(request: Request) -> Response:
     value, source = field(body, "value", str, ""), field(body, "source", str, "")
     if bool(value) == bool(source):
         raise BadInput("either a value or a source")
-    await (asyncio.to_thread(secrets.put, name, value) if value else asyncio.to_thread(secrets.put_source, name, source))
+    await (
+        asyncio.to_thread(secrets.put, name, value) if value else asyncio.to_thread(secrets.put_source, name, source)
+    )
     return JSONResponse({"name": name, "kept": source or "here"})
 
 

@@ -12,6 +12,7 @@ from starlette.routing import Route
 from recess.api.context import context_of, once
 from recess.api.imagespec import with_image
 from recess.api.routes_acts import signal_number
+from recess.api.routes_egress import check_secrets
 from recess.api.wire import (
     field,
     machine_json,
@@ -49,6 +50,7 @@ async def create_machine(request: Request) -> Response:
     async def work() -> dict[str, Any]:
         config = await ctx.node.images.config(field(asked, "image", str, BASE_IMAGE))
         spec = parse_spec(with_image(asked, config, shell))
+        await check_secrets(ctx, spec)
         if not field(body, "start", bool, True):
             return machine_json(await machines.acts.prepare(spec, name=name))
         return machine_json(await machines.create(spec, name=name))

@@ -30,6 +30,9 @@ _OPTIONS = (
     ),
     click.option("--allow", multiple=True, metavar="HOST", help="Let it reach a host, *.domain, cidr or host:port."),
     click.option("--route", multiple=True, metavar="NAME=URL", help="A base-URL route of the broker."),
+    click.option(
+        "--secret", multiple=True, metavar="NAME@HOST", help="Use a secret towards a host; the machine holds a placeholder."
+    ),
     click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label."),
     click.option(
         "--restart", default="no", metavar="POLICY",
@@ -72,4 +75,5 @@ def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict
         "ports": [list(parse_port(p)) for p in flags["publish"]],
         "labels": parse_labels(flags["label"]),
         "restart": restart,
+        "secrets": list(flags["secret"]),
     }

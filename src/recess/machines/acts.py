@@ -26,6 +26,7 @@ from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import template_origin
 from recess.machines.states import CREATED, DEAD, EXITED, PAUSED, RUNNING, SUSPENDED, next_state
 from recess.machines.templates import Templates
+from recess.machines.trust import with_authority
 
 EXIT_KILLED = 137
 FRESH_RUNG = 5
@@ -55,6 +56,7 @@ class Acts:
     async def prepare(self, spec: MachineSpec, *, name: str = "") -> MachineRow:
         """Check a spec and claim a name for it, state created; nothing is started. Raises as `Machines.create`."""
         check_spec(spec, self._parts.driver.capabilities)
+        spec = with_authority(spec)
         await self._parts.images.boot_files(spec.image)  # there is such an image
         return machine_row(await self._launcher.claim(spec, name=name, session="", state=CREATED))
 

@@ -27,7 +27,9 @@ def _line(decision: Mapping[str, Any]) -> str:
 @click.option("-n", "--tail", default=20, help="How many of the newest calls.")
 @click.argument("machine")
 @verb
-def egress(inv: Invocation, machine: str, allow: tuple[str, ...], deny: tuple[str, ...], follow: bool, tail: int) -> None:
+def egress(
+    inv: Invocation, machine: str, allow: tuple[str, ...], deny: tuple[str, ...], follow: bool, tail: int
+) -> None:
     """Show what MACHINE may reach and what it tried; --allow and --deny change its rules."""
     place = f"/v1/machines/{machine}/egress"
     if allow or deny:

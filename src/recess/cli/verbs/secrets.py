@@ -23,7 +23,9 @@ def secrets() -> None:
 @secrets.command("set")
 @click.option("--file", "path", type=click.Path(path_type=Path), default=None, help="Take the value from this file.")
 @click.option("--env", "variable", default="", metavar="VARIABLE", help="Take the value from this variable.")
-@click.option("--from", "source", default="", metavar="SOURCE", help="Leave it where it is: keyring:…, vault:…, file:…, env:…")
+@click.option(
+    "--from", "source", default="", metavar="SOURCE", help="Leave it where it is: keyring:…, vault:…, file:…, env:…"
+)
 @click.argument("name")
 @verb
 def set_(inv: Invocation, name: str, path: Path | None, variable: str, source: str) -> None:
