@@ -34,6 +34,7 @@ from recess.snapshots.forms import open_layer
 from recess.snapshots.layer_v1 import LayerReader
 from recess.snapshots.reader import read_manifest
 
+DURABLE_GOAL = 1.5  # of the time of zstd and one fsync of the same bytes
 OURS, FIRST = "Recess", "Recess, first snapshot"
 
 
@@ -119,15 +120,53 @@ def markdown(found: Mapping[str, Any], facts: Mapping[str, Any], repeats: int) -
             cells.append(f"{p50 * factor:.3g} / {p95 * factor:.3g}{ratio}" if values else "-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", *(f"- {name}: {why}" for name, why in found["skipped"].items())]
-    bound = {name: quantile(values, 0.5) for name, values in found["limits"].items()}
-    floors = [a + b for a, b in zip(found["limits"]["zstd"], found["limits"]["fsync"], strict=True)]
-    times = [ours / floor for ours, floor in zip(sides[OURS]["durable"], floors, strict=False)]
-    lines.append(
-        f"- Limits, of the pages that each of our snapshots stored ({bound['raw'] / 1e6:.1f} MB), measured right after it: "
-        f"memcpy {bound['memcpy'] * 1e3:.2f} ms, zstd {bound['zstd'] * 1e3:.1f} ms, write and fsync "
-        f"{bound['fsync'] * 1e3:.1f} ms. Our durable time is {quantile(times, 0.5):.2f} x of zstd and one fsync."
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *ahead(sides), *against_limits(sides[OURS], found["limits"])])
+
+
+def ahead(sides: Mapping[str, Samples]) -> list[str]:
+    """Return, for each metric, how the best of the peers stands to ours. Pure."""
+    lines = []
+    for key, title, _ in PANELS:
+        peers = {n: quantile(side[key], 0.5) for n, side in sides.items() if not n.startswith(OURS) and side.get(key)}
+        base = quantile(sides[OURS][key], 0.5)
+        if peers and base:
+            best = min(peers, key=lambda name: peers[name])
+            ratio = peers[best] / base
+            lines.append(
+                f"- {title.partition(',')[0]}: {'ahead of' if ratio > 1 else 'behind'} {best}, the best of the others, "
+                f"which is {ratio:.2f} x ours."
+            )
+    return lines
+
+
+def against_limits(ours: Samples, limits: Samples) -> list[str]:
+    """Return the physical limits as a table, with our times as multiples of them, and whether the goal is met. Pure.
+
+    The samples belong together one by one: each limit was measured on the pages of one snapshot, right after it.
+    """
+    if not limits["raw"]:
+        return []
+    floors = [a + b for a, b in zip(limits["zstd"], limits["fsync"], strict=True)]
+    raw = quantile(limits["raw"], 0.5) / 1e6
+    lines = [
+        "",
+        f"| limits, of the pages each snapshot stored ({raw:.1f} MB) | ms, p50 / p95 | ours to it, p50 / p95 |",
+        "|---|---|---|",
+    ]
+    for title, key, samples in (
+        ("memcpy, to our standstill", "standstill", limits["memcpy"]),
+        ("zstd alone, to our durable time", "durable", limits["zstd"]),
+        ("write and one fsync, to our durable time", "durable", limits["fsync"]),
+        ("zstd and one fsync, to our durable time", "durable", floors),
+    ):
+        ratios = [mine / limit for mine, limit in zip(ours[key], samples, strict=False)]
+        cells = [
+            f"{quantile(some, 0.5):.3g} / {quantile(some, 0.95):.3g}" for some in ([1e3 * s for s in samples], ratios)
+        ]
+        lines.append(f"| {title} | {cells[0]} | {cells[1]} x |")
+    met = quantile([d / f for d, f in zip(ours["durable"], floors, strict=False)], 0.5)
+    verdict = "met" if met <= DURABLE_GOAL else "missed"
+    return [*lines, "", f"- Goal: durable within {DURABLE_GOAL} x of zstd and one fsync: {met:.2f} x, {verdict}."]
 
 
 def main() -> None:

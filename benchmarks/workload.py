@@ -27,12 +27,15 @@ while True:
     time.sleep(0.002)
 """
 
+_READY = 'print("ready", len(table), flush=True)\n'
+
 DIRTIER = WORK.replace(
-    "n = 0\n",
-    """n = 0
-pool = b"".join(json.dumps([i, random.random(), "text %d" % (i * 7)]).encode() for i in range(40_000))
+    _READY + "n = 0\n",
+    """pool = b"".join(json.dumps([i, random.random(), "text %d" % (i * 7)]).encode() for i in range(40_000))
 block = bytearray(32 << 20)
-""",
+"""
+    + _READY  # only now: making the pool takes seconds
+    + "n = 0\n",
 ).replace(
     "    time.sleep(0.05)\n",
     """    at = n * 524288 % len(block)

@@ -8,7 +8,8 @@ from benchmarks.bare import Files
 from benchmarks.limits import limits
 from benchmarks.peers import Missing, measure_peers
 from benchmarks.plots import plot_snapshots
-from benchmarks.snapshots import FIRST, OURS, markdown
+from benchmarks.snapshots import FIRST, OURS, against_limits, ahead, markdown
+from benchmarks.workload import DIRTIER
 
 SIDE = {"standstill": [0.02, 0.03, 0.04], "durable": [0.1, 0.2, 0.3], "stored": [2e6], "restore": [0.3]}
 OTHER = {"standstill": [0.3], "durable": [0.5], "stored": [96e6], "restore": []}
@@ -29,7 +30,27 @@ def test_the_table_has_medians_ratios_limits_and_who_was_skipped():
     assert "| Recess | 30 / 40 | 200 / 300 | 2 / 2 | 300 / 300 |" in text
     assert "| other | 300 / 300 (10.0 x) | 500 / 500 (2.5 x) | 96 / 96 (48.0 x) | - |" in text
     assert "- third: skipped: it is not installed: apt install third" in text
-    assert "4.00 x of zstd and one fsync" in text
+    assert "- durable: ahead of other, the best of the others, which is 2.50 x ours." in text
+    assert "| zstd alone, to our durable time | 40 / 40 | 5 / 7.5 x |" in text
+    assert "| memcpy, to our standstill | 1 / 1 | 30 / 40 x |" in text
+    assert "- Goal: durable within 1.5 x of zstd and one fsync: 4.00 x, missed." in text
+
+
+def test_whoever_is_behind_is_told():
+    slow = {**SIDE, "standstill": [0.6], "durable": [0.06]}
+    assert (
+        ahead({OURS: slow, "other": OTHER})[0]
+        == "- standstill: behind other, the best of the others, which is 0.50 x ours."
+    )
+    limit = {"raw": [5e6], "memcpy": [0.001], "zstd": [0.04], "fsync": [0.01]}
+    assert against_limits(slow, limit)[-1] == "- Goal: durable within 1.5 x of zstd and one fsync: 1.20 x, met."
+    assert against_limits(slow, {name: [] for name in limit}) == []
+
+
+def test_the_work_says_ready_when_it_changes_memory():
+    """Making what it writes takes seconds in the guest: snapshots before that would find nothing changed."""
+    assert DIRTIER.index("print(") > DIRTIER.index("block = bytearray")
+    compile(DIRTIER, "work", "exec")
 
 
 async def each(monkeypatch, tmp_path, found, wanted=()):
