@@ -28,7 +28,8 @@
 //! SEGMENTS says where the memory is: ADDRESS:FIRST:PAGES (hexadecimal, decimal, decimal), separated by commas.
 //!
 //! A refused or failed request is answered `err CODE TEXT`; CODE is bad-request, no-space or failed. When the VMM is
-//! gone every client gets `dead END REASON`, a newline and the tail of the VMM's output; then the socket closes.
+//! gone every client gets `dead END REASON`, a newline and the tail of the VMM's output; then the socket closes. When
+//! the last pager has brought its last page every client gets `filled`.
 
 /// Greatest length of a request in bytes.
 pub const REQUEST_LIMIT: usize = 256;

@@ -249,8 +249,7 @@ impl Keeper {
 
     fn answer_tracked(&mut self, request: Request, fd: Option<OwnedFd>) -> Answer {
         let stop = self.stop();
-        let pagers = self.guards.iter().filter(|g| g.1 == Guarded::Pager);
-        let absent = pagers.count();
+        let absent = self.pagers();
         let tracker = self.tracker.as_mut();
         let text = match request {
             // Reading an absent page would wait for the pager, and meanwhile nobody would see it die.
@@ -317,6 +316,7 @@ impl Keeper {
     /// A pager that says something has put every page there; one that is gone before has left the VM with pages that
     /// nobody will ever bring. A server that says something has taken the VM into use and written that down.
     fn check_guards(&mut self) {
+        let before = self.pagers();
         let mut broken = None;
         self.guards.retain(|(pipe, whose)| {
             let mut word = [0u8; 16];
@@ -332,8 +332,20 @@ impl Keeper {
         match broken {
             Some(Guarded::Pager) => self.end("its pager died"),
             Some(Guarded::Server) => self.end("nobody is left to use it"),
+            None if before > 0 && self.pagers() == 0 => {
+                // One that does not read it asks again some time.
+                for client in &self.clients {
+                    let _ = sys::send(client, b"filled", None);
+                }
+            }
             None => {}
         }
+    }
+
+    /// How many pagers still bring pages.
+    fn pagers(&self) -> usize {
+        let pagers = self.guards.iter().filter(|g| g.1 == Guarded::Pager);
+        pagers.count()
     }
 
     /// Plain pagemap lies once pages are protected.

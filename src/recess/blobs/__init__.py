@@ -9,6 +9,7 @@ from recess.blobs.draft import Draft, draft_of
 from recess.blobs.local import LocalBlobs
 from recess.blobs.memory import MemoryBlobs
 from recess.blobs.metering import MeteredBlobs, Traffic
+from recess.blobs.nearest import NearestBlobs
 from recess.blobs.retry import RetryingBlobs, RetryPolicy
 from recess.blobs.wrapped import WrappedBlobs
 
@@ -21,6 +22,7 @@ __all__ = [
     "LocalBlobs",
     "MemoryBlobs",
     "MeteredBlobs",
+    "NearestBlobs",
     "RetryPolicy",
     "RetryingBlobs",
     "Traffic",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,6 +98,7 @@ class Parts:
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
     make_pager: MakePager | None = None  # None: this node has none, and every page is read before a machine runs
     lazy_memory: str = "auto"  # auto | remap | lazy | inject (recess.paging.choice)
+    first_pages: Callable[[str], Sequence[int]] | None = None  # of a snapshot's memory, as seen on this node; may block
     at_hand: AtHand | None = None  # memories kept uncompressed; None: none are
     drop_caches: bool = False  # of a guest that is put away
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store

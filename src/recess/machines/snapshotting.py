@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from recess.catalog.machines import MachineRecord
 from recess.catalog.machines import update_in as update_machine_in
@@ -26,12 +26,14 @@ from recess.machines.capture import Taken, drop_nameless, figures, snapshot_meta
 from recess.machines.emptying import drop_caches
 from recess.machines.fleet import Fleet
 from recess.machines.live import Live
+from recess.machines.mapped import MEMORY
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import snapshot_row
 from recess.machines.service import SnapshotRow
 from recess.machines.starting import finish
 from recess.machines.states import PAUSED, RUNNING, next_state
 from recess.machines.templates import vm_json
+from recess.paging.firstpages import FIRST, decode_first, encode_first
 
 
 class MakeRoom(Protocol):
@@ -100,7 +102,10 @@ class SnapshotTaker:
         parent = taken.capture.parent or live.parent
         meta = snapshot_meta(
             taken,
-            spec={"vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id},
+            spec={
+                "vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id,
+                **await asyncio.to_thread(self._first_pages, parent),
+            },
             log_position=log_position, epoch=epoch, session=record.session, machine=record.id, why=why,
             origin={"parent": parent, "name": name}, created=clock.wall_s(),
         )  # fmt: skip
@@ -131,6 +136,18 @@ class SnapshotTaker:
         if self._parts.at_hand is not None:
             self._parts.at_hand.keep_capture(row.id, live.template.ref, taken.capture)
         return snapshot_row(row)
+
+    def _first_pages(self, parent: str) -> dict[str, Any]:
+        """Return for a manifest's spec what a machine of the parent touched first when it came back: what its child will
+        touch, too. It travels with the snapshot; each child hands it on until somebody knows better."""
+        if not parent:
+            return {}
+        known = encode_first(self._parts.first_pages(parent)) if self._parts.first_pages is not None else ""
+        if not known:
+            with contextlib.suppress(RecessError):
+                hints = self._parts.store.manifest(parent)["spec"].get(FIRST)
+                known = encode_first(decode_first(hints.get(MEMORY))) if isinstance(hints, dict) else ""
+        return {FIRST: {MEMORY: known}} if known else {}
 
     async def _drop_rowless(self, snapshot_id: str) -> None:
         """After a row that failed: a cancelled write may have been done all the same, so look behind it in the queue."""

@@ -5,7 +5,7 @@ there in a few milliseconds. It has one thread, so forking is safe, and it ends 
 it serves its machine until every page is there, server or not. Its life hangs on a pipe that the machine's keeper
 watches: it says "filled" there, or it is gone and the keeper ends the machine.
 
-    server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files"} + the pager's socket
+    server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files", "first"} + the pager's socket
     pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs     or {"failed": text}
     server -> pager     {"segments": [[address, first, pages]], "first": [pages], "whole"} + userfaultfd, pipe
     pager -> server     {"serving": true}, and at the end {"filled": report}      or {"failed": text}
@@ -23,20 +23,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from recess.blobs import BlobStore, LocalBlobs
-from recess.config import Config, load_config
+from recess.config import load_config
 from recess.errors import RecessError
 from recess.node.pagereader import SnapshotPages
-from recess.node.stores import open_blobs
+from recess.node.stores import open_for_reading
 from recess.paging import FaultServer, Report, Segment, Uffd
 
 MESSAGE_MAX = 65536
 TOUCHED_MAX = 4096  # pages told of, each with its frame: up to 256 MiB, and a message that fits
 FILLED = b"filled"
-
-
-def _blobs_of(config: Config) -> BlobStore:
-    return open_blobs(config.store, config) if config.store else LocalBlobs(config.blobs_dir)
 
 
 def _receive(sock: socket.socket, fds: int) -> tuple[dict[str, Any] | None, list[int]]:
@@ -55,13 +50,15 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     """Be the pager of one machine. Returns when every page is there, or the machine is gone. Raises whatever fails."""
     config = load_config(home=order["home"], **order["overrides"])
     files = {digest: Path(path) for digest, path in order["files"].items()}
-    library = SnapshotPages(_blobs_of(config), order["snapshot"], order["part"], Path(order["template"]), files)
+    library = SnapshotPages(open_for_reading(config), order["snapshot"], order["part"], Path(order["template"]), files)
     runs = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
     try:
         os.write(runs, library.book.ranges())
         _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, [runs])
     finally:
         os.close(runs)
+    # Read while the machine starts: it will not wait for these.
+    library.prefetch(_groups(library, [*library.first_pages, *order["first"]]))
     message, fds = _receive(sock, 2)
     if message is None:
         return
@@ -69,12 +66,18 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     if message["whole"]:
         library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
-    groups = dict.fromkeys(g for page in message["first"] if (g := library.book.group_of(page)) is not None)
-    server = FaultServer(Uffd(uffd, segments, protect=not message["whole"]), library.book, library, first=list(groups))
+    first = _groups(library, [*message["first"], *library.first_pages, *order["first"]])
+    server = FaultServer(Uffd(uffd, segments, protect=not message["whole"]), library.book, library, first=first)
     _say(sock, {"serving": True})
     report = server.run()
     os.write(pipe, FILLED)
     _say(sock, {"filled": about(report, library)})
+
+
+def _groups(library: SnapshotPages, pages: list[int]) -> list[int]:
+    """Return the groups that bring these pages, each once; a page that is not absent brings none."""
+    found = (library.book.group_of(page) for page in pages)
+    return list(dict.fromkeys(group for group in found if group is not None))
 
 
 def about(report: Report, library: SnapshotPages) -> dict[str, Any]:

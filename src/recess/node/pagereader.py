@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,14 @@ from recess.blobs import BlobStore
 from recess.errors import Corrupt
 from recess.frames import WorkPool
 from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book
+from recess.paging.firstpages import FIRST, decode_first
 from recess.snapshots.keys import LAYER, make_id
 from recess.snapshots.layer_v1 import LayerReader
-from recess.snapshots.pagemap import KIND_LAYER
+from recess.snapshots.pagemap import KIND_LAYER, expand
 from recess.snapshots.reader import OpenSnapshot
 from recess.units import PAGE_BYTES
+
+_READERS = 4  # reads at a time, when many are asked for: a store afar answers late
 
 _RUN = 16  # pages of a group that is not a frame
 
@@ -44,7 +47,8 @@ class SnapshotPages:
     def __init__(
         self, blobs: BlobStore, snapshot_id: str, part: str, template: Path, files: Mapping[str, Path]
     ) -> None:
-        snapshot = OpenSnapshot(blobs, snapshot_id, WorkPool(1))
+        self._pool = WorkPool(_READERS)
+        snapshot = OpenSnapshot(blobs, snapshot_id, self._pool)
         self._map = snapshot.page_map(part)
         self._template = map_pages(template)
         if len(self._template) != self._map.pages_total:
@@ -57,6 +61,9 @@ class SnapshotPages:
             self._layers.append(snapshot.layer(make_id(LAYER, digest)) if is_layer else None)
             self._blocks.append(None if is_layer else map_pages(files[digest]))
         self._gaps = gaps_of(self._map.pages)
+        self._ready: dict[tuple[int, int], Pages] = {}  # frames that were read ahead, by source and number
+        hints = snapshot.manifest.spec.get(FIRST)
+        self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
         self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
         self.book = self._make_book()
 
@@ -91,21 +98,58 @@ class SnapshotPages:
         self._bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=len(first)))))
         return book
 
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """See `recess.paging.book.Library`. Frames that are neighbours in their layer come by one ranged read."""
+        wanted: dict[int, list[int]] = {}
+        for group in groups:
+            number, at = self._source_of(self._pages_of(group))
+            layer = self._layers[number - 1] if number > 0 else None
+            if layer is not None:
+                wanted.setdefault(number, []).append(int(self._map.position[at[0]]) // layer.pages_per_frame)
+        ready: dict[tuple[int, int], Pages] = {}
+        tasks: list[Callable[[], None]] = []
+        for number, frames in wanted.items():
+            layer = self._layers[number - 1]
+            if layer is None:
+                continue
+            per_frame = layer.pages_per_frame
+            ordered = np.unique(np.array(frames, np.int64))
+            ends = np.minimum((ordered + 1) * per_frame, layer.slots)
+            slots = expand(ordered * per_frame, ends - ordered * per_frame)
+            firsts = np.searchsorted(slots, ordered * per_frame)
+            of_row = dict(zip(firsts.tolist(), ordered.tolist(), strict=True))
+
+            def keep(low: int, _high: int, pages: Pages, number: int = number, of_row: dict[int, int] = of_row) -> None:
+                ready[number, of_row[low]] = pages
+
+            tasks += layer.visits(slots, keep)
+        self._pool.each(tasks)
+        self._ready = ready
+
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """See `recess.paging.book.Library`."""
         pages = self._pages_of(group)
-        at = np.minimum(np.searchsorted(self._map.pages, pages), max(0, self._map.count - 1))
-        if not self._map.count or int(self._map.pages[at[0]]) != int(pages[0]):
+        number, at = self._source_of(pages)
+        if number < 0:
             return _pieces(pages, self._template[pages]), 0
-        number = int(self._map.source[at[0]])
         if number == 0:
             return _pieces(pages, np.zeros((len(pages), PAGE_BYTES), np.uint8)), 0
         layer, position = self._layers[number - 1], self._map.position[at].astype(np.int64)
         if layer is None:
             return _pieces(pages, self._block_pages(number, position)), 0
         frame = int(position[0]) // layer.pages_per_frame
-        data = layer.frame(frame)[position - frame * layer.pages_per_frame]
-        return _pieces(pages, data), layer.frame_bytes(frame)
+        whole = self._ready.pop((number, frame), None)
+        if whole is None:
+            whole = layer.frame(frame)
+        return _pieces(pages, whole[position - frame * layer.pages_per_frame]), layer.frame_bytes(frame)
+
+    def _source_of(self, pages: Numbers) -> tuple[int, NDArray[np.int64]]:
+        """Return the number of the source that a group's pages are in, and their rows in the map: 0 for zeros, -1 for the
+        template, whose pages are not in the map."""
+        at = np.minimum(np.searchsorted(self._map.pages, pages), max(0, self._map.count - 1))
+        if not self._map.count or int(self._map.pages[at[0]]) != int(pages[0]):
+            return -1, at
+        return int(self._map.source[at[0]]), at
 
     def _block_pages(self, number: int, position: NDArray[np.int64]) -> Pages:
         blocks = self._blocks[number - 1]

@@ -22,6 +22,7 @@ from typing import Any
 from recess.config import Config
 from recess.errors import DriverFailed, Timeout, Unavailable
 from recess.machines.contract import PageSet
+from recess.machines.mapped import MEMORY
 from recess.node.pager import MESSAGE_MAX, TOUCHED_MAX
 
 READY_S = 30.0
@@ -86,7 +87,7 @@ class Pagers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         order = {
             **self._order, "snapshot": snapshot, "part": part, "template": str(template),
-            "files": {digest: str(path) for digest, path in files.items()},
+            "files": {digest: str(path) for digest, path in files.items()}, "first": [],
         }  # fmt: skip
         with theirs:
             try:
@@ -97,6 +98,10 @@ class Pagers:
                 raise Unavailable(f"the pagers' nursery is gone: {exc.strerror}") from exc
         ours.setblocking(False)
         return Pager(ours, read_all, WorkingSet(self._memory_of / f"{snapshot}.{part}"))
+
+    def first_pages(self, snapshot: str) -> list[int]:
+        """Return what machines of this snapshot touched first on this node; none if nothing is known."""
+        return WorkingSet(self._memory_of / f"{snapshot}.{MEMORY}").read()
 
     def close(self) -> None:
         """End the nursery; pagers that serve go on. May be called twice."""

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recess.blobs import BlobStore, CachingBlobs, LocalBlobs, MeteredBlobs, RetryingBlobs
+from recess.blobs import BlobStore, CachingBlobs, LocalBlobs, MeteredBlobs, NearestBlobs, RetryingBlobs
 from recess.config import Config
 from recess.errors import BadInput, Corrupt
 from recess.paging.pagefiles import PageFiles
@@ -81,6 +81,14 @@ def open_blobs(address: str, config: Config) -> BlobStore:
         config.s3_session_token,
     )
     return RetryingBlobs(open_bucket(address, settings))
+
+
+def open_for_reading(config: Config) -> BlobStore:
+    """Return the node's store for a process that only reads some ranges of it: a copy on this disk where there is one,
+    else the bucket itself. It makes no copies and keeps none."""
+    if not config.store:
+        return LocalBlobs(config.blobs_dir)
+    return NearestBlobs(LocalBlobs(config.copies_dir), open_blobs(config.store, config))
 
 
 def open_page_files(config: Config, free_bytes: Callable[[], int]) -> PageFiles:

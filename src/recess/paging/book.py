@@ -6,6 +6,7 @@ border, and allows 65530 of them): whoever makes the book says where those gaps'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,11 @@ class Piece:
 
 class Library(Protocol):
     """Where groups come from. Called from several threads; raises Corrupt, NotFound, Unavailable."""
+
+    def prefetch(self, groups: Sequence[int]) -> None:
+        """Read what these groups need, in as few reads as can be, and keep it until it is fetched or the next call. A
+        group that is fetched meanwhile is read by whoever fetches it."""
+        ...
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """Return all absent pages of a group, verified, and how many stored bytes were read for them."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from recess.drivers.fake.driver import FakeVm
 from recess.drivers.fake.pages import POKE_FIRST
 from recess.machines.contract import Capture
+from recess.paging.firstpages import FIRST, decode_first
 from recess.testing.machine_room import SMALL
 from recess.units import MIB, PAGE_BYTES
 
@@ -40,6 +41,21 @@ async def test_the_second_counts_from_the_first_and_is_whole_without_it(room):
     assert third.figures["counts_from"] == second.id
     assert captured(third) < 20
     room.store.verify(third.id)
+
+
+async def test_what_is_touched_first_travels_with_the_children(room):
+    """Known of a snapshot's machines on this node, it is in the next snapshot's manifest, and in those after it."""
+    known: dict[str, list[int]] = {}
+    room.manager._taker._parts = replace(room.manager._taker._parts, first_pages=lambda ref: known.get(ref, []))
+    await room.manager.create(ROOMY, name="one")
+    first = await room.manager.snapshot("one")
+    known[first.id] = [7, 3, 5]
+    second = await room.manager.snapshot("one")
+    third = await room.manager.snapshot("one")
+    hints = [room.store.manifest(row.id)["spec"].get(FIRST) for row in (first, second, third)]
+    assert hints[0] is None
+    assert [decode_first(hint["memory"]) for hint in hints[1:]] == [[3, 5, 7], [3, 5, 7]]
+    await room.manager.restore(third.id, name="other")
 
 
 async def test_a_fork_stands_alone_and_its_children_count_from_it(room):

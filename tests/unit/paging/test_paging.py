@@ -68,7 +68,11 @@ class Library:
     def __init__(self, bad=None):
         self.bad = bad
         self.fetched = []
+        self.ahead = []
         self.lock = threading.Lock()
+
+    def prefetch(self, groups):
+        self.ahead.append(list(groups))
 
     def fetch(self, group):
         if group == self.bad:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from recess.drivers.qemu import disk
 from recess.drivers.qemu.journal import Journal
@@ -22,7 +23,7 @@ from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
 from recess.machines.contract import LazyMemory, MappedMemory
 
 NONE = "none"
-_BROUGHT_S, _LOOK_S = 120.0, 0.05
+_BROUGHT_S, _LOOK_S = 120.0, 2.0
 _MODES = {
     "kernel": "every write is noted",
     "user": "every write is noted; without the right to catch the kernel's own faults, memory is never restored lazily",
@@ -107,14 +108,27 @@ async def find_tracking(keeper: Keeper) -> Tracking:
 
 
 async def all_brought(keeper: Keeper) -> None:
-    """Return when no pager brings pages any more. Asked again and again, since the pager's end is told to the keeper
-    only (the server may be another than the one that ordered it). Raises Timeout, DriverFailed."""
+    """Return when no pager brings pages any more: the keeper tells, whichever server ordered the pager. Raises Timeout,
+    DriverFailed."""
     try:
         async with asyncio.timeout(_BROUGHT_S):
-            while (await keeper.tracking())[2]:  # noqa: ASYNC110 (there is no event that reaches us)
-                await asyncio.sleep(_LOOK_S)
+            keeper.filled.clear()  # before it is asked: it may be told between the answer and our waiting
+            while (await keeper.tracking())[2]:
+                await _told(keeper)
+                keeper.filled.clear()
     except TimeoutError as exc:
         raise Timeout(f"the machine's memory was not there within {_BROUGHT_S:g} s") from exc
+
+
+async def _told(keeper: Keeper) -> None:
+    """Return when the keeper says that all is there, or the VM is gone; and now and then, for a keeper of an earlier
+    version, which says nothing."""
+    waiting: set[asyncio.Future[Any]] = {asyncio.ensure_future(keeper.filled.wait()), keeper.death, keeper.gone}
+    try:
+        await asyncio.wait(waiting, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting - {keeper.death, keeper.gone}:
+            one.cancel()
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,41 @@ async def test_a_vm_that_is_gone_or_a_full_host_is_an_error(error):
         await begin_tracking(keeper, "", mode="auto")
 
 
+async def test_a_whole_capture_waits_until_it_is_told_that_every_page_is_there():
+    """Told between the question and the waiting, told late, told for one pager of two."""
+    keeper = Keeper("kernel")
+    keeper.filled = asyncio.Event()
+    absent = [True, True, True, False]
+
+    async def tracking():
+        keeper.asked.append("tracking")
+        here = absent.pop(0)
+        if len(absent) == 2:  # told before the answer is looked at
+            keeper.filled.set()
+        elif here:
+            asyncio.get_running_loop().call_soon(keeper.filled.set)
+        return "kernel", "", here
+
+    keeper.tracking = tracking
+    await MemoryCapture(keeper, Plan(True, "all")).prepare()
+    assert keeper.asked == ["tracking"] * 4 + ["all"]
+
+
+async def test_a_vm_that_goes_meanwhile_is_not_waited_for():
+    keeper = Keeper("kernel")
+    keeper.filled = asyncio.Event()
+
+    async def tracking():
+        if keeper.gone.done():
+            raise DriverFailed("the VM is gone")
+        asyncio.get_running_loop().call_soon(keeper.gone.set_result, None)
+        return "kernel", "", True
+
+    keeper.tracking = tracking
+    with pytest.raises(DriverFailed):
+        await MemoryCapture(keeper, Plan(True, "all")).prepare()
+
+
 async def test_what_was_prepared_is_given_up():
     keeper = Keeper("kernel")
     capture = MemoryCapture(keeper, Plan(True, "delta", "snp_a"))

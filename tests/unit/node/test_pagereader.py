@@ -1,0 +1,69 @@
+"""A stored snapshot as the fault handler's library: the right pages, read ahead or not, in few reads."""
+
+import numpy as np
+import pytest
+
+from recess.blobs import LocalBlobs, MeteredBlobs
+from recess.node.pagereader import SnapshotPages
+from recess.paging.firstpages import FIRST, encode_first
+from recess.snapshots import RawPart, SnapshotMeta, Store
+
+TOTAL = 1024
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A snapshot of noise, zeros and gaps over a template of ones; what its memory is; its metered store."""
+    memory = np.ones((TOTAL, 4096), np.uint8)
+    memory[100:800:2] = np.random.default_rng(1).integers(0, 255, (350, 4096), np.uint8)
+    memory[900:910] = 0
+    listed = np.array([*range(100, 800, 2), *range(900, 910)], np.uint32)
+    blobs = MeteredBlobs(LocalBlobs(tmp_path / "blobs"))
+    store = Store(blobs)
+    meta = SnapshotMeta(fingerprint={}, spec={FIRST: {"memory": encode_first([104, 100, 902])}})
+    report = store.write([RawPart("memory", TOTAL, listed, memory[listed])], b"state", meta)
+    store.close()
+    template = tmp_path / "ram"
+    template.write_bytes(b"\1" * 4096 * TOTAL)
+    return SnapshotPages(blobs, report.snapshot_id, "memory", template, {}), memory, blobs
+
+
+def brought(library, groups):
+    return {
+        piece.first + number: page.copy()
+        for group in groups
+        for piece in library.fetch(group)[0]
+        for number, page in enumerate(piece.data)
+    }
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_every_absent_page_comes_as_it_was(made, ahead):
+    library, memory, _ = made
+    groups = range(library.book.groups)
+    if ahead:
+        library.prefetch(list(groups)[::2])  # the others are read when they are fetched
+    pages = brought(library, groups)
+    assert sorted(pages) == library.book.pages.tolist()
+    for number, page in pages.items():
+        np.testing.assert_array_equal(page, memory[number])
+
+
+def test_what_lies_together_is_read_at_once_and_counted_when_it_is_brought(made):
+    library, _, blobs = made
+    groups = list(range(library.book.groups))
+    before = blobs.traffic
+    library.prefetch(groups)
+    assert (blobs.traffic - before).read_calls <= 22 / 8 + 1  # 22 frames
+    between = blobs.traffic
+    read = sum(library.fetch(group)[1] for group in groups)
+    assert blobs.traffic == between
+    assert read == (between - before).read_bytes
+    library.prefetch([])
+    library.fetch(groups[0])
+    assert (blobs.traffic - between).read_calls == 1  # nothing is kept beyond the next call
+
+
+def test_the_hint_of_the_manifest_is_known(made):
+    library, _, _ = made
+    assert library.first_pages == [100, 104, 902]
