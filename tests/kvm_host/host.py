@@ -149,7 +149,8 @@ def _make_kernel(folder: Path, guestd: Path, temp: Path) -> None:
 
 
 def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path) -> None:
-    """Write the work disk: what the tests need of this repository, and the Firecracker to be tested (`bin/firecracker`)."""
+    """Write the work disk: what the tests need of this repository, and the Firecracker to be tested (`bin/firecracker`), with
+    its jailer if that is beside it."""
     site = Path(sys.prefix) / "lib" / f"python{PYTHON[0]}.{PYTHON[1]}" / "site-packages"
     if sys.version_info[:2] != PYTHON or not site.is_dir():
         raise RuntimeError(f"this environment's Python must be the host's: {PYTHON[0]}.{PYTHON[1]}")
@@ -173,6 +174,8 @@ def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path
             shutil.copy(trimmed, top / "bin" / "vmlinux")
         if binary is not None:
             shutil.copy(binary, top / "bin" / "firecracker")
+            if binary.with_name("jailer").is_file():
+                shutil.copy(binary.with_name("jailer"), top / "bin" / "jailer")
         target.unlink(missing_ok=True)
         command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(target), f"{_WORK_MIB}M"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

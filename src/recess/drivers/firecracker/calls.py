@@ -1,7 +1,7 @@
 """What is asked of Firecracker, as pure functions: method, path and body of each call.
 
 Source: firecracker.yaml of version 1.16. Paths in bodies are names in the VMM's working folder: a snapshot's device state
-holds them, and every machine has a folder of its own where the same names mean its own files.
+holds them, and every machine has a folder of its own where the same names mean its own files. `shm` is in shared memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ from recess.units import MIB
 
 ROOT_FILE, DISK_FILE = "root", "disk"
 KERNEL_FILE, INITRD_FILE = "kernel", "initrd"
+TEMPLATE_FILE = "template"
+SHM = "shm"
+RAM_FILE, STATE_FILE = f"{SHM}/ram", f"{SHM}/state"  # what a VM is loaded from
+TAKEN_STATE, TAKEN_MEMORY = f"{SHM}/taken.state", f"{SHM}/taken.memory"  # what a capture has Firecracker write
 VSOCK_SOCKET = "v.sock"
 FAULT_SOCKET = "uffd.sock"
 GUEST_CID = 3

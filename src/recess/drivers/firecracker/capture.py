@@ -23,12 +23,11 @@ from pathlib import Path
 
 from recess.crashpoints import crash_point
 from recess.drivers.firecracker import calls, ledger
-from recess.drivers.firecracker.handles import PAUSED, TAKEN_MEMORY, TAKEN_STATE, Handles, running
+from recess.drivers.firecracker.handles import PAUSED, Handles, end_machine, running
 from recess.drivers.firecracker.ledger import Plan
 from recess.drivers.qemu import disk
 from recess.drivers.qemu.handles import Steps, all_of, in_thread
 from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
-from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.memory import all_brought
 from recess.drivers.qemu.template import move_sparse
 from recess.errors import OutOfSpace, RecessError
@@ -103,7 +102,7 @@ async def _pause(vm: Handles, plan: Plan, *, resume: bool, mark: str, steps: Ste
     steps.mark("pause")
     ledger.poison(vm.layout.run)
     crash_point("firecracker.poisoned")
-    taking = calls.create_snapshot(plan.kind, TAKEN_STATE, TAKEN_MEMORY)
+    taking = calls.create_snapshot(plan.kind, calls.TAKEN_STATE, calls.TAKEN_MEMORY)
     vm.reset = True
     await all_of(
         vm.api.call(taking, timeout_s=_SNAPSHOT_S),
@@ -123,7 +122,9 @@ async def _pause(vm: Handles, plan: Plan, *, resume: bool, mark: str, steps: Ste
 async def _gather(vm: Handles, plan: Plan, standstill_s: float, steps: Steps) -> Capture:
     """Make of Firecracker's files what the caller gets."""
     run = vm.layout.run
-    entered, numbers = await in_thread(ledger.enter, run, vm.ledger, plan, run / TAKEN_MEMORY, vm.journal.ram_base)
+    entered, numbers = await in_thread(
+        ledger.enter, run, vm.ledger, plan, run / calls.TAKEN_MEMORY, vm.journal.ram_base
+    )
     vm.ledger = entered
     crash_point("firecracker.entered")
     steps.mark("enter")
@@ -134,8 +135,8 @@ async def _gather(vm: Handles, plan: Plan, standstill_s: float, steps: Steps) ->
         blocks = await in_thread(_disk_blocks, vm)
         stack.callback(blocks.close)
         steps.mark("disk_compare")
-        state = (run / TAKEN_STATE).read_bytes()
-        (run / TAKEN_STATE).unlink()
+        state = (run / calls.TAKEN_STATE).read_bytes()
+        (run / calls.TAKEN_STATE).unlink()
         stack.pop_all()
     return Capture(
         memory=pages.pages,
@@ -184,9 +185,11 @@ async def let_run(vm: Handles) -> None:
         poisoned = ledger.is_poisoned(vm.layout.run)
         _drop_files(vm)
         ledger.poison(vm.layout.run)
-        await vm.api.call(calls.create_snapshot(calls.DIFF, TAKEN_STATE, TAKEN_MEMORY), timeout_s=_SNAPSHOT_S)
+        await vm.api.call(
+            calls.create_snapshot(calls.DIFF, calls.TAKEN_STATE, calls.TAKEN_MEMORY), timeout_s=_SNAPSHOT_S
+        )
         if not poisoned:
-            vm.ledger = await in_thread(ledger.absorb, vm.layout.run, vm.ledger, vm.layout.run / TAKEN_MEMORY)
+            vm.ledger = await in_thread(ledger.absorb, vm.layout.run, vm.ledger, vm.layout.run / calls.TAKEN_MEMORY)
         _drop_files(vm)
     await vm.api.call(calls.resume())
     vm.reset = False
@@ -194,8 +197,8 @@ async def let_run(vm: Handles) -> None:
 
 def _drop_files(vm: Handles) -> None:
     for path in (
-        vm.layout.run / TAKEN_STATE,
-        vm.layout.run / TAKEN_MEMORY,
+        vm.layout.run / calls.TAKEN_STATE,
+        vm.layout.run / calls.TAKEN_MEMORY,
         vm.layout.run / f"{ledger.PAGES_FILE}.new",
         vm.clone,
     ):
@@ -215,18 +218,18 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
     """Stop the VM for good and leave its parts as a template's, the device state last: a folder without it is none. On an
     error nothing is left in `directory`, and the VM is ended."""
     ref = TemplateRef(vm.layout.run.name, directory / "ram", directory / "disk", directory / "vmstate")
-    taking = calls.create_snapshot(calls.DIFF, TAKEN_STATE, TAKEN_MEMORY)
+    taking = calls.create_snapshot(calls.DIFF, calls.TAKEN_STATE, calls.TAKEN_MEMORY)
     try:
         async with vm.explain("export"):
             await vm.port.leave()
             await vm.api.call(calls.pause())
             await vm.api.call(taking, timeout_s=_SNAPSHOT_S)
-            state = (vm.layout.run / TAKEN_STATE).read_bytes()
-            await in_thread(_move_memory, vm.layout.run / TAKEN_MEMORY, ref.ram)
-            await end_vm(vm.layout, vm.keeper)
+            state = (vm.layout.run / calls.TAKEN_STATE).read_bytes()
+            await in_thread(_move_memory, vm.layout.run / calls.TAKEN_MEMORY, ref.ram)
+            await end_machine(vm.layout, vm.keeper, vm.jail)
             await in_thread(_finish, vm, ref, state)
     except BaseException:
-        await end_vm(vm.layout, vm.keeper)
+        await end_machine(vm.layout, vm.keeper, vm.jail)
         for path in (ref.vmstate, ref.disk, ref.ram):
             path.unlink(missing_ok=True)
         raise

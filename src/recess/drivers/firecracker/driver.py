@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from recess.config import Config
 from recess.drivers.firecracker import start
 from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
+from recess.drivers.firecracker.jail import JAIL_FOLDER
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.qemu.keeper import end_vm
@@ -50,6 +52,7 @@ class FirecrackerDriver:
             "firecracker": str(facts.binary),
             "version": facts.version_text,
             "accelerator": "kvm",
+            "jail": "none: " + facts.no_jail if facts.no_jail else "jailer, a user id of its own for each VM",
             "why": "it ran a guest" if fresh else "it is the only one that Firecracker has",
         }
 
@@ -75,6 +78,7 @@ class FirecrackerDriver:
         journal = read_journal(layout)
         if journal is None:
             await end_vm(layout, None)
+            shutil.rmtree(layout.directory / JAIL_FOLDER, ignore_errors=True)
             return None
         handles = await start.adopt(await self._place(vm_id, journal.spec, directory), journal)
         return None if handles is None else FirecrackerVm(handles)

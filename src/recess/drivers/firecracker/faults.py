@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Container
 from pathlib import Path
 
 from recess.drivers.firecracker.calls import FAULT_SOCKET
@@ -62,12 +63,14 @@ class FaultSocket:
         self._loop = asyncio.get_running_loop()
 
     @classmethod
-    def open(cls, run: Path) -> FaultSocket:
-        """Listen in the run folder."""
+    def open(cls, work: Path, uid: int | None = None) -> FaultSocket:
+        """Listen in the VMM's working folder. `uid`: the user that must be able to connect, if it is another."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            with socket_address(run, FAULT_SOCKET) as address:
+            with socket_address(work, FAULT_SOCKET) as address:
                 sock.bind(address)
+            if uid is not None:
+                os.chown(work / FAULT_SOCKET, uid, uid)
             sock.listen(1)
             sock.setblocking(False)
         except BaseException:
@@ -75,15 +78,16 @@ class FaultSocket:
             raise
         return cls(sock)
 
-    async def receive(self, vmm: int, memory_bytes: int) -> tuple[int, list[Segment]]:
-        """Return the userfaultfd, the caller's, and where the memory lies. `vmm`: the process that must have sent it.
+    async def receive(self, vmm: Container[int], memory_bytes: int) -> tuple[int, list[Segment]]:
+        """Return the userfaultfd, the caller's, and where the memory lies. `vmm`: the
+        processes of which one must have sent it.
         Raises DriverFailed for another sender or a message that makes no sense, Timeout."""
         try:
             async with asyncio.timeout(_WAIT_S):
                 peer, _ = await self._loop.sock_accept(self._sock)
                 with peer:
                     pid, _uid, _gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-                    if pid != vmm:
+                    if pid not in vmm:
                         raise DriverFailed(f"process {pid} is not the machine's VMM", log="")
                     message, fd = await self._message(peer)
         except TimeoutError as exc:
@@ -115,7 +119,9 @@ class FaultSocket:
             self._sock.close()
 
 
-async def serve_faults(sock: FaultSocket, keeper: Keeper, vmm: int, memory_bytes: int, lazy: LazyMemory) -> None:
+async def serve_faults(
+    sock: FaultSocket, keeper: Keeper, vmm: Container[int], memory_bytes: int, lazy: LazyMemory
+) -> None:
     """Take the memory from Firecracker and have the pager answer for all of it. First the keeper watches, then the pager
     serves: from the moment it could fail somebody looks. Raises DriverFailed, Timeout."""
     uffd, segments = await sock.receive(vmm, memory_bytes)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from recess.drivers.firecracker.api import Api, Refused
 from recess.drivers.firecracker.host import HostFacts
+from recess.drivers.firecracker.jail import Jail, descendants
+from recess.drivers.firecracker.jail import remove as remove_jail
 from recess.drivers.firecracker.journal import Journal
 from recess.drivers.firecracker.ledger import Ledger
 from recess.drivers.firecracker.port import Port
 from recess.drivers.qemu.handles import died
-from recess.drivers.qemu.keeper import Keeper, last_words
+from recess.drivers.qemu.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
 from recess.drivers.qemu.layout import Layout
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint, LazyMemory
@@ -21,8 +23,7 @@ from recess.machines.contract import Fingerprint, LazyMemory
 RUNNING, PAUSED = "Running", "Paused"
 """What Firecracker calls the states of a VM that was started."""
 
-STATE_FILE = "state"  # device state that a VM is loaded from
-TAKEN_STATE, TAKEN_MEMORY = "taken.state", "taken.memory"  # what a capture has Firecracker write
+_END_S = 5.0
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Handles:
     api: Api
     port: Port
     ledger: Ledger
+    jail: Jail | None = None
     timings_s: dict[str, float] = field(default_factory=dict)
     memory: str = ""  # how it was brought back, in words
     lazy: LazyMemory | None = None
@@ -71,3 +73,29 @@ class Handles:
 async def running(vm: Handles) -> bool:
     """Tell whether the vCPUs run."""
     return await vm.api.state() == RUNNING
+
+
+def family(layout: Layout) -> list[Process]:
+    """Return the keeper and everything below it, while it lives."""
+    keeper = read_pids(layout).get("keeper")
+    found: list[Process] = []
+    for pid in descendants(keeper.pid) if keeper is not None and keeper.alive() else []:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            found.append(Process(pid, int(fields[19])))  # proc(5): its start, which tells it from a later one
+    return found
+
+
+async def end_machine(layout: Layout, keeper: Keeper | None, jail: Jail | None) -> None:
+    """End keeper and VMM, whichever still lives, and remove the run folder and the jail. Never fails.
+
+    In a jail the keeper's child is not Firecracker itself: the kernel ends that a moment later.
+    """
+    members = family(layout) if jail is not None else []
+    await end_vm(layout, keeper)
+    for process in members:
+        if process.alive() and not await wait_gone(process.pid, _END_S):
+            process.kill()
+            await wait_gone(process.pid, _END_S)
+    if jail is not None:
+        remove_jail(jail)

@@ -17,6 +17,7 @@ from pathlib import Path
 from recess.config import Config
 from recess.drivers.firecracker.api import API_SOCKET, Api
 from recess.drivers.firecracker.calls import KERNEL_FILE, Call
+from recess.drivers.firecracker.jail import why_no_jail
 from recess.drivers.firecracker.tiny import tiny_kernel
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm
@@ -40,6 +41,7 @@ class HostFacts:
     binary: Path
     keeper: Path
     version: tuple[int, int, int]
+    no_jail: str  # why VMs are not jailed; "" when they are
     cpu_model: str
     cpu_flags: tuple[str, ...]
 
@@ -70,7 +72,7 @@ def read_host(config: Config) -> HostFacts:
         raise MissingTool(f"Firecracker {'.'.join(map(str, version))} is too old", hint=f"{wanted} or later: {_HINT}")
     check_kvm(Path("/dev/kvm"))
     model, flags = parse_cpu(Path("/proc/cpuinfo").read_text())
-    return HostFacts(binary, keeper, version, model, flags)
+    return HostFacts(binary, keeper, version, why_no_jail(binary, root=os.geteuid() == 0), model, flags)
 
 
 def ask_version(binary: Path) -> tuple[int, int, int]:

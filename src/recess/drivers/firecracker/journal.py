@@ -29,6 +29,7 @@ class Journal:
     template_ram: str = ""
     template_disk: str = ""
     for_template: bool = False
+    jailed: bool = False
     version: int = _VERSION
 
     @property

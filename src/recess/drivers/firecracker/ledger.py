@@ -2,7 +2,7 @@
 
     pages       sparse file of the guest's size: every page that a capture has brought, as of the last one (absent before
                 the first capture; then it is that capture's own file)
-    ram         what the VM was restored from, if it was: its template's memory and the snapshot's pages over it
+    shm/ram     what the VM was restored from, if it was: its template's memory and the snapshot's pages over it
     ledger      the record below
     poisoned    exists while Firecracker's own list of changes cannot be trusted
 
@@ -30,7 +30,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from recess.drivers.firecracker.calls import DIFF, FULL
+from recess.drivers.firecracker.calls import DIFF, FULL, RAM_FILE
 from recess.drivers.qemu import disk
 from recess.errors import DriverFailed
 from recess.images.files import space_errors
@@ -183,7 +183,7 @@ def collect(run: Path, numbers: Numbers) -> disk.Packed:
             inside = np.isin(numbers, _pages_with_data(run / PAGES_FILE), assume_unique=True)
             files = {True: known.fileno()}
             if not inside.all():
-                files[False] = stack.enter_context((run / "ram").open("rb")).fileno()
+                files[False] = stack.enter_context((run / RAM_FILE).open("rb")).fileno()
             at = 0
             for first, end in _runs(numbers, inside):
                 length = (end - first) * PAGE_BYTES

@@ -27,15 +27,17 @@ from recess.drivers.firecracker import calls
 from recess.drivers.firecracker.api import Api
 from recess.drivers.firecracker.capture import undo_interrupted
 from recess.drivers.firecracker.faults import FaultSocket, serve_faults
-from recess.drivers.firecracker.handles import STATE_FILE, Handles, running
+from recess.drivers.firecracker.handles import Handles, end_machine, running
 from recess.drivers.firecracker.host import HostFacts, command
+from recess.drivers.firecracker.jail import Jail, descendants, holds_devices, jail_of, prepare
+from recess.drivers.firecracker.jail import command as jail_command
 from recess.drivers.firecracker.journal import Journal, write_journal
 from recess.drivers.firecracker.ledger import Ledger, read_ledger, write_ledger
 from recess.drivers.firecracker.port import Port
 from recess.drivers.qemu import disk
 from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.handles import Steps, all_of, in_thread, unless_dead
-from recess.drivers.qemu.keeper import Keeper, end_vm, read_pids
+from recess.drivers.qemu.keeper import Keeper, read_pids
 from recess.drivers.qemu.layout import Layout
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Unsupported
 from recess.images.files import space_errors
@@ -73,9 +75,10 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     """Cold-boot and wait for guestd's hello."""
     layout, steps = place.layout, Steps()
     _check_disk(layout.disk, spec.disk_bytes)
-    journal = Journal(layout.run.name, str(layout.directory), spec, "starting", for_template=for_template)
+    journal = Journal(
+        layout.run.name, str(layout.directory), spec, "starting", for_template=for_template, jailed=_jailed(place)
+    )
     async with _starting(place, journal, keep_disk=True) as begin:
-        await in_thread(_link_files, layout, spec)
         vm = await begin(Ledger())
         steps.mark("start")
         async with vm.explain("start"):
@@ -83,6 +86,11 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
                 await vm.api.call(call)
         steps.mark("boot")
         return await _greet(vm, steps)
+
+
+def _jailed(place: Place) -> bool:
+    place.layout.directory.mkdir(parents=True, exist_ok=True)
+    return not place.host.no_jail and holds_devices(place.layout.directory)
 
 
 def _check_disk(path: Path, size: int) -> None:
@@ -94,15 +102,23 @@ def _check_disk(path: Path, size: int) -> None:
         raise InvalidSpec(f"the disk {path} has {found} bytes, not {size}")
 
 
-def _link_files(layout: Layout, spec: VmSpec) -> None:
-    files = {
-        calls.ROOT_FILE: spec.boot.root,
-        calls.DISK_FILE: layout.disk,
-        calls.KERNEL_FILE: spec.boot.kernel,
-        calls.INITRD_FILE: spec.boot.initrd,
-    }
-    for name, path in files.items():
-        (layout.run / name).symlink_to(path.absolute())
+def _files(journal: Journal) -> dict[str, Path]:
+    """Return what Firecracker opens, by its names for it, but the disk, which it may also write."""
+    boot = journal.spec.boot
+    files = {calls.ROOT_FILE: boot.root, calls.KERNEL_FILE: boot.kernel, calls.INITRD_FILE: boot.initrd}
+    if journal.ram_base is not None:
+        files[calls.TEMPLATE_FILE] = journal.ram_base
+    return {name: path.absolute() for name, path in files.items()}
+
+
+def _lay_out(layout: Layout, journal: Journal, jail: Jail | None) -> None:
+    """Put the files where Firecracker finds them: links in the run folder, or what the jail is made of."""
+    files = _files(journal)
+    if jail is not None:
+        prepare(jail, layout.run / calls.SHM, files, layout.disk)
+        return
+    for name, path in {**files, calls.DISK_FILE: layout.disk}.items():
+        (layout.run / name).symlink_to(path)
 
 
 async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
@@ -117,12 +133,14 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
         "starting",
         template_ram="" if template is None else str(template.ram),
         template_disk="" if template is None else str(template.disk),
+        jailed=_jailed(place),
     )
     async with _starting(place, journal, keep_disk=False) as begin:
-        await in_thread(_link_files, layout, spec)
         ledger = Ledger(parts.snapshot, over=_numbers(parts.memory), whole=parts.lazy is None)
         filling = asyncio.ensure_future(_fill(layout, spec, parts))
         try:
+            if begin.jail is not None:  # a file must be there to be mounted
+                await asyncio.shield(filling)
             vm = await begin(ledger)
         finally:
             await asyncio.wait([filling])
@@ -170,10 +188,10 @@ def _fill_disk(layout: Layout, spec: VmSpec, parts: RestoreParts) -> None:
 def _fill_memory(layout: Layout, spec: VmSpec, parts: RestoreParts) -> None:
     """Write the device state, and the memory if it is another than the template's."""
     with space_errors("device state"):
-        (layout.run / STATE_FILE).write_bytes(parts.vmstate)
+        (layout.run / calls.STATE_FILE).write_bytes(parts.vmstate)
     if parts.lazy is not None or (parts.template is not None and parts.memory.count == 0):
         return
-    fd = disk.create_sparse(layout.ram, spec.memory_bytes)
+    fd = disk.create_sparse(layout.run / calls.RAM_FILE, spec.memory_bytes)
     try:
         if parts.template is not None:
             disk.copy_data(parts.template.ram, fd)
@@ -186,16 +204,18 @@ async def _load(vm: Handles, parts: RestoreParts) -> None:
     """Have Firecracker load the snapshot, its memory from a file or by page faults. Its device state is read meanwhile, so
     faults are answered before the call is."""
     if parts.lazy is None:
-        ram = vm.layout.ram if vm.layout.ram.exists() else Path(vm.journal.template_ram)
-        await vm.api.call(calls.load_snapshot(STATE_FILE, calls.FILE, str(ram)))
+        ram = calls.RAM_FILE if (vm.layout.run / calls.RAM_FILE).exists() else calls.TEMPLATE_FILE
+        await vm.api.call(calls.load_snapshot(calls.STATE_FILE, calls.FILE, ram))
         return
-    sock = FaultSocket.open(vm.layout.run)
+    sock = FaultSocket.open(_work(vm.layout, vm.jail), None if vm.jail is None else vm.jail.uid)
     serving = None
     try:
         os.close(await parts.lazy.ranges())  # opened: all of it is absent here, whatever differs from the template
-        pid = read_pids(vm.layout)["vmm"].pid
-        serving = asyncio.ensure_future(serve_faults(sock, vm.keeper, pid, vm.journal.spec.memory_bytes, parts.lazy))
-        loading = asyncio.ensure_future(vm.api.call(calls.load_snapshot(STATE_FILE, calls.UFFD, calls.FAULT_SOCKET)))
+        vmm = descendants(read_pids(vm.layout)["vmm"].pid)
+        serving = asyncio.ensure_future(serve_faults(sock, vm.keeper, vmm, vm.journal.spec.memory_bytes, parts.lazy))
+        loading = asyncio.ensure_future(
+            vm.api.call(calls.load_snapshot(calls.STATE_FILE, calls.UFFD, calls.FAULT_SOCKET))
+        )
         try:
             # Whichever fails first ends the wait: without a pager the load never returns.
             done, _ = await asyncio.wait([serving, loading], return_when=asyncio.FIRST_EXCEPTION)
@@ -215,6 +235,7 @@ async def _starting(place: Place, journal: Journal, *, keep_disk: bool) -> Async
     layout = place.layout
     try:
         layout.run.mkdir(parents=True, mode=0o700)
+        (layout.run / calls.SHM).mkdir(mode=0o700)
     except FileExistsError:
         raise Conflict(f"a VM {layout.run.name} is there already") from None
     except OSError as exc:
@@ -236,14 +257,20 @@ class _Begin:
     def __init__(self, place: Place, journal: Journal) -> None:
         self.place = place
         self.journal = journal
+        self.jail = jail_of(place.host.binary, place.layout) if journal.jailed else None
         self._keeper: Keeper | None = None
         self._port: Port | None = None
 
     async def __call__(self, ledger: Ledger) -> Handles:
-        place, layout = self.place, self.place.layout
+        place, layout, jail = self.place, self.place.layout, self.jail
         write_ledger(layout.run, ledger)
+        await in_thread(_lay_out, layout, self.journal, jail)
+        argv = command(place.host.binary)
+        if jail is not None:
+            files = {**_files(self.journal), calls.DISK_FILE: layout.disk}
+            argv = jail_command(jail, layout.run / calls.SHM, files, self.journal.spec.memory_bytes)
         # The keeper is told of a file that is there: it copies no memory here, Firecracker does.
-        await in_thread(keepers.launch, place.host.keeper, layout, layout.journal, command(place.host.binary))
+        await in_thread(keepers.launch, place.host.keeper, layout, layout.journal, argv)
         vm = self.handles(ledger, place.hello_timeout_s)
         await unless_dead(vm.keeper, "start", vm.api.wait_ready(_API_S))
         return vm
@@ -251,19 +278,27 @@ class _Begin:
     def handles(self, ledger: Ledger, hello_timeout_s: float) -> Handles:
         """Connect to the keeper, which runs. Raises DriverFailed."""
         place, layout = self.place, self.place.layout
+        work = _work(layout, self.jail)
         self._keeper = keeper = Keeper.connect(layout)
-        self._port = port = Port(layout.run, hello_timeout_s=hello_timeout_s)
-        return Handles(layout, self.journal, place.host, place.fingerprint, keeper, Api(layout.run), port, ledger)
+        self._port = port = Port(work, hello_timeout_s=hello_timeout_s)
+        return Handles(
+            layout, self.journal, place.host, place.fingerprint, keeper, Api(work), port, ledger, jail=self.jail
+        )
 
     async def undo(self, *, keep_disk: bool) -> None:
         layout = self.place.layout
-        await end_vm(layout, self._keeper)
+        await end_machine(layout, self._keeper, self.jail)
         if self._port is not None:
             await self._port.close()
         if self._keeper is not None:
             self._keeper.close()
         if not keep_disk:
             layout.remove_disks()
+
+
+def _work(layout: Layout, jail: Jail | None) -> Path:
+    """Return the VMM's working folder, where its sockets are."""
+    return layout.run if jail is None else jail.root
 
 
 async def _greet(vm: Handles, steps: Steps) -> Handles:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from recess.drivers.firecracker import calls, ledger
 from recess.drivers.firecracker.capture import capture, export_template, let_run
-from recess.drivers.firecracker.handles import Handles, running
+from recess.drivers.firecracker.handles import Handles, end_machine, family, running
 from recess.drivers.qemu.handles import in_thread, unless_dead
-from recess.drivers.qemu.keeper import end_vm, read_pids
 from recess.drivers.qemu.vm import process_stats
 from recess.errors import DriverFailed, IllegalState
 from recess.guestlink.link import GuestLink
@@ -106,7 +105,7 @@ class FirecrackerVm:
 
     async def _end(self) -> None:
         vm = self._handles
-        await end_vm(vm.layout, vm.keeper)
+        await end_machine(vm.layout, vm.keeper, vm.jail)
         with contextlib.suppress(Exception):
             await vm.close()
         with contextlib.suppress(OSError):
@@ -144,7 +143,7 @@ class FirecrackerVm:
 
     async def stats(self) -> VmStats:
         """Return current numbers of Firecracker and its keeper; zeros once they are gone."""
-        return await asyncio.to_thread(process_stats, list(read_pids(self._handles.layout).values()))
+        return await asyncio.to_thread(process_stats, family(self._handles.layout))
 
     async def detach(self) -> None:
         """Drop the connections and let the VM go on, for the next server to adopt."""

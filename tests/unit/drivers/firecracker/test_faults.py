@@ -81,7 +81,7 @@ async def connect(run: Path) -> socket.socket:
 
 async def test_the_descriptor_comes_with_the_regions(tmp_path: Path) -> None:
     faults = FaultSocket.open(tmp_path)
-    receiving = asyncio.ensure_future(faults.receive(os.getpid(), SIZE))
+    receiving = asyncio.ensure_future(faults.receive([os.getpid()], SIZE))
     ours = os.memfd_create("uffd")
     with await connect(tmp_path) as sock:
         socket.send_fds(sock, [json.dumps([region()]).encode()], [ours])
@@ -97,7 +97,7 @@ async def test_the_descriptor_comes_with_the_regions(tmp_path: Path) -> None:
 async def test_another_process_is_not_heard(tmp_path: Path) -> None:
     faults = FaultSocket.open(tmp_path)
     with await connect(tmp_path), pytest.raises(DriverFailed, match="is not the machine's VMM"):
-        await faults.receive(os.getpid() + 1, SIZE)
+        await faults.receive([os.getpid() + 1], SIZE)
     faults.close()
 
 
@@ -113,7 +113,7 @@ async def test_exactly_one_descriptor(tmp_path: Path, count: int) -> None:
         else:
             sock.send(message)
         with pytest.raises(DriverFailed, match="descriptors"):
-            await faults.receive(os.getpid(), SIZE)
+            await faults.receive([os.getpid()], SIZE)
     os.close(ours)
     assert len(os.listdir("/proc/self/fd")) == before
     faults.close()
@@ -126,7 +126,7 @@ async def test_a_refused_message_leaves_no_descriptor(tmp_path: Path) -> None:
     with await connect(tmp_path) as sock:
         socket.send_fds(sock, [b"[]"], [ours])
         with pytest.raises(DriverFailed):
-            await faults.receive(os.getpid(), SIZE)
+            await faults.receive([os.getpid()], SIZE)
     os.close(ours)
     assert len(os.listdir("/proc/self/fd")) == before
     faults.close()

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recess.drivers.firecracker import ledger
-from recess.drivers.firecracker.calls import DIFF, FULL
+from recess.drivers.firecracker.calls import DIFF, FULL, RAM_FILE
 from recess.drivers.firecracker.ledger import ALL, DELTA, Ledger, Plan
 from recess.errors import DriverFailed
 from recess.units import PAGE_BYTES
@@ -33,7 +33,8 @@ class Guest:
         self.now |= {n: page(value) for n, value in over.items()}
         self.changed: set[int] = set()
         if over:
-            with (run / "ram").open("wb") as handle:
+            (run / RAM_FILE).parent.mkdir()
+            with (run / RAM_FILE).open("wb") as handle:
                 handle.truncate(PAGES * PAGE_BYTES)
                 for n in range(PAGES):
                     if n in self.now:

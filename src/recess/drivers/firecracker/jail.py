@@ -1,0 +1,138 @@
+"""The jail of a VM that root starts: Firecracker's own jailer, a user id without rights, a cgroup, namespaces of its own.
+
+    DIRECTORY/jail/NAME/ID/root      the root folder that Firecracker sees; its files are mounted there, privately
+      root disk kernel initrd template        bind mounts of the VM's files
+      shm                                     bind mount of RUN/shm: what goes through shared memory
+      api.sock v.sock uffd.sock               sockets, reachable from outside by their path here
+
+The chain is keeper -> unshare -> shell -> jailer, which becomes Firecracker. The jailer changes the user id, and with it the
+kernel forgets that Firecracker should die with its parent; so all of it is in a process namespace whose first process, the
+shell, keeps its rights and dies with the keeper, and the kernel ends the rest. The mounts are in a namespace of theirs, too:
+they are gone with the processes, and nobody else ever sees them.
+
+A jail needs root, the jailer beside the binary, and a file system that may hold device nodes; where one is missing the VM
+runs without, and `recess doctor` says why. This module knows paths and command lines; it starts nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from recess.drivers.firecracker.api import API_SOCKET
+from recess.drivers.firecracker.calls import SHM
+from recess.drivers.qemu.layout import Layout
+from recess.units import MIB
+
+UIDS = range(2_100_000_000, 2_100_065_536)
+"""User ids of jails: nobody's on any sane host. One per VM, by its name; two of 65536 may meet."""
+
+JAIL_FOLDER = "jail"
+_CGROUPS = Path("/sys/fs/cgroup")
+_PARENT = "recess"
+_SPARE_BYTES = 256 * MIB  # Firecracker itself and its buffers
+_PIDS_MAX = 128
+
+
+@dataclass(frozen=True)
+class Jail:
+    """One VM's jail. `root` is the folder as the host sees it."""
+
+    jailer: Path
+    binary: Path
+    base: Path
+    id: str
+    uid: int
+    cgroup: Path | None
+
+    @property
+    def root(self) -> Path:
+        """Where the jailer puts the VM (it makes the path of these parts)."""
+        return self.base / self.binary.name / self.id / "root"
+
+
+def why_no_jail(binary: Path, *, root: bool) -> str:
+    """Return why VMs of this binary are not jailed, "" if they are."""
+    if not root:
+        return "only root can make a jail"
+    if not binary.with_name("jailer").is_file():
+        return f"there is no jailer beside {binary}"
+    return ""
+
+
+def holds_devices(folder: Path) -> bool:
+    """Tell whether device nodes below this folder work: a file system mounted `nodev` has none."""
+    return not os.statvfs(folder).f_flag & os.ST_NODEV
+
+
+def jail_of(binary: Path, layout: Layout, *, cgroups: Path = _CGROUPS) -> Jail:
+    """Return the jail of this VM, as it is or is to be made."""
+    name = layout.run.name
+    number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % len(UIDS)
+    own = hashlib.blake2b(str(layout.run).encode(), digest_size=12).hexdigest()  # the jailer takes letters and digits
+    usable = (cgroups / "cgroup.controllers").is_file() and os.access(cgroups / "cgroup.subtree_control", os.W_OK)
+    cgroup = cgroups / _PARENT / own if usable else None
+    return Jail(binary.with_name("jailer"), binary, layout.directory / JAIL_FOLDER, own, UIDS[number], cgroup)
+
+
+def prepare(jail: Jail, shm: Path, files: Mapping[str, Path], writable: Path) -> None:
+    """Make the folders; give the VM's user what it must write (`shm`, `writable`) and what it must read (`files`, which
+    are below folders that only their owner may enter)."""
+    jail.root.mkdir(parents=True, mode=0o700)
+    for path in files.values():
+        path.chmod(path.stat().st_mode | 0o444)
+    for path in (writable, shm, *shm.iterdir()):
+        os.chown(path, jail.uid, jail.uid)
+
+
+def command(jail: Jail, shm: Path, files: Mapping[str, Path], memory_bytes: int) -> list[str]:
+    """Return the command line that starts Firecracker in its jail. `files`: by their names in it."""
+    lines = ["set -e", f"mkdir {shlex.quote(str(jail.root / SHM))}"]
+    for name, path in {SHM: shm, **files}.items():
+        target = shlex.quote(str(jail.root / name))
+        lines += [] if name == SHM else [f": > {target}"]
+        lines.append(f"mount --bind {shlex.quote(str(path))} {target}")
+    words = [str(jail.jailer), "--id", jail.id, "--exec-file", str(jail.binary), "--chroot-base-dir", str(jail.base)]
+    words += ["--uid", str(jail.uid), "--gid", str(jail.uid), *_cgroup_words(jail, memory_bytes)]
+    words += ["--", "--api-sock", API_SOCKET, "--level", "Error"]
+    lines += ["exec >&4 4>&- 3>&-", f"{shlex.join(words)} &", "wait $!"]
+    namespaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
+    return ["/usr/bin/unshare", *namespaces, "--", "/bin/sh", "-c", "\n".join(lines)]
+
+
+def _cgroup_words(jail: Jail, memory_bytes: int) -> list[str]:
+    if jail.cgroup is None:
+        return []
+    # A snapshot's pages in shared memory are charged to whoever writes them: Firecracker, once more the guest's size.
+    limits = {"memory.max": 2 * memory_bytes + _SPARE_BYTES, "pids.max": _PIDS_MAX}
+    words = ["--cgroup-version", "2", "--parent-cgroup", _PARENT]
+    for name, value in limits.items():
+        words += ["--cgroup", f"{name}={value}"]
+    return words
+
+
+def remove(jail: Jail) -> None:
+    """Remove what is left of a jail whose processes are gone. Never fails; what cannot be removed stays."""
+    shutil.rmtree(jail.base, ignore_errors=True)
+    if jail.cgroup is not None:
+        with contextlib.suppress(OSError):
+            jail.cgroup.rmdir()
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes below this one, itself first; those that end meanwhile may be missing."""
+    found: list[int] = []
+    waiting = [pid]
+    while waiting:
+        current = waiting.pop()
+        found.append(current)
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{current}/task").glob("*/children"):
+                waiting += [int(child) for child in task.read_text().split() if int(child) not in found]
+    return found
