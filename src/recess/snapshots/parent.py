@@ -72,15 +72,18 @@ class Parent:
         """Return which nodes are in which pack. Raises Corrupt, NotFound."""
         if self.known is None:
             return {ref: nodes.keys() for ref, nodes in self._open.packs.items()}
-        for record in self.manifest.pagemaps:
-            self._look(record)
+        self._look(self.manifest.pagemaps)
         return self.known.packs
 
-    def _look(self, file: FileV1) -> None:
-        """Make sure that a file is there. Raises NotFound, Corrupt (it was cut)."""
-        found = stored_form(self._blobs, file.id)
-        if found.key == key_of(file.id) and found.size_bytes != file.bytes:
-            raise Corrupt(f"{file.id} has another size than when it was stored", blob=file.id)
+    def _look(self, files: Sequence[FileV1]) -> None:
+        """Make sure that files are there. Raises NotFound, Corrupt (one was cut)."""
+
+        def look(file: FileV1) -> None:
+            found = stored_form(self._blobs, file.id)
+            if found.key == key_of(file.id) and found.size_bytes != file.bytes:
+                raise Corrupt(f"{file.id} has another size than when it was stored", blob=file.id)
+
+        self._pool.each([partial(look, file) for file in files])  # a remote store takes its time for each
 
     def compare(self, parts: Sequence[Part], count: Count) -> None:
         """Refer to the parent's slots where the bytes are the same, and take over what was not captured.
@@ -108,8 +111,8 @@ class Parent:
                 still = same[part.rows]
                 part.settle(source, still, slots[part.rows])
                 count("parent", int(still.sum()))
-        for file in self.kept if any(part.raw.inherits for part in parts) else []:
-            self._look(file)  # nobody may have read it here
+        if any(part.raw.inherits for part in parts):
+            self._look(self.kept)  # nobody may have read them here
 
     def _decide(self, used: Mapping[Source, Sequence[NDArray[np.int64]]], *, new_pages: int) -> None:
         """Settle which layers stay in use, and which slots of the others move into the new one."""

@@ -24,7 +24,7 @@ from blake3 import blake3
 from recess.blobs import BlobStore, CachingBlobs, WrappedBlobs
 from recess.blobs.contract import Bytes, PieceSource, pieces
 from recess.errors import BadInput, Corrupt, NotFound
-from recess.snapshots.contract import Overlay, PageSource, TemplatePages
+from recess.snapshots.contract import Overlay, PageSource, PartDiff, TemplatePages
 from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of, keys_of
 from recess.snapshots.manifest_v1 import decode_manifest
 from recess.snapshots.recompression import Recompression
@@ -193,6 +193,19 @@ class SharedStore(Store):
     ) -> Overlay:
         """See `SnapshotStore.overlay`."""
         return self._healing(lambda: super(SharedStore, self).overlay(snapshot_id, part, template=template, sources=sources))  # fmt: skip
+
+    def difference(
+        self,
+        left_id: str,
+        right_id: str,
+        part: str,
+        *,
+        templates: tuple[TemplatePages | None, TemplatePages | None],
+        sources: list[PageSource] | None = None,
+    ) -> PartDiff:
+        """See `SnapshotStore.difference`."""
+        compare = super().difference
+        return self._healing(lambda: compare(left_id, right_id, part, templates=templates, sources=sources))
 
     def vmstate(self, snapshot_id: str) -> bytes:
         """See `SnapshotStore.vmstate`."""
