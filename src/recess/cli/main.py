@@ -58,6 +58,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
     "bench": ("bench", "bench", "Measure: snapshots beside other ways, the codec, the budgets"),
     "doctor": ("doctor", "doctor", "Check this host and run a guest"),
+    "db": ("db", "db", "Check, back up, restore or migrate the database"),
     "up": ("up", "up", "Run the server in the foreground"),
     "down": ("up", "down", "Stop the local server; machines keep running unless --all"),
     "df": ("prune", "df", "Show what takes space on this node"),

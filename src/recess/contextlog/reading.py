@@ -79,6 +79,7 @@ def _values(plan: Plan, blobs: BlobStore | None) -> Iterator[tuple[Any, ...]]:
                 hint="restore the blob from a backup, or fork the session before them",
                 session=item.segment.session,
                 position=item.segment.first,
+                last=item.segment.last,
             ) from exc
 
 

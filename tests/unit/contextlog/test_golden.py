@@ -10,13 +10,14 @@ import pytest
 
 from recess.contextlog import SCHEMA, DirectoryBodies, Draft, SqlLog
 from recess.db import Database
+from recess.db.portable import lines_of, load, shapes
 from recess.errors import KeyReused
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
-@pytest.fixture
-async def opened(tmp_path):
+@pytest.fixture(params=["sqlite", "postgres"])
+async def opened(request, tmp_path):
     expected = json.loads((GOLDEN / "log_v1.json").read_text().replace("@SPAM@", "spam " * 4000))
     with sqlite3.connect(tmp_path / "recess.db") as conn:
         conn.executescript((GOLDEN / "log_v1.sql").read_text())
@@ -25,9 +26,22 @@ async def opened(tmp_path):
         path = tmp_path / "bodies" / name[:2] / name
         path.parent.mkdir(parents=True)
         path.write_bytes(base64.b64decode(data))
-    db = Database.open(tmp_path / "recess.db", [SCHEMA])
+    where = tmp_path / "recess.db"
+    if request.param == "postgres":
+        where = await moved(where, request.getfixturevalue("postgres").database())
+    db = Database.open(where, [SCHEMA])
     yield SqlLog(db, DirectoryBodies(tmp_path / "bodies")), expected
     await db.close()
+
+
+async def moved(file, where):
+    """Put the rows as they are into a Postgres of the same version, as one of that time had them."""
+    old, new = (Database.open(one, [SCHEMA.up_to(1)]) for one in (file, where))
+    tables = await old.read(lambda tx: [(s.name, s.columns, list(lines_of(tx, s))) for s in shapes(tx, ["log_"])])
+    await load(new, lambda: tables, ["log_"])
+    await old.close()
+    await new.close()
+    return where
 
 
 async def test_version_1_is_read_as_it_was_written(opened):
