@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import uvicorn
@@ -22,6 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute
 
 from recess.api import (
+    grants,
+    routes_access,
     routes_acts,
     routes_egress,
     routes_exec,
@@ -33,12 +36,14 @@ from recess.api import (
     routes_snapshots,
     routes_transfer,
 )
+from recess.api.access import Access
 from recess.api.context import Context
 from recess.api.guard import Guard, tcp_socket
 from recess.api.wire import ProgressHub, problem
 from recess.config import Config
 from recess.errors import BadInput, NotFound, RecessError
 from recess.node.local import LocalNode
+from recess.sessions.signing import root_key
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +75,22 @@ def _no_end() -> None:
     return
 
 
-def make_app(node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end) -> Starlette:
-    """Return the application over an open node; `end` is what a call to shut down does."""
+def make_app(
+    node: LocalNode, hub: ProgressHub, *, end: Callable[[], None] = _no_end, key: bytes | None = None
+) -> Starlette:
+    """Return the application over an open node. `end` is what a call to shut down does, `key` the root of tokens and
+    signatures (default: one that nobody knows)."""
     routes: list[BaseRoute] = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES]
     routes += [*routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
-        routes=[*routes_files.ROUTES, *routes],
+        routes=[*routes_access.ROUTES, *routes_files.ROUTES, *routes],
         exception_handlers={RecessError: _on_error, HTTPException: _on_http, Exception: _on_defect},
     )
-    app.state.context = Context(node=node, hub=hub, end=end)
+    context = Context(node=node, hub=hub, end=end)
+    if key is not None:
+        context.key = key
+    app.state.context = context
     return app
 
 
@@ -118,16 +129,20 @@ async def serve(
 ) -> None:
     """Run the server until SIGTERM or SIGINT, or, inside somebody else's process, until `stop`. Raises HomeLocked when
     another server owns the home, Unavailable when `tcp` cannot be listened on."""
+    if tcp is not None and not config.token:
+        # Also on a loopback address: every user and every page of this host reaches that.
+        raise BadInput("listening on TCP needs a token", hint="set RECESS_TOKEN")
     hub = ProgressHub()
     async with open_node(config, hub) as node:
         sock = _unix_socket(config)
         try:
             stop = _until_signal() if stop is None else stop
-            app = make_app(node, hub, end=stop.set)
+            key = root_key(config.token, config.home)
+            app = make_app(node, hub, end=stop.set, key=key)
             servers = [_server(app)]
             sockets = [[sock]]
             if tcp is not None:
-                servers.append(_server(Guard(app, config.token)))
+                servers.append(_server(_guarded(app, config.token, key, node)))
                 sockets.append([tcp_socket(*tcp)])
             ender = asyncio.create_task(_end_on(stop, servers), name="end")
             on_ready()
@@ -140,6 +155,13 @@ async def serve(
             with contextlib.suppress(FileNotFoundError):
                 config.socket_path.unlink()
             sock.close()
+
+
+def _guarded(app: Starlette, token: str, key: bytes, node: LocalNode) -> Guard:
+    def grant(given: str) -> grants.Grant:
+        return grants.read(key, given, time.time())
+
+    return Guard(Access(app, node.sessions.get), token, grant=grant, signed=routes_access.HOOK_PREFIX)
 
 
 class _Server(uvicorn.Server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from starlette.requests import HTTPConnection, Request
 
 from recess.api.idempotency import KeyedResults
 from recess.api.wire import ProgressHub
+from recess.clock import Clock, SystemClock
 from recess.node.local import LocalNode
 
 
@@ -21,6 +23,8 @@ class Context:
     hub: ProgressHub
     end: Callable[[], None]  # shuts the server down
     keys: KeyedResults = field(default_factory=KeyedResults)
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)  # see recess.sessions.signing
+    clock: Clock = field(default_factory=SystemClock)
 
 
 def context_of(request: HTTPConnection) -> Context:

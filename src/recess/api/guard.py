@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,15 +19,22 @@ from recess.errors import BadInput, RecessError, Refused, Unavailable
 
 _HERE = frozenset({"localhost", "127.0.0.1", "::1"})
 _UNAUTHORIZED = 401
+GRANT = "recess.grant"  # of a request's scope: what a token with a scope allows
 _WS_POLICY_VIOLATION = 1008  # RFC 6455, section 7.4.1
 
 
 class Guard:
-    """ASGI wrapper for TCP. With a token every request must carry it; without one the host must be named as this host."""
+    """ASGI wrapper for TCP. With a token every request must carry it, or one that `grant` knows (it returns what that one
+    allows, which is put into the request's scope); without one the host must be named as this host. Paths that begin with
+    `signed` carry a signature instead, which is the application's business."""
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+    def __init__(
+        self, app: ASGIApp, token: str, *, grant: Callable[[str], object] | None = None, signed: str = ""
+    ) -> None:
         self._app = app
         self._token = token
+        self._grant = grant
+        self._signed = signed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or refuse: 401, 403, a WebSocket by its close."""
@@ -35,14 +42,33 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if not _has_token(headers, self._token):
-            await _refuse(scope, receive, send, Refused("a token is needed", hint="set RECESS_TOKEN"), _UNAUTHORIZED)
-            return
-        error = judge(headers, token=bool(self._token))
+        error, granted = judge(headers, token=bool(self._token)), None
+        status = error.http_status if error is not None else _UNAUTHORIZED
+        if error is None and not self._is_signed(scope) and not _has_token(headers, self._token):
+            try:
+                granted = self._granted(headers)
+            except Refused as exc:
+                error = exc
         if error is not None:
-            await _refuse(scope, receive, send, error, error.http_status)
+            await _refuse(scope, receive, send, error, status)
             return
-        await self._app(scope, receive, send)
+        if granted is not None:
+            scope[GRANT] = granted
+        try:
+            await self._app(scope, receive, send)
+        except Refused as exc:  # out of the grant's reach: nothing was sent yet
+            if granted is None:
+                raise
+            await _refuse(scope, receive, send, exc, exc.http_status)
+
+    def _is_signed(self, scope: Scope) -> bool:
+        return bool(self._signed) and scope["type"] == "http" and str(scope["path"]).startswith(self._signed)
+
+    def _granted(self, headers: Mapping[bytes, bytes]) -> object:
+        kind, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+        if self._grant is None or kind.lower() != "bearer" or not token:
+            raise Refused("a token is needed", hint="set RECESS_TOKEN")
+        return self._grant(token)
 
 
 def _has_token(headers: Mapping[bytes, bytes], token: str) -> bool:

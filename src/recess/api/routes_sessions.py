@@ -10,10 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from recess.api.access import grant_of, project_of
 from recess.api.context import context_of, once
+from recess.api.grants import PROJECT, reaches
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.contextlog.contract import SessionRow
-from recess.errors import BadInput
+from recess.errors import BadInput, Refused
 from recess.sessions.ledger import as_of
 
 PAGE_MAX = 1000
@@ -50,18 +52,33 @@ async def start(request: Request) -> Response:
     ctx, body = context_of(request), await read_json(request)
     reject_unknown(body, {"agent", "name", "labels", "eager"}, "body")
     labels = {str(k): str(v) for k, v in field(body, "labels", dict, {}).items()}
+    labels = _of_project(request, labels)
     agent, name, eager = field(body, "agent", str, ""), field(body, "name", str, ""), field(body, "eager", bool, True)
 
     async def work() -> dict[str, Any]:
         return session_json(await ctx.node.sessions.start(agent, name=name, labels=labels, eager=eager))
 
-    return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
+    asked = {**body, "labels": labels}
+    return await with_progress(request, ctx.hub, lambda: once(request, asked, work), 201)
+
+
+def _of_project(request: Request, labels: dict[str, str]) -> dict[str, str]:
+    """A session that a project's token makes belongs to the project, and calls nobody: where to is the operator's choice."""
+    grant = grant_of(request)
+    if grant is None:
+        return labels
+    if "callback" in labels:
+        raise Refused("a callback is set by the server's own token")
+    return {**labels, PROJECT: grant.project}
 
 
 async def list_sessions(request: Request) -> Response:
     """GET /v1/sessions."""
     everything = request.query_params.get("all") in ("1", "true")
     rows = await context_of(request).node.sessions.list_sessions(everything=everything)
+    grant = grant_of(request)
+    if grant is not None:
+        rows = [row for row in rows if reaches(grant, row.id, project_of(row))]
     return JSONResponse({"sessions": [session_json(r) for r in rows]})
 
 

@@ -47,8 +47,10 @@ from recess.node.transfers import Transfers
 from recess.node.usage import usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
+from recess.sessions.callbacks import Callbacks
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
+from recess.sessions.signing import root_key
 from recess.snapshots.recompression import Recompression
 from recess.units import PAGE_BYTES
 
@@ -183,6 +185,8 @@ class LocalNode:
         stack.push_async_callback(plain.close)
         backends = Backends(machines, plain)
         sessions = Sessions(Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings))
+        root = await asyncio.to_thread(root_key, config.token, config.home)
+        sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)

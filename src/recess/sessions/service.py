@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from recess.machines.retention import Holds
 from recess.sessions import branching, ledger, talking
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.alarms import Alarms
+from recess.sessions.callbacks import LABEL, Callbacks, check_url
 from recess.sessions.deps import Deps
 from recess.sessions.following import Feed, Piece, Place
 from recess.sessions.holding import snapshot_holds
@@ -50,6 +51,7 @@ class Sessions:
         self._schedules = Schedules(deps, self._wake)
         self._again: set[str] = set()  # woken while their supervisor was ending: the next one starts when it has
         self._closing = False
+        self.callbacks: Callbacks | None = None  # set by the node that has a place for them
 
     # -- agents ----------------------------------------------------------------------------------------------------
 
@@ -82,8 +84,11 @@ class Sessions:
     ) -> SessionRow:
         """Make a session of the agent's current version. `eager` brings its machine up at once, not at the first message."""
         version = await self._deps.agents.current(agent)
+        if labels and labels.get(LABEL):
+            check_url(labels[LABEL])
         row = await self._deps.log.create(agent=agent, code_version=version.version, name=name, labels=labels)
         await self._schedules.look_all([row])
+        self._call_back([row])
         if eager:
             return await self.resume(row.id)
         return row
@@ -204,6 +209,7 @@ class Sessions:
                 child = await branching.fork_stored(self._deps, row.id, None, name)  # it was just being put away
         else:
             child = await branching.fork_stored(self._deps, row.id, at, name)
+        self._call_back([child])
         return await self.resume(child.id) if eager else child
 
     async def rewind(self, ref: str, *, to: int) -> SessionRow:
@@ -284,6 +290,7 @@ class Sessions:
                 self._wake(row.id)
                 woken.append(row.id)
         await self._schedules.look_all(rows)
+        self._call_back(rows)
         return woken
 
     async def take_abandoned(self, limit: int) -> list[str]:
@@ -306,6 +313,11 @@ class Sessions:
             if supervisor is not None:
                 supervisor.poke()
 
+    def _call_back(self, rows: Iterable[SessionRow]) -> None:
+        if self.callbacks is not None:
+            for row in rows:
+                self.callbacks.follow(row)
+
     async def _all_open(self) -> list[SessionRow]:
         return await self._deps.log.list_sessions(states=OPEN_STATES, limit=100_000)
 
@@ -315,6 +327,8 @@ class Sessions:
         self._closing = True
         await self._alarms.close()
         await self._schedules.close()
+        if self.callbacks is not None:
+            await self.callbacks.close()
         if not detach:
             waiting = [self._quiet_suspend(session) for session in list(self._live)]
             await asyncio.gather(*waiting)
@@ -326,6 +340,8 @@ class Sessions:
         self._closing = True
         await self._alarms.close()
         await self._schedules.close()
+        if self.callbacks is not None:
+            await self.callbacks.close()
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
