@@ -44,6 +44,7 @@ class Config:
     lazy_memory: str = "auto"  # auto | remap | lazy | inject: how memory is brought back (recess.paging.choice)
     page_files_bytes: int = 4 << 30  # memories of snapshots kept uncompressed on this disk, to be mapped; 0: none
     page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
+    warm_pool_max: int = 4  # VMs kept started for the next restores, at most (docs/internals/warm-pool.md); 0: none
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
     idle_timeout_s: float = 30.0
@@ -116,6 +117,7 @@ _ENV = {
     "lazy_memory": "RECESS_LAZY_MEMORY",
     "page_files_bytes": "RECESS_PAGE_FILES_BYTES",
     "page_tracking": "RECESS_PAGE_TRACKING",
+    "warm_pool_max": "RECESS_WARM_POOL_MAX",
     "bin_dir": "RECESS_BIN_DIR",
     "agent_dir": "RECESS_AGENT_DIR",
     "idle_timeout_s": "RECESS_IDLE_TIMEOUT_S",

@@ -84,15 +84,11 @@ async def get(port: int) -> bytes:
 
 
 def vm_pids(config: Config, machine_id: str) -> list[int]:
-    """The processes (QEMU and its keeper) that name this machine."""
+    """The processes (QEMU and its keeper) that work in this machine's run folder."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if machine_id.encode() in command and str(config.run_dir).encode() in command:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (entry / "cwd").readlink() == config.run_dir / "m" / machine_id:
                 found.append(int(entry.name))
     return found
 
@@ -353,11 +349,11 @@ async def use_and_look(node, upstream):
 
 
 def vmm_of(node, machine):
-    """The processes that have this machine's folder in their command line and are a VMM."""
+    """The processes that work in this machine's run folder and are a VMM."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             line = (folder / "cmdline").read_bytes()
-            if machine.encode() in line and re.match(rb"[^\0]*qemu-system", line):
+            if (folder / "cwd").readlink().name == machine and re.match(rb"[^\0]*qemu-system", line):
                 found.append(int(folder.name))
     return found

@@ -20,7 +20,8 @@ from recess.version import __version__
 async def info(request: Request) -> Response:
     """GET /v1/info."""
     node = context_of(request).node
-    return JSONResponse({"version": __version__, "pid": os.getpid(), "home": str(node.config.home), **node.info()})
+    about = {"version": __version__, "pid": os.getpid(), "home": str(node.config.home)}
+    return JSONResponse({**about, **node.info(), "kept_ready": await node.kept_ready()})
 
 
 async def shutdown(request: Request) -> Response:

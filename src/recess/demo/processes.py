@@ -24,8 +24,9 @@ class HostProcess:
     pss_bytes: int
 
 
-def processes_of(directory: Path) -> list[HostProcess]:
-    """Return the processes whose command line names something below the directory."""
+def processes_of(directory: Path, *, but_in: Path | None = None) -> list[HostProcess]:
+    """Return the processes whose command line names something below the directory, without those that work below the
+    folder `but_in`."""
     needle = os.fsencode(directory) + b"/"
     found = []
     for entry in Path("/proc").iterdir():
@@ -33,9 +34,10 @@ def processes_of(directory: Path) -> list[HostProcess]:
             continue
         try:
             line = (entry / "cmdline").read_bytes()
+            apart = but_in is not None and (entry / "cwd").readlink().is_relative_to(but_in)
         except OSError:
-            continue  # it has ended meanwhile
-        if needle in line:
+            continue  # it has ended meanwhile, or is another user's
+        if needle in line and not apart:
             command = Path(os.fsdecode(line.split(b"\0")[0])).name
             found.append(HostProcess(int(entry.name), command, _pss(entry)))
     return sorted(found, key=lambda one: one.pid)

@@ -50,9 +50,10 @@ class World:
     memory: dict[str, str] = field(default_factory=dict)  # what one act saw and a later one compares
 
     def machines(self) -> list[HostProcess]:
-        """Return the processes of all virtual machines of this home."""
+        """Return the processes of all virtual machines of this home; those that wait for the next one are nobody's."""
         own = self.server.pid if self.server else 0
-        return [one for one in processes_of(self.config.run_dir) if one.pid != own]
+        found = processes_of(self.config.run_dir, but_in=self.config.run_dir / "warm")
+        return [one for one in found if one.pid != own]
 
     async def start_server(self) -> float:
         """Start the server and wait until it answers; return the seconds it took. Raises StoryFailed."""

@@ -232,6 +232,18 @@ class VmStats:
     private_bytes: int
 
 
+@dataclass(frozen=True)
+class KeptReady:
+    """What a driver keeps started for restores to come: how many VMs, the memory they hold, at most how many; how many
+    restores found one, and how many could have used one and found none. None of it is anybody's machine."""
+
+    waiting: int = 0
+    memory_bytes: int = 0
+    limit: int = 0
+    taken: int = 0
+    missed: int = 0
+
+
 class Vm(Protocol):
     """One VM, from start to `kill`. Its id is the machine id."""
 
@@ -379,4 +391,13 @@ class Driver(Protocol):
 
     def list_leftovers(self) -> Sequence[str]:
         """Return the ids of VMs of this run directory that some server started and nobody has killed yet."""
+        ...
+
+    async def kept_ready(self) -> KeptReady:
+        """Say what is kept started for restores to come; nothing, for most drivers."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of everything that is nobody's machine: what is kept ready. VMs go on. May be called twice; what is
+        restored afterwards is restored all the same."""
         ...

@@ -44,13 +44,10 @@ from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_page_files, open_store
 from recess.node.transfers import Transfers
-from recess.node.usage import usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
-from recess.sessions.callbacks import Callbacks
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
-from recess.sessions.signing import root_key
 from recess.snapshots.recompression import Recompression
 from recess.units import PAGE_BYTES
 
@@ -153,6 +150,7 @@ class LocalNode:
         store = opened.store
         stack.callback(store.close)
         chosen = choose_driver(config)
+        stack.push_async_callback(chosen.driver.close)
         gate = NodeGate()
         authorities = Authorities(config.home / "authority.key")
         secrets = SecretStore(config.home / "secrets")
@@ -172,7 +170,6 @@ class LocalNode:
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
-            first_pages=pagers.first_pages,
         )  # fmt: skip
         machines = Manager(parts)
         kept = await open_log(config, db, clock)
@@ -185,8 +182,6 @@ class LocalNode:
         stack.push_async_callback(plain.close)
         backends = Backends(machines, plain)
         sessions = Sessions(Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings))
-        root = await asyncio.to_thread(root_key, config.token, config.home)
-        sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
@@ -229,6 +224,10 @@ class LocalNode:
             "store": self._opened.about(),
         }
 
+    async def kept_ready(self) -> dict[str, Any]:
+        """Return what the driver keeps started for restores to come, which is no machine's."""
+        return asdict(await self._chosen.driver.kept_ready())
+
     async def doctor(self) -> dict[str, Any]:
         """Check the host, then run a guest all the way through snapshot and fork."""
         return await run_doctor(self.config, self._chosen, self.machines)
@@ -238,10 +237,6 @@ class LocalNode:
         allowed, denied, newest = self.broker.decisions_after(machine_id, after)
         found = {"allowed": allowed, "denied": denied, "number": allowed + denied}
         return {**found, "decisions": [asdict(decision) for decision in newest]}
-
-    async def usage(self) -> dict[str, Any]:
-        """Return what takes space on this node."""
-        return await usage(self.config, self.machines, self.images, await self.images.used())
 
     async def list_images(self) -> list[dict[str, Any]]:
         """Return all images."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from recess.config import Config, load_config
 from recess.drivers.qemu import QemuDriver, QemuVm
+from recess.drivers.qemu.pool_member import order_for
 from recess.images.boot import ensure_boot_files
 from recess.images.disk import clone_sparse, ensure_blank_disk
 from recess.images.store import ImageStore
@@ -27,15 +28,25 @@ DISK_BYTES = 2 * GIB
 
 
 def vm_processes(run_dir: Path) -> list[str]:
-    """Return the command lines of keepers and VMMs of this run folder, from /proc."""
+    """Return the folders and command lines of keepers and VMMs of this run folder, from /proc."""
     found = []
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if folder.name.isdigit() and str(run_dir) in (text := (folder / "cmdline").read_text()):
                 words = text.split("\0")
                 if "keeper" in words[0] or "qemu" in words[0]:
-                    found.append(" ".join(words)[:100])
+                    found.append(f"{(folder / 'cwd').readlink()}: {' '.join(words)[:100]}")
     return found
+
+
+async def prime_pool(driver: QemuDriver, spec: VmSpec, template: TemplateRef, machines: Path) -> None:
+    """Return when a VM of this template waits for the next restore of a machine in the folder `machines`."""
+    pool = await driver._warm_pool()
+    place = await driver._place("nobody", spec, machines / "nobody")
+    order = order_for(place.layout, spec, template, place.host, place.keeper_binary, place.hello_timeout_s)
+    with pool.under_way(order):
+        pass
+    await pool.settled()
 
 
 def spec_of(config: Config) -> VmSpec:
@@ -54,7 +65,8 @@ class QemuHome:
         home = self.run_dir / "home"
         home.mkdir()
         (home / "images").symlink_to(images_dir)
-        self.config = load_config(home=str(home), run_dir=str(self.run_dir))
+        # Nothing waits unless a test is about that: what is left at its end is then a leftover.
+        self.config = load_config(home=str(home), run_dir=str(self.run_dir), warm_pool_max=0)
         self.spec = spec_of(self.config)
         self._templates: dict[bool, TemplateRef] = {}
 

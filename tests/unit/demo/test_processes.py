@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,8 @@ async def test_found_by_folder_killed_and_gone(tmp_path, sleeper) -> None:
     assert [one.pid for one in found] == [sleeper.pid]
     assert found[0].pss_bytes > 0
     assert processes_of(tmp_path / "other") == []
+    assert processes_of(tmp_path, but_in=Path.cwd()) == []
+    assert len(processes_of(tmp_path, but_in=tmp_path)) == 1
     assert await wait_gone([sleeper.pid], 0.05) == [sleeper.pid]
     kill_all([sleeper.pid])
     assert await wait_gone([sleeper.pid], 10.0) == []

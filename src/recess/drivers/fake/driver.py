@@ -28,6 +28,7 @@ from recess.machines.contract import (
     Capture,
     Fingerprint,
     Hook,
+    KeptReady,
     RestoreParts,
     TemplateRef,
     VmSpec,
@@ -389,3 +390,10 @@ class FakeDriver:
     def list_leftovers(self) -> Sequence[str]:
         """Return the ids of all VMs in the host."""
         return list(self.host.vms)
+
+    async def kept_ready(self) -> KeptReady:
+        """Nothing is kept ready."""
+        return KeptReady()
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""

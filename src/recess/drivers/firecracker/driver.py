@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,12 @@ from typing import Any
 from recess.config import Config
 from recess.drivers.firecracker import start
 from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
-from recess.drivers.firecracker.jail import JAIL_FOLDER
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.layout import layout_for
 from recess.errors import DriverFailed
-from recess.machines.contract import Capabilities, Fingerprint, RestoreParts, VmSpec
+from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
 BOOT_TIMEOUT_S = 120.0
 MACHINE_TYPE = "firecracker-mmio"
@@ -52,7 +50,6 @@ class FirecrackerDriver:
             "firecracker": str(facts.binary),
             "version": facts.version_text,
             "accelerator": "kvm",
-            "jail": "none: " + facts.no_jail if facts.no_jail else "jailer, a user id of its own for each VM",
             "why": "it ran a guest" if fresh else "it is the only one that Firecracker has",
         }
 
@@ -78,7 +75,6 @@ class FirecrackerDriver:
         journal = read_journal(layout)
         if journal is None:
             await end_vm(layout, None)
-            shutil.rmtree(layout.directory / JAIL_FOLDER, ignore_errors=True)
             return None
         handles = await start.adopt(await self._place(vm_id, journal.spec, directory), journal)
         return None if handles is None else FirecrackerVm(handles)
@@ -87,6 +83,13 @@ class FirecrackerDriver:
         """Return the ids that have a run folder."""
         folder = self._config.run_dir / "m"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    async def kept_ready(self) -> KeptReady:
+        """Nothing is kept started for restores to come."""
+        return KeptReady()
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
 
     async def _host(self, *, fresh: bool = False) -> HostFacts:
         async with self._looking:

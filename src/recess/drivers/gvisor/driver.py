@@ -25,7 +25,7 @@ from recess.drivers.gvisor.runsc import CONTAINER, FLAGS, PLATFORM, Runsc, find_
 from recess.drivers.gvisor.vm import GvisorVm
 from recess.drivers.qemu.layout import layout_for
 from recess.errors import DriverFailed, MissingTool
-from recess.machines.contract import Capabilities, Fingerprint, RestoreParts, VmSpec
+from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
 _PROBE_TIMEOUT_S = 30.0
 
@@ -83,6 +83,13 @@ class GvisorDriver:
         """Return the ids that have a run folder."""
         folder = self._config.run_dir / "m"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+    async def kept_ready(self) -> KeptReady:
+        """Nothing is kept ready."""
+        return KeptReady()
+
+    async def close(self) -> None:
+        """There is nothing to let go of."""
 
     async def _host(self, *, fresh: bool = False) -> Runsc:
         async with self._inspecting:

@@ -72,8 +72,11 @@ def kernel_command_line(spec: VmSpec, tsc_khz: int) -> str:
     return " ".join(word for word in words if word)
 
 
-def command(qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool, boot: str | None) -> list[str]:
-    """Return the whole command line. `boot` is the kernel's parameters, or None for a VM that waits for its state.
+def command(
+    qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool, boot: str | None, disk: Path | None = None
+) -> list[str]:
+    """Return the whole command line. `boot` is the kernel's parameters, or None for a VM that waits for its state; `disk`
+    the writable disk's name if it is not yet the layout's.
 
     The VM starts stopped in both cases: its disk's changes are tracked from the first instruction on.
     """
@@ -99,7 +102,7 @@ def command(qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool,
     out += ["-M", f"{MACHINE_TYPE},{_MACHINE_OPTIONS},memory-backend=ram0", "-object", json.dumps(memory)]
     out += ["-add-fd", f"fd={CONSOLE_FD},set=1", "-chardev", "file,id=console,path=/dev/fdset/1,append=on"]
     out += ["-serial", "chardev:console"]
-    for node in [*_disk_nodes("root", spec.boot.root, read_only=True), *_disk_nodes(DISK_NODE, layout.disk)]:
+    for node in [*_disk_nodes("root", spec.boot.root, read_only=True), *_disk_nodes(DISK_NODE, disk or layout.disk)]:
         out += ["-blockdev", json.dumps(node)]
     out += ["-device", "virtio-blk-device,drive=root", "-device", f"virtio-blk-device,drive={DISK_NODE}"]
     # The monitor before the link: once QEMU has connected the link, the monitor is served.

@@ -55,6 +55,7 @@ class Handles:
     timings_s: dict[str, float] = field(default_factory=dict)
     tracking: Tracking = UNTRACKED
     memory: str = ""  # how it was brought back, in words
+    start: str = ""  # how its process came about, in words
     lazy: LazyMemory | None = None
 
     @contextlib.asynccontextmanager
@@ -91,7 +92,12 @@ def died(what: str, obituary: Obituary) -> DriverFailed:
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run blocking work in a thread. A cancellation is raised when the thread is through, not before: it may hold
     descriptors that the canceller is about to close, or be starting a process."""
-    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs))
+    return await to_the_end(asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs)))
+
+
+async def to_the_end(work: Awaitable[T]) -> T:
+    """Return the result; a cancellation is raised when the work is through, not before."""
+    future = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:

@@ -50,13 +50,17 @@ class Process:
     pid: int
     start: int
 
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """Return the process that has this pid now. Raises OSError if there is none."""
+        return cls(pid, int(_stat(pid)[19]))
+
     def alive(self) -> bool:
         """Tell whether this very process exists (a zombie does not count)."""
         try:
-            stat = Path(f"/proc/{self.pid}/stat").read_text()
+            fields = _stat(self.pid)
         except OSError:
             return False
-        fields = stat.rsplit(")", 1)[1].split()
         return int(fields[19]) == self.start and fields[0] not in ("Z", "X")
 
     def kill(self) -> None:
@@ -68,6 +72,11 @@ class Process:
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
             finally:
                 os.close(fd)
+
+
+def _stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on: the name before them may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 def parse_obituary(text: str) -> Obituary:
@@ -128,7 +137,6 @@ class Keeper:
         self._answers: deque[asyncio.Future[tuple[str, int | None]]] = deque()
         self.death: asyncio.Future[Obituary] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
-        self.filled = asyncio.Event()  # set when the last pager has brought its last page
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
@@ -290,8 +298,6 @@ class Keeper:
             fd = fds[0] if fds else None
             if not data:
                 self._lose("its keeper is gone")
-            elif text == "filled":
-                self.filled.set()
             elif text.startswith("dead "):
                 self._bury(text)
             elif self._answers:

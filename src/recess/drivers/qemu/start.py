@@ -1,8 +1,8 @@
 """Starting a VM: a cold boot, a restore over a template, and taking over one that an earlier server started.
 
-A restore does what it can at the same time: the keeper and QEMU start while the disk is filled and the pages are laid
-out for the keeper; then the pages are injected, the device state is loaded, and the machine runs. If anything fails,
-everything that was begun is ended and removed before the error is raised.
+A restore takes a VM that waits, if the pool has one. Else it does what it can at the same time: the keeper and QEMU start
+while the disk is filled and the pages are laid out for the keeper. Then the memory is brought, the device state is
+loaded, and the machine runs. If anything fails, everything that was begun is ended and removed before the error is raised.
 
 A server that dies in the middle leaves a journal in phase "starting" (or none): `adopt` ends such a VM.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -19,25 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recess.drivers.qemu import disk
-from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.argv import command, kernel_command_line
+from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.bringing import bring_memory
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
 from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
-from recess.drivers.qemu.keeper import Keeper, end_vm
+from recess.drivers.qemu.keeper import end_vm
 from recess.drivers.qemu.layout import Layout
-from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.memory import begin_tracking, find_tracking
-from recess.drivers.qemu.qmp import Qmp
+from recess.drivers.qemu.pool import WarmPool
+from recess.drivers.qemu.pool_member import Member, order_for
 from recess.drivers.qemu.state import load_state
 from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError, Unsupported
 from recess.images.disk import clone_sparse
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 
-_MONITOR_TIMEOUT_S = 30.0
 _ADOPTION_HELLO_S = 30.0  # guestd runs already; QEMU 7.2 takes up to a second to connect again
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     cmdline = kernel_command_line(spec, place.host.tsc_khz)
     argv = command(place.host.qemu, spec, layout, ram=layout.ram, share=True, boot=cmdline)
     async with _starting(place, journal, keep_disk=True) as begin:
+        begin.note()
         await in_thread(_prepare_boot, layout, spec)
         steps.mark("prepare")
         vm = await begin(argv)
@@ -117,10 +120,9 @@ def _prepare_boot(layout: Layout, spec: VmSpec) -> None:
     clone_sparse(layout.disk, layout.disk_base)
 
 
-async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
+async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPool) -> Handles:
     """Bring a VM back: vCPUs running, guestd has said hello, the workload is still frozen."""
-    layout, steps = place.layout, Steps()
-    template = parts.template
+    layout, template = place.layout, parts.template
     # Without its own device command QEMU can save a state only of memory that is mapped shared: then each machine has
     # a copy of the template's RAM instead of a private mapping of it.
     own_ram = template is None or not place.host.qemu.devices_command
@@ -141,42 +143,67 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
         accelerator=place.host.qemu.accelerator,
         shared=own_ram,
     )
-    argv = command(place.host.qemu, spec, layout, ram=ram, share=own_ram, boot=None)
-    async with _starting(place, journal, keep_disk=False) as begin:
-        disk_fd, pages_fd = await in_thread(_create_files, layout, spec, journal, template)
-        try:
-            filling = asyncio.ensure_future(_fill(layout, journal, disk_fd, pages_fd, parts))
-            try:
-                steps.mark("prepare")
-                vm = await begin(argv)
-                steps.mark("start")
-            except BaseException:
-                await asyncio.gather(filling, return_exceptions=True)
-                raise
-            parts = await filling
-            steps.mark("fill")
-            async with vm.explain("restore"):
-                await bring_memory(vm, parts, pages_fd, mode=place.page_tracking)
-        finally:
-            os.close(disk_fd)
-            os.close(pages_fd)
-        steps.mark("memory")
-        async with vm.explain("restore"):
-            await track_disk(vm.qmp)
-            await load_state(vm.qmp, parts.vmstate)
-        steps.mark("incoming")
-        await _run(vm, steps)
-        return _started(vm, steps)
+    order = None
+    if template is not None and not own_ram:
+        order = order_for(layout, spec, template, place.host, place.keeper_binary, place.hello_timeout_s)
+    steps = Steps()
+    with pool.under_way(order):
+        async with _starting(place, journal, keep_disk=False) as begin:
+            if not await begin.take(pool.take(order)):
+                begin.note()
+            steps.mark("take")
+            return await _bring_up(begin, parts, steps)
 
 
-async def _fill(layout: Layout, journal: Journal, disk_fd: int, pages_fd: int, parts: RestoreParts) -> RestoreParts:
-    """Fill the disk and lay the pages out for the keeper; return the parts, whole."""
-    base = asyncio.ensure_future(in_thread(_fill_base, layout, journal, disk_fd))
+async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles:
+    """Restore over a VM that has waited, or start one."""
+    place, journal = begin.place, begin.journal
+    layout, spec = place.layout, journal.spec
+    disk_fd, pages_fd = await in_thread(_create_files, layout, journal, parts.template, begin.member)
     try:
-        parts = await parts.whole()
+        filling = asyncio.ensure_future(_fill(layout, journal, disk_fd, pages_fd, parts, begin.member is None))
+        try:
+            steps.mark("prepare")
+            if begin.member is None:
+                ram = Path(journal.ram)
+                await begin(command(place.host.qemu, spec, layout, ram=ram, share=journal.shared, boot=None))
+            vm = begin.handles()
+            steps.mark("start")
+        except BaseException:
+            await asyncio.gather(filling, return_exceptions=True)
+            raise
+        parts = await filling
+        steps.mark("fill")
+        async with vm.explain("restore"):
+            await bring_memory(vm, parts, pages_fd, mode=place.page_tracking)
     finally:
-        await asyncio.wait([base])
-    base.result()
+        os.close(disk_fd)
+        os.close(pages_fd)
+    steps.mark("memory")
+    async with vm.explain("restore"):
+        if begin.member is None:
+            await track_disk(vm.qmp)
+        await load_state(vm.qmp, parts.vmstate)
+    steps.mark("incoming")
+    await _run(vm, steps)
+    _started(vm, steps)
+    begin.untie()
+    return vm
+
+
+async def _fill(
+    layout: Layout, journal: Journal, disk_fd: int, pages_fd: int, parts: RestoreParts, empty: bool
+) -> RestoreParts:
+    """Fill the disk (its base only if it is `empty`) and lay the pages out for the keeper; return the parts, whole."""
+    if empty:
+        base = asyncio.ensure_future(in_thread(_fill_base, layout, journal, disk_fd))
+        try:
+            parts = await parts.whole()
+        finally:
+            await asyncio.wait([base])
+        base.result()
+    else:
+        parts = await parts.whole()
     work = [in_thread(_fill_disk, layout, disk_fd, parts.disk)]
     if parts.mapped is None:
         work.append(in_thread(disk.pack_pages, pages_fd, *disk.as_arrays(parts.memory)))
@@ -194,8 +221,14 @@ def _check_template(ram: Path, base_disk: Path, spec: VmSpec) -> None:
             raise InvalidSpec(f"the template's {path.name} has {size} bytes, the machine wants {wanted}")
 
 
-def _create_files(layout: Layout, spec: VmSpec, journal: Journal, template: TemplateRef | None) -> tuple[int, int]:
-    """Make the disk at its full size, so that QEMU can open it while it is filled, and the file for the pages."""
+def _create_files(
+    layout: Layout, journal: Journal, template: TemplateRef | None, member: Member | None
+) -> tuple[int, int]:
+    """Make the disk at its full size, so that QEMU can open it while it is filled, and the file for the pages. A VM that
+    has waited has its disk already, with the template's content."""
+    spec = journal.spec
+    if member is not None:
+        return member.take_disk(), os.memfd_create("recess-inject", os.MFD_CLOEXEC)
     layout.directory.mkdir(parents=True, exist_ok=True)
     layout.remove_disks()
     if journal.shared:
@@ -225,7 +258,7 @@ def _fill_disk(layout: Layout, target: int, blocks: PageSet) -> None:
 
 @contextlib.asynccontextmanager
 async def _starting(place: Place, journal: Journal, *, keep_disk: bool) -> AsyncIterator[_Begin]:
-    """Make the run folder and the link's socket; on any failure end and remove all that was made since."""
+    """Claim the run folder, by making it; on any failure end and remove all that was made since."""
     layout = place.layout
     try:
         layout.run.mkdir(parents=True, mode=0o700)
@@ -235,8 +268,6 @@ async def _starting(place: Place, journal: Journal, *, keep_disk: bool) -> Async
         raise DriverFailed(f"the run folder cannot be made: {exc}", log="") from exc
     begin = _Begin(place, journal)
     try:
-        write_journal(layout, journal)
-        begin.port = LinkPort.open(layout, hello_timeout_s=place.hello_timeout_s)
         yield begin
     except BaseException as exc:
         await asyncio.shield(begin.undo(keep_disk=keep_disk))
@@ -246,37 +277,57 @@ async def _starting(place: Place, journal: Journal, *, keep_disk: bool) -> Async
 
 
 class _Begin:
-    """Starts the keeper and QEMU; knows how far it got."""
+    """Starts the keeper and QEMU, or takes those that waited; knows how far it got."""
 
     def __init__(self, place: Place, journal: Journal) -> None:
         self.place = place
         self.journal = journal
-        self.port: LinkPort | None = None
-        self._keeper: Keeper | None = None
-        self._qmp: Qmp | None = None
+        self.begun = Begun(place.layout)
+        self.member: Member | None = None
+
+    def note(self) -> None:
+        """Write the journal and open the link's socket."""
+        write_journal(self.place.layout, self.journal)
+        self.begun.listen(self.place.hello_timeout_s)
+
+    async def take(self, member: Member | None) -> bool:
+        """Go on with a VM that waited; False if there is none, or it turns out to be of no use: then it is ended."""
+        if member is None:
+            return False
+        layout = self.place.layout
+        try:
+            await member.become(layout, self.journal)
+        except BaseException as exc:
+            await asyncio.shield(member.end())
+            if not isinstance(exc, RecessError | OSError):
+                raise
+            log.warning("VM %s is started anew, the one that waited for it is of no use: %s", layout.run.name, exc)
+            layout.run.mkdir(mode=0o700, exist_ok=True)  # it may have gone with that one
+            return False
+        self.begun, self.member = member.begun, member
+        return True
 
     async def __call__(self, argv: Sequence[str]) -> Handles:
-        place, layout = self.place, self.place.layout
-        if self.port is None:
-            raise DriverFailed("the link's socket was not opened", log="")
-        await in_thread(keepers.launch, place.keeper_binary, layout, Path(self.journal.ram), argv)
-        self._keeper = keeper = Keeper.connect(layout)
-        self._qmp = await unless_dead(keeper, "start", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
-        return Handles(layout, self.journal, place.host, place.fingerprint, self.port, keeper, self._qmp)
+        await self.begun.start(self.place.keeper_binary, Path(self.journal.ram), argv)
+        return self.handles()
+
+    def handles(self) -> Handles:
+        """Return what the driver holds of the VM, which runs as a process now."""
+        place = self.place
+        port, keeper, qmp = self.begun.whole()
+        vm = Handles(place.layout, self.journal, place.host, place.fingerprint, port, keeper, qmp)
+        vm.start = "it was started for this" if self.member is None else "it waited in the warm pool"
+        return vm
+
+    def untie(self) -> None:
+        """The VM lives on without this server from now on: its journal says that it runs."""
+        if self.member is not None:
+            self.member.untie()
 
     async def undo(self, *, keep_disk: bool) -> None:
-        layout = self.place.layout
-        await end_vm(layout, self._keeper)
-        if self.port is not None:
-            await self.port.close()
-        if self._qmp is not None:
-            await self._qmp.close()
-        if self._keeper is not None:
-            self._keeper.close()
-        if keep_disk:
-            layout.disk_base.unlink(missing_ok=True)
-        else:
-            layout.remove_disks()
+        await self.begun.undo(keep_disk=keep_disk)
+        if self.member is not None:
+            self.member.let_go()
 
 
 async def _run(vm: Handles, steps: Steps) -> None:
@@ -299,24 +350,23 @@ async def adopt(place: Place) -> Handles | None:
     """Take over the VM of this layout, or end what is left of it and return None."""
     layout = place.layout
     journal = read_journal(layout)
-    keeper: Keeper | None = None
     begin = _Begin(place, journal) if journal is not None else None
     try:
         if begin is None or journal is None or journal.phase != "running":
             raise DriverFailed("nothing that can be taken over", log="")
-        begin._keeper = keeper = Keeper.connect(layout)
-        begin.port = LinkPort.open(layout, hello_timeout_s=min(place.hello_timeout_s, _ADOPTION_HELLO_S))
-        begin._qmp = await unless_dead(keeper, "adoption", Qmp.connect(layout.run, timeout_s=_MONITOR_TIMEOUT_S))
-        vm = Handles(layout, journal, place.host, place.fingerprint, begin.port, keeper, begin._qmp)
-        vm.tracking = await find_tracking(keeper)
+        begin.begun.listen(min(place.hello_timeout_s, _ADOPTION_HELLO_S))
+        await begin.begun.find("adoption")
+        vm = begin.handles()
+        vm.start = "an earlier server started it"
+        vm.tracking = await find_tracking(vm.keeper)
         await undo_interrupted(vm)
         if await vm.running():
-            begin.port.start()
-            await unless_dead(keeper, "adoption", begin.port.wait_connected())
+            vm.port.start()
+            await unless_dead(vm.keeper, "adoption", vm.port.wait_connected())
         return vm
     except RecessError:
         if begin is not None:
             await begin.undo(keep_disk=True)
         else:
-            await end_vm(layout, keeper)
+            await end_vm(layout, None)
         return None

@@ -78,7 +78,7 @@ class QemuVm:
         vm = self._handles
         pager = {} if vm.lazy is None else {f"pager_{key}": str(value) for key, value in vm.lazy.about().items()}
         tracking = {"tracking": vm.tracking.way, "tracking_why": vm.tracking.why, "base": vm.tracking.base}
-        return {"memory": vm.memory, **tracking, **pager}
+        return {"start": vm.start, "memory": vm.memory, **tracking, **pager}
 
     async def export_template(self, directory: Path) -> TemplateRef:
         """End this VM and leave a template's files."""

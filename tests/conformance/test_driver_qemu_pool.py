@@ -1,0 +1,69 @@
+"""The driver suite on VMs that waited in the warm pool: whoever uses one can tell no difference."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from recess.drivers.qemu import QemuDriver, QemuVm
+from recess.drivers.qemu.pool_member import FOLDER
+from recess.machines.contract import Driver, RestoreParts, TemplateRef, Vm
+from recess.testing.driver_suite import DriverSuite, Rig
+from recess.testing.qemu_rig import QemuHome, QemuRig, prime_pool, vm_processes
+
+pytestmark = pytest.mark.machines
+
+
+@dataclass
+class PoolRig(QemuRig):
+    """Every restore over a template takes a VM that waits; which is checked."""
+
+    drivers: list[QemuDriver] = field(default_factory=list)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def make_driver(self) -> QemuDriver:
+        self.drivers.append(QemuDriver(replace(self.qemu.config, warm_pool_max=2)))
+        return self.drivers[-1]
+
+    async def restore(self, driver: Driver, parts: RestoreParts) -> Vm:
+        if parts.template is None:
+            return await super().restore(driver, parts)
+        async with self.turn:
+            await self.prime(driver, parts.template)
+            vm = await super().restore(driver, parts)
+        assert isinstance(vm, QemuVm)
+        assert vm.about_memory()["start"] == "it waited in the warm pool"
+        return vm
+
+    async def prime(self, driver: Driver, template: TemplateRef) -> None:
+        assert isinstance(driver, QemuDriver)
+        (self.home / "machines").mkdir(exist_ok=True)
+        await prime_pool(driver, self.spec, template, self.home / "machines")
+
+    def leftovers(self) -> list[str]:
+        """What waits is nobody's machine."""
+        waiting = str(self.qemu.run_dir / FOLDER)
+        return [left for left in super().leftovers() if not left.startswith(waiting)]
+
+
+class TestQemuDriverWithItsPool(DriverSuite):
+    @pytest.fixture
+    async def rig(self, tmp_path: Path, images_dir: Path) -> AsyncIterator[Rig]:
+        home = QemuHome.shared(images_dir)
+        rig = PoolRig(home=tmp_path, spec=home.spec, qemu=home)
+        yield rig
+        await asyncio.gather(*(driver.close() for driver in rig.drivers))
+        assert super(PoolRig, rig).leftovers() == []
+        assert vm_processes(home.run_dir) == []
+        assert list((home.run_dir / FOLDER).glob("*")) == []
+
+    @pytest.fixture(params=("restored",))  # from a fork that waited, too
+    async def vm(self, rig: Rig, driver: Driver, request: pytest.FixtureRequest) -> AsyncIterator[Vm]:
+        vm = await rig.live(driver, request.param)
+        yield vm
+        await vm.kill()
+        assert rig.leftovers() == []
