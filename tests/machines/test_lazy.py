@@ -9,14 +9,17 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recess.blobs import LocalBlobs
-from recess.drivers.qemu import QemuVm
+from recess.drivers.qemu import QemuVm, disk
 from recess.errors import RecessError
+from recess.machines.athand import AtHand
 from recess.machines.contract import PageSet, RestoreParts, TemplateRef, Vm
 from recess.machines.mapped import DISK, MEMORY, MappedTemplate, capture_parts, to_pages
 from recess.node.pagers import Pager, Pagers
+from recess.paging.pagefiles import PageFiles
 from recess.snapshots import SnapshotMeta, Store
 from recess.testing.driver_suite import NO_PAGES, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
@@ -77,7 +80,7 @@ async def room(tmp_path: Path, images_dir: Path) -> AsyncIterator[Room]:
     finally:
         await vm.kill()
     yield room
-    pagers.close()
+    room.pagers.close()
     store.close()
     assert rig.leftovers() == []
 
@@ -101,6 +104,42 @@ async def test_it_runs_before_it_is_there_and_is_whole_in_the_end(room: Room) ->
         capture.close()
     finally:
         await vm.kill()
+
+
+async def test_what_a_pager_brought_is_at_hand_the_next_time(room: Room) -> None:
+    """It is written down as it comes: page for page what is stored, whatever the machine has made of its own since."""
+    folder = room.home / "pages"
+    at_hand = AtHand(PageFiles(folder, max_bytes=1 << 30))
+    config = replace(room.rig.qemu.config, home=room.home)
+    room.pagers.close()
+    room.pagers = Pagers(config, at_hand.keep_file)
+    vm, pager = await room.restore()
+    try:
+        await shell(vm.link, "echo 2 > /dev/shm/n; head -c 1000000 /dev/urandom > /dev/shm/big")
+        assert await pager.filled() is not None
+    finally:
+        await vm.kill()
+    ground = replace(room.ref, id=room.store.manifest(room.snapshot)["template"])
+    mapped = at_hand.find(room.snapshot, ground)
+    assert mapped is not None
+    indices, data = disk.as_arrays(disk.read_runs(mapped.files, mapped.runs))
+    stored, expected = disk.as_arrays(to_pages(room.store.overlay(room.snapshot, MEMORY, template=room.template)))
+    at = np.searchsorted(indices, stored)
+    assert (indices[at] == stored).all()
+    assert (data[at] == expected).all()
+    gaps = np.setdiff1d(indices, stored)
+    assert (data[np.searchsorted(indices, gaps)] == room.template.part(MEMORY)[gaps]).all()
+    parts = RestoreParts(
+        room.ref, NO_PAGES, to_pages(room.store.overlay(room.snapshot, DISK, template=room.template)),
+        room.store.vmstate(room.snapshot), room.snapshot, mapped=mapped, choice="remap: a test",
+    )  # fmt: skip
+    vm = await room.rig.restore(room.rig.make_driver(), parts)
+    try:
+        assert vm.about_memory()["memory"] == "remap: a test"
+        assert await shell(vm.link, CHECK) == "fine"
+    finally:
+        await vm.kill()
+        at_hand.close()
 
 
 async def test_a_capture_while_pages_are_still_absent(room: Room) -> None:

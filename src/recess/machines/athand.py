@@ -78,6 +78,14 @@ class AtHand:
 
         self._later(work, lambda: None)
 
+    def keep_file(self, snapshot_id: str, template_id: str, pages_total: int, ranges: bytes, file: int) -> None:
+        """Keep what a pager has written down: the pages of `ranges` (u32 first page, u32 count), back to back."""
+        rows = np.frombuffer(ranges, "<u4").reshape(-1, 2).astype(np.int64)
+        counts = rows[:, 1]
+        inner = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        numbers = (np.repeat(rows[:, 0], counts) + inner).astype(np.uint32)
+        self._files.adopt(snapshot_id, template_id, pages_total, numbers, file)
+
     def drop(self, snapshot_id: str) -> None:
         """Forget a snapshot that was removed."""
         self._later(lambda: self._files.drop(snapshot_id), lambda: self._files.drop(snapshot_id))

@@ -161,10 +161,10 @@ class LocalNode:
 
         files = make_images(config, chosen.driver, progress)
         transfers = Transfers(config, catalog, store, files, clock, progress, free_bytes)
-        pagers = Pagers(config)
-        stack.callback(pagers.close)
         at_hand = AtHand(await asyncio.to_thread(open_page_files, config, free_bytes))
         stack.callback(at_hand.close)
+        pagers = Pagers(config, at_hand.keep_file)
+        stack.callback(pagers.close)
         parts = Parts(
             driver=chosen.driver, store=store, images=files, catalog=catalog,
             clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,

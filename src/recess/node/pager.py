@@ -5,10 +5,11 @@ there in a few milliseconds. It has one thread, so forking is safe, and it ends 
 it serves its machine until every page is there, server or not. Its life hangs on a pipe that the machine's keeper
 watches: it says "filled" there, or it is gone and the keeper ends the machine.
 
-    server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files", "first"} + the pager's socket
+    server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files", "first", "keep"} + the pager's socket
     pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs     or {"failed": text}
     server -> pager     {"segments": [[address, first, pages]], "first": [pages], "whole"} + userfaultfd, pipe
     pager -> server     {"serving": true}, and at the end {"filled": report}      or {"failed": text}
+                        with {"kept": {"ground", "pages"}} + a file with the pages that came, a descriptor with their runs
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from recess.errors import RecessError
 from recess.node.pagereader import SnapshotPages
 from recess.node.stores import open_for_reading
 from recess.paging import FaultServer, Report, Segment, Uffd
+from recess.paging.keptfile import KeptFile
 
 MESSAGE_MAX = 65536
 TOUCHED_MAX = 4096  # pages told of, each with its frame: up to 256 MiB, and a message that fits
@@ -51,9 +53,8 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     config = load_config(home=order["home"], **order["overrides"])
     files = {digest: Path(path) for digest, path in order["files"].items()}
     library = SnapshotPages(open_for_reading(config), order["snapshot"], order["part"], Path(order["template"]), files)
-    runs = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
+    runs = _ranges_file(library)
     try:
-        os.write(runs, library.book.ranges())
         _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, [runs])
     finally:
         os.close(runs)
@@ -67,11 +68,36 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
         library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
     first = _groups(library, [*message["first"], *library.first_pages, *order["first"]])
-    server = FaultServer(Uffd(uffd, segments, protect=not message["whole"]), library.book, library, first=first)
+    kept = None if message["whole"] else _kept_file(library, order)
+    server = FaultServer(
+        Uffd(uffd, segments, protect=not message["whole"]), library.book, library,
+        first=first, keep=None if kept is None else kept.keep,
+    )  # fmt: skip
     _say(sock, {"serving": True})
     report = server.run()
     os.write(pipe, FILLED)
-    _say(sock, {"filled": about(report, library)})
+    filled: dict[str, Any] = {"filled": about(report, library)}
+    if kept is None or kept.fd < 0:
+        _say(sock, filled)
+    else:
+        where = {"ground": library.template_id, "pages": library.pages_total}
+        _say(sock, {**filled, "kept": where}, [kept.fd, _ranges_file(library)])
+
+
+def _kept_file(library: SnapshotPages, order: dict[str, Any]) -> KeptFile | None:
+    """Return where to write down what is brought, if the server wants it and there is room."""
+    keep = order.get("keep")
+    if not keep:
+        return None
+    limits = {name: int(keep[name]) for name in ("max_bytes", "reserve_bytes")}
+    return KeptFile(Path(keep["folder"]), library.book.pages, **limits)
+
+
+def _ranges_file(library: SnapshotPages) -> int:
+    """Return a descriptor with the absent runs."""
+    runs = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
+    os.write(runs, library.book.ranges())
+    return runs
 
 
 def _groups(library: SnapshotPages, pages: list[int]) -> list[int]:

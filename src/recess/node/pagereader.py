@@ -64,6 +64,7 @@ class SnapshotPages:
         self._ready: dict[tuple[int, int], Pages] = {}  # frames that were read ahead, by source and number
         hints = snapshot.manifest.spec.get(FIRST)
         self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
+        self.template_id, self.pages_total = snapshot.manifest.template, self._map.pages_total
         self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
         self.book = self._make_book()
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from recess.errors import DriverFailed, Timeout, Unavailable
 from recess.machines.contract import PageSet
 from recess.machines.mapped import MEMORY
 from recess.node.pager import MESSAGE_MAX, TOUCHED_MAX
+from recess.paging.book import RUNS_MAX
 
 READY_S = 30.0
 SNAPSHOTS_MAX = 256
 _NURSERY_S = 20.0
 
 ReadAll = Callable[[], Awaitable[PageSet]]
+KeepFile = Callable[[str, str, int, bytes, int], None]  # snapshot, template, pages in all, runs, file
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +40,16 @@ log = logging.getLogger(__name__)
 class Pagers:
     """Makes pagers. The nursery is started by `warm` or by the first order, and ends with `close` or with this process."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, keep: KeepFile | None = None) -> None:
         # What a pager needs to open the same store; nothing else of the configuration reaches it.
         keys = ("store", "s3_endpoint", "s3_region", "s3_access_key_id", "s3_secret_access_key", "s3_session_token")
         self._order = {"home": str(config.home), "overrides": {k: getattr(config, k) for k in keys}}
         self._memory_of = config.home / "touched"
+        self._keep = keep if config.page_files_bytes and config.lazy_memory == "auto" else None
+        self._room = {
+            "folder": str(config.home / "pages"),
+            "max_bytes": config.page_files_bytes, "reserve_bytes": config.disk_reserve_bytes,
+        }  # fmt: skip
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._starting = asyncio.Lock()
@@ -88,6 +96,7 @@ class Pagers:
         order = {
             **self._order, "snapshot": snapshot, "part": part, "template": str(template),
             "files": {digest: str(path) for digest, path in files.items()}, "first": [],
+            "keep": self._room if self._keep is not None and part == MEMORY else None,
         }  # fmt: skip
         with theirs:
             try:
@@ -97,7 +106,8 @@ class Pagers:
                 self.close()
                 raise Unavailable(f"the pagers' nursery is gone: {exc.strerror}") from exc
         ours.setblocking(False)
-        return Pager(ours, read_all, WorkingSet(self._memory_of / f"{snapshot}.{part}"))
+        working_set = WorkingSet(self._memory_of / f"{snapshot}.{part}")
+        return Pager(ours, read_all, working_set, None if self._keep is None else partial(self._keep, snapshot))
 
     def first_pages(self, snapshot: str) -> list[int]:
         """Return what machines of this snapshot touched first on this node; none if nothing is known."""
@@ -150,8 +160,15 @@ class WorkingSet:
 class Pager:
     """One pager, from its order to its end. `report` is set when it has brought every page."""
 
-    def __init__(self, sock: socket.socket, read_all: ReadAll, working_set: WorkingSet) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        read_all: ReadAll,
+        working_set: WorkingSet,
+        keep: Callable[[str, int, bytes, int], None] | None = None,
+    ) -> None:
         self._sock = sock
+        self._keep = keep
         weakref.finalize(self, sock.close)  # a restore that failed before it came to this: the pager ends by it
         self._read_all = read_all
         self._working_set = working_set
@@ -188,14 +205,25 @@ class Pager:
         self._watching = asyncio.create_task(self._watch(), name="pager")
 
     async def _watch(self) -> None:
-        message, _ = await _receive(self._sock, None)
+        message, fds = await _receive(self._sock, None)
         self._sock.close()
         if message is not None and "filled" in message:
             self.report = message["filled"]
-            await asyncio.to_thread(self._working_set.add, [int(page) for page in message["filled"]["touched"]])
+            await asyncio.to_thread(self._remember, message, fds)
         else:
             self.failure = str((message or {}).get("failed", "it ended"))
             log.error("a pager failed, and its machine with it: %s", self.failure)
+
+    def _remember(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Keep what was touched first, and the pages if they were written down."""
+        try:
+            self._working_set.add([int(page) for page in message["filled"]["touched"]])
+            if self._keep is not None and "kept" in message and len(fds) == 2:
+                ranges = os.pread(fds[1], 8 * RUNS_MAX, 0)
+                self._keep(str(message["kept"]["ground"]), int(message["kept"]["pages"]), ranges, fds[0])
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     async def filled(self) -> Mapping[str, Any] | None:
         """Return the report when every page is there; None if the pager failed (its machine is then ended)."""

@@ -186,6 +186,30 @@ class PageFiles:
                     self._fresh = ""
             return False
 
+    def adopt(self, key: str, ground: str, pages_total: int, pages: Numbers, file: int) -> bool:
+        """Keep a memory whose pages (ascending) somebody has written back to back into a nameless file of this folder.
+        The descriptor stays the caller's; nobody may write to the file any more: who does unseals it."""
+        with self._writing:
+            layout = Layout(in_file(pages, 0))
+            if key in self._maps or not is_good(layout, [len(pages)]):
+                return False
+            with self._quietly("adopted"):
+                if os.fstat(file).st_size != len(pages) * PAGE_BYTES or not self._make_room(len(pages) * PAGE_BYTES):
+                    return False
+                self._fresh = secrets.token_hex(8) + _DATA
+                self._give_name(file, self._fresh)
+                new = _New(key, ground, pages_total, pages, np.empty((0, PAGE_BYTES), np.uint8), _no_pages)
+                return self._publish(new, [self._seal(file, self._fresh)], layout)
+            return False
+
+    def _give_name(self, file: int, name: str) -> None:
+        folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # With a folder's descriptor it is linkat(2), which alone follows the link to the file.
+            os.link(f"/proc/self/fd/{file}", name, dst_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
+
     def _extend(self, new: _New, below: Map) -> bool:
         """Write the new pages only, if the parent's files and these make a good memory; else all."""
         layout = put_over(in_file(new.pages, len(below.files)), below.layout())
@@ -356,6 +380,10 @@ class _New:
     pages: Numbers
     data: Pages
     base: ReadPages
+
+
+def _no_pages(numbers: Numbers) -> Pages:
+    raise AssertionError(f"nothing is to be read, asked for {len(numbers)} pages")
 
 
 def _gather(places: Places, files: Sequence[int], data: Pages) -> Pages:

@@ -12,10 +12,10 @@ import os
 import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from recess.paging.book import Book, Library
+from recess.paging.book import Book, Library, Piece
 from recess.paging.uffd import ProcessGone, Uffd
 
 FILL_AFTER_S = 0.5
@@ -42,16 +42,25 @@ class Report:
 
 
 class FaultServer:
-    """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks."""
+    """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks; `keep`
+    is given every piece once it is there, from any thread, and raises nothing."""
 
     def __init__(
-        self, uffd: Uffd, book: Book, library: Library, *, fill_after_s: float = FILL_AFTER_S, first: Sequence[int] = ()
+        self,
+        uffd: Uffd,
+        book: Book,
+        library: Library,
+        *,
+        fill_after_s: float = FILL_AFTER_S,
+        first: Sequence[int] = (),
+        keep: Callable[[Piece], None] | None = None,
     ) -> None:
         self._uffd = uffd
         self._book = book
         self._library = library
         self._fill_after_s = fill_after_s
         self._first = first
+        self._keep = keep
         self._state = bytearray(book.groups)
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -117,6 +126,10 @@ class FaultServer:
             self._state[group] = _THERE
             self.report.bytes_read += read
             self.report.groups += 1
+        keep = self._keep
+        if keep is not None:
+            for piece in pieces:
+                keep(piece)
         return read
 
     def _fill(self) -> None:

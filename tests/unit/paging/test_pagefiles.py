@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recess.errors import Corrupt
-from recess.paging import mapform
+from recess.paging import Piece, mapform
+from recess.paging.keptfile import KeptFile
 from recess.paging.layout import Layout, in_file, put_over
 from recess.paging.pagefiles import PageFiles
 from recess.testing.crash import crashing
@@ -118,6 +119,59 @@ def test_scattered_pages_become_strays_and_a_wasteful_line_is_written_anew(cache
         if number % 5 == 4:
             cache.check(key)
         assert len(cache.files.find(key, "ground").files) <= 16
+
+
+def nameless(cache, pages, seed, **limits):
+    """What a pager writes down of these pages, in an order of its own."""
+    numbers = np.array(sorted(pages), np.uint32)
+    kept = KeptFile(cache.folder, numbers, **{"max_bytes": 1 << 30, "reserve_bytes": 0, **limits})
+    for page in sorted(numbers.tolist(), key=lambda n: n % 7):
+        kept.keep(Piece(page, fill([page], seed)))
+    return numbers, kept
+
+
+def test_what_somebody_else_wrote_down_is_taken_over(cache):
+    numbers, kept = nameless(cache, [*range(10, 40), 50, 51], 1)
+    assert cache.names(".pages") == []  # nothing has a name before it is whole
+    assert cache.files.adopt("a", "ground", TOTAL, numbers, kept.fd)
+    cache.memory["a"] = dict(zip(numbers.tolist(), fill(numbers, 1), strict=True))
+    cache.check("a")
+    assert not cache.files.adopt("a", "ground", TOTAL, numbers, kept.fd)
+    assert cache.add("b", [11, 60], 2, parent="a")
+    cache.reopen()
+    cache.check("b")
+    stamp = os.fstat(kept.fd).st_ctime_ns
+    while os.fstat(kept.fd).st_ctime_ns == stamp:
+        kept.keep(Piece(10, fill([10], 3)))
+    assert cache.read("a") is None  # whoever writes to it later unseals it
+    os.close(kept.fd)
+
+
+def test_a_file_that_is_not_whole_is_not_taken_over(cache):
+    numbers, kept = nameless(cache, range(9), 1)
+    assert not cache.files.adopt("a", "ground", TOTAL, np.append(numbers, np.uint32(70)), kept.fd)
+    assert cache.read("a") is None
+    os.close(kept.fd)
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_there_is_room_for_it_or_nothing_is_written_down(cache):
+    for limits in ({"max_bytes": 8 * PAGE}, {"reserve_bytes": 1 << 60}):
+        _, kept = nameless(cache, range(9), 1, **limits)
+        assert kept.fd == -1
+    assert (
+        KeptFile(cache.folder / "nowhere", np.arange(3, dtype=np.uint32), max_bytes=1 << 30, reserve_bytes=0).fd == -1
+    )
+
+
+def test_a_disk_that_fails_ends_the_keeping_only(cache):
+    _, kept = nameless(cache, range(9), 1)
+    os.close(kept.fd)
+    kept.fd = os.open(cache.folder, os.O_RDONLY)  # nothing can be written to it
+    closed = kept.fd
+    kept.keep(Piece(1, fill([1], 1)))
+    assert kept.fd == -1
+    os.close(closed)
 
 
 def change(path, how):
