@@ -10,8 +10,6 @@ from recess.contextlog.migrations import SCHEMA
 from recess.contextlog.sealing import LogKeeper, Sealing, identity_of
 from recess.contextlog.sql import SqlLog, freeze_in
 
-SqliteLog = SqlLog  # its name when there was one engine
-
 __all__ = [
     "INBOX_KINDS",
     "SCHEMA",
@@ -29,7 +27,6 @@ __all__ = [
     "Sealing",
     "SessionRow",
     "SqlLog",
-    "SqliteLog",
     "freeze_in",
     "identity_of",
 ]

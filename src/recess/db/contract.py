@@ -6,6 +6,7 @@ is no function that only one of them has. Where that cannot be, `Tx.dialect` tel
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -29,7 +30,7 @@ class Row(Protocol):
         ...
 
 
-class Tx:
+class Tx(ABC):
     """A transaction as rooms see it: SQL with `?` parameters in, all rows out. Valid only inside its function."""
 
     dialect = ""
@@ -40,22 +41,22 @@ class Tx:
         self.committed: list[Callable[[], None]] = []
         self.notices: list[str] = []
 
+    @abstractmethod
     def execute(self, sql: str, params: Sequence[object] = ()) -> list[Row]:
         """Run one statement and return its rows ([] for those that give none; use RETURNING to see what changed).
 
         A failure should end the transaction. That of a statement which gives no rows may be raised only by a later call, or
         by the commit: an engine may send such statements together.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def attempt(self, sql: str, params: Sequence[object] = ()) -> list[Row]:
         """Like `execute`, for a statement that a unique index may refuse: raises UniqueViolation, after which the
         transaction goes on without it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def one(self, sql: str, params: Sequence[object] = ()) -> Row | None:
         """Run one statement and return its first row, or None."""
-        raise NotImplementedError
 
     def after_commit(self, callback: Callable[[], None]) -> None:
         """Call this on the caller's event loop once the write is durable, even if the caller was cancelled."""

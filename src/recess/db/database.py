@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Outcome:
     committed: list[Callable[[], None]] = field(default_factory=list)
 
 
-class Database:
+class Database(ABC):
     """A database that is open. Make it with `Database.open`; safe to use from several event loops."""
 
     dialect = ""
@@ -106,6 +107,7 @@ class Database:
             raise Unavailable("the database is closed")
         return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, fn)
 
+    @abstractmethod
     def listen(self, heard: Callable[[str], None]) -> None:
         """Call `heard` with each word that another node sent by `Tx.notify`, and with "" when some may have been missed. From
         a thread of the database's own. Words are a hint, not a promise: a node that dies may not have sent its last.
@@ -128,14 +130,17 @@ class Database:
 
     # --- what an engine does; `_run` on the writer thread, `_read` on a reader's
 
+    @abstractmethod
     def _run(self, jobs: list[Job]) -> list[Outcome]:
-        raise NotImplementedError
+        """Run writes that wait, all in one commit if that can be; one outcome a job. Raises nothing."""
 
+    @abstractmethod
     def _read(self, fn: Callable[[Tx], T]) -> T:
-        raise NotImplementedError
+        """Run a read in a transaction of its own."""
 
+    @abstractmethod
     def _disconnect(self) -> None:
-        raise NotImplementedError
+        """Close every connection: nothing runs any more."""
 
     # --- the queue, on the writer thread
 

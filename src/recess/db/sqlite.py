@@ -89,6 +89,9 @@ class SqliteDatabase(Database):
             raise translate(exc, str(path)) from exc
         return cls(path, conn, readers)
 
+    def listen(self, heard: Callable[[str], None]) -> None:
+        """Never call: a file has one node."""
+
     def _disconnect(self) -> None:
         for conn in self._reader_conns:
             conn.close()
