@@ -17,6 +17,7 @@ finds the mark `capturing` and undoes it (`undo_interrupted`).
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 from pathlib import Path
@@ -236,14 +237,21 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
     return ref
 
 
+def _own(path: Path) -> None:
+    """Take a file back from a jail's user: a template is nobody's machine."""
+    os.chown(path, os.geteuid(), os.getegid())
+
+
 def _move_memory(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     disk.punch_zero_pages(source)
     move_sparse(source, target)
+    _own(target)
 
 
 def _finish(vm: Handles, ref: TemplateRef, state: bytes) -> None:
     move_sparse(vm.layout.disk, ref.disk)
+    _own(ref.disk)
     with space_errors(str(ref.vmstate)):
         aside = ref.vmstate.with_name("vmstate.new")
         aside.write_bytes(state)

@@ -28,6 +28,8 @@ from recess.units import PAGE_BYTES
 _MESSAGE_MAX = 64 * 1024
 _REGIONS_MAX = 64
 _WAIT_S = 30.0
+_DEVICE = Path("/dev/userfaultfd")
+_ALLOWED = Path("/proc/sys/vm/unprivileged_userfaultfd")
 
 Segment = tuple[int, int, int]
 """Address in the VMM, first page, pages."""
@@ -53,6 +55,18 @@ def parse_regions(message: bytes, memory_bytes: int) -> list[Segment]:
     if expected != memory_bytes:
         raise DriverFailed(f"the regions have {expected} bytes, the machine {memory_bytes}", log="")
     return [(address, offset // PAGE_BYTES, size // PAGE_BYTES) for address, offset, size, _ in found]
+
+
+def may_catch_faults(*, root: bool, jailed: bool, device: Path = _DEVICE, allowed: Path = _ALLOWED) -> bool:
+    """Tell whether Firecracker will get a userfaultfd that catches the kernel's own faults, too, without which a restore by
+    page faults fails: by the device (the jailer makes one in the jail), by root's rights, or because everybody may."""
+    try:
+        everybody = allowed.read_text().strip() == "1"
+    except OSError:
+        everybody = False
+    if jailed:
+        return everybody or device.exists()
+    return everybody or root or os.access(device, os.R_OK | os.W_OK)
 
 
 class FaultSocket:

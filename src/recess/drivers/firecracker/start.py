@@ -26,7 +26,7 @@ import numpy as np
 from recess.drivers.firecracker import calls
 from recess.drivers.firecracker.api import Api
 from recess.drivers.firecracker.capture import undo_interrupted
-from recess.drivers.firecracker.faults import FaultSocket, serve_faults
+from recess.drivers.firecracker.faults import FaultSocket, may_catch_faults, serve_faults
 from recess.drivers.firecracker.handles import Handles, end_machine, running
 from recess.drivers.firecracker.host import HostFacts, command
 from recess.drivers.firecracker.jail import Jail, descendants, holds_devices, jail_of, prepare
@@ -136,6 +136,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
         jailed=_jailed(place),
     )
     async with _starting(place, journal, keep_disk=False) as begin:
+        parts = await _without_faults(parts, jailed=journal.jailed)
         ledger = Ledger(parts.snapshot, over=_numbers(parts.memory), whole=parts.lazy is None)
         filling = asyncio.ensure_future(_fill(layout, spec, parts))
         try:
@@ -167,6 +168,15 @@ def _check_template(template: TemplateRef, spec: VmSpec) -> None:
             raise DriverFailed(f"the template's file is gone: {path}", log="") from None
         if size != wanted:
             raise InvalidSpec(f"the template's {path.name} has {size} bytes, the machine wants {wanted}")
+
+
+async def _without_faults(parts: RestoreParts, *, jailed: bool) -> RestoreParts:
+    """Return the parts with all memory at hand where this user may not have it brought by page faults."""
+    if parts.lazy is None or may_catch_faults(root=os.geteuid() == 0, jailed=jailed):
+        return parts
+    pages = await parts.lazy.read_all()
+    await parts.lazy.close()
+    return dataclasses.replace(parts, memory=pages, lazy=None, choice="inject: this user may not catch page faults")
 
 
 async def _fill(layout: Layout, spec: VmSpec, parts: RestoreParts) -> None:

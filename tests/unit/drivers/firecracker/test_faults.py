@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recess.drivers.firecracker.calls import FAULT_SOCKET
-from recess.drivers.firecracker.faults import FaultSocket, parse_regions
+from recess.drivers.firecracker.faults import FaultSocket, may_catch_faults, parse_regions
 from recess.drivers.qemu.layout import socket_address
 from recess.errors import DriverFailed
 
@@ -70,6 +70,26 @@ def test_nesting_without_end_is_refused() -> None:
 def test_garbage_is_refused(message: bytes) -> None:
     with pytest.raises(DriverFailed):
         parse_regions(message, SIZE)
+
+
+def test_who_may_have_memory_by_page_faults(tmp_path: Path) -> None:
+    device, allowed = tmp_path / "device", tmp_path / "allowed"
+
+    def may(*, root: bool, jailed: bool) -> bool:
+        return may_catch_faults(root=root, jailed=jailed, device=device, allowed=allowed)
+
+    assert may(root=True, jailed=False)
+    assert not may(root=True, jailed=True)  # its user is another, without rights
+    assert not may(root=False, jailed=False)
+    allowed.write_text("0\n")
+    assert not may(root=False, jailed=False)
+    device.touch()
+    assert may(root=True, jailed=True)
+    assert may(root=False, jailed=False)
+    device.unlink()
+    allowed.write_text("1\n")
+    assert may(root=False, jailed=False)
+    assert may(root=True, jailed=True)
 
 
 async def connect(run: Path) -> socket.socket:
