@@ -2,7 +2,8 @@
 
 After each nap the guest's own sums must hold. Now and then, while it is frozen, all of its memory is taken out of the VMM
 (QEMU's `pmemsave`) and held against what the snapshot unpacks to. What is kept by the store must stay bounded, and so must
-the time a resume takes. Used in a short form by `tests/machines`, in full by `tools/naps.py`.
+the time a restore takes: that of the last nap's snapshot beside that of the first, in turn, so that both meet the same load.
+Used in a short form by `tests/machines`, in full by `tools/naps.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from blake3 import blake3
@@ -26,25 +28,26 @@ NAP = MachineSpec(memory_bytes=256 * MIB, disk_bytes=1024 * MIB)
 _NONCE = "/dev/shm/nonce"
 _BEGIN = f"head -c 4000000 /dev/urandom > /dev/shm/work; head -c 16 /dev/urandom | sha256sum | cut -c1-32 > {_NONCE}"
 _SUMS = f"cat {_NONCE} /dev/shm/work /root/log | sha256sum"
-_WINDOW = 10
+_FIRST, _LAST = "napper:first", "napper:last"
 
 
 @dataclass
 class Naps:
-    """What was seen. `resumes_s`: of each nap; `stored_bytes`, `layers`: of the store and of the newest snapshot, after
-    each; `compared`: the cycles at which the whole memory was."""
+    """What was seen. `resumes_s`: of each nap; `first_s`, `last_s`: restores of the first and of the last snapshot;
+    `stored_bytes`, `layers`: of the store and of the newest snapshot, after each nap; `compared`: the cycles at which the
+    whole memory was."""
 
     resumes_s: list[float] = field(default_factory=list)
+    first_s: list[float] = field(default_factory=list)
+    last_s: list[float] = field(default_factory=list)
     stored_bytes: list[int] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
     compared: list[int] = field(default_factory=list)
 
     @property
     def slower(self) -> float:
-        """How much longer the last resumes took than the first, by medians of up to ten."""
-        some = min(_WINDOW, max(1, len(self.resumes_s) // 2))
-        first, last = sorted(self.resumes_s[:some]), sorted(self.resumes_s[-some:])
-        return last[some // 2] / first[some // 2]
+        """How much longer a restore of the last snapshot took than one of the first, by medians."""
+        return median(self.last_s) / median(self.first_s)
 
     @property
     def growth(self) -> float:
@@ -53,8 +56,9 @@ class Naps:
         return max(self.stored_bytes[half:]) / max(self.stored_bytes[:half])
 
 
-async def take_naps(node: LocalNode, cycles: int, *, compare_every: int) -> Naps:
-    """Let one machine nap this often; the node's policy must keep one snapshot of it. Raises AssertionError."""
+async def take_naps(node: LocalNode, cycles: int, *, compare_every: int, restores: int) -> Naps:
+    """Let one machine nap this often, then restore the first and the last snapshot this often each; the node's policy must
+    keep one unnamed snapshot. Raises AssertionError."""
     machines, naps = node.machines, Naps()
     row = await machines.create(NAP, name="napper")
     await _shell(node, row.id, _BEGIN)
@@ -65,6 +69,8 @@ async def take_naps(node: LocalNode, cycles: int, *, compare_every: int) -> Naps
         if cycle % compare_every == 0:
             await _compare_memory(node, row.id, snapshot.id)
             naps.compared.append(cycle)
+        if cycle == 1:
+            await machines.keeping.tag(snapshot.id, _FIRST)
         await machines.evict(row.id, snapshot=snapshot.id)
         await machines.keeping.prune()
         await machines.collect(grace_s=0.0)
@@ -73,7 +79,13 @@ async def take_naps(node: LocalNode, cycles: int, *, compare_every: int) -> Naps
         naps.resumes_s.append((await machines.resume(row.id)).seconds)
         found = await _shell(node, row.id, _SUMS)
         assert found == sums, f"after nap {cycle} the guest's sums are {found}, not {sums}"
+    await machines.snapshot(row.id, name=_LAST)
     await machines.remove(row.id, force=True)
+    for _ in range(restores):
+        for name, seconds in ((_FIRST, naps.first_s), (_LAST, naps.last_s)):
+            child, report = await machines.restore(name, name="again")
+            seconds.append(report.seconds)
+            await machines.remove(child.id, force=True)
     return naps
 
 
