@@ -3,8 +3,9 @@
     python -m benchmarks.codec [--guest NAME]... [--out FOLDER]
 
 Each guest is a machine with its program at work; one at a time. The pages that its first snapshot stored are compressed
-at every level and frame size, by one thread. Images: `recess images create node --packages nodejs,npm`, `recess images
-create chromium --packages chromium,fonts-dejavu-core`; a guest whose image is not there is skipped, by name.
+at every level and frame size, by one thread. Images: `recess images create node --packages nodejs`, `recess images
+create chromium --packages chromium,fonts-dejavu-core`; a guest whose image or kernel is not there is skipped, by name, and
+so is the npm project where npm or its registry is not. Guests run on Debian's kernel unless their name says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,21 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers import start_work
-from benchmarks.run import SPEC, close_node, machine_facts, open_node, say
+from benchmarks.run import SPEC, close_node, machine_facts, make_home, say
 from benchmarks.snapshots import new_pages
-from benchmarks.workload import CHROMIUM, NODE, WORK
+from benchmarks.workload import CHROMIUM, NODE, NPM_PROJECT, WORK
 from recess.blobs import LocalBlobs
 from recess.config import load_config
 from recess.drivers.qemu import start
 from recess.frames import FrameEncoder, WorkPool, decode_frame
+from recess.guestlink.link import GuestLink
+from recess.images.kernels import TRIMMED
 from recess.machines import warmup
 from recess.machines.contract import VmSpec
 from recess.machines.emptying import drop_caches
 from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
+from recess.snapshots.archive import announce, archive_bytes
 from recess.snapshots.contract import PageData, PageSource
 from recess.snapshots.pagemap import KIND_BLOCKS
 from recess.snapshots.reader import OpenSnapshot, by_hash
@@ -56,16 +60,48 @@ class Guest:
     memory_bytes: int = 512 * MIB
     warm: bool = True  # over a template that was pre-warmed
     zeroed: bool = True  # a kernel that zeroes what it frees
+    kernel: str = "debian"
+    npm: tuple[str, ...] = ()  # what its project in /root/app depends on
 
 
 GUESTS = (
     Guest("idle base", "base", ""),
     Guest("Python agent", "base", WORK),
-    Guest("Node server", "node", NODE),
+    Guest("Node server", "node", NODE, npm=NPM_PROJECT),
     Guest("Chromium, a page open", "chromium", CHROMIUM, 1024 * MIB),
     Guest("Python agent, cold template", "base", WORK, warm=False),
     Guest("Python agent, without init_on_free", "base", WORK, zeroed=False),
+    Guest("Python agent, trimmed kernel", "base", WORK, kernel="trimmed"),
 )
+
+
+class Skipped(Exception):
+    """What a guest needs is not here. Says what, and how to get it."""
+
+
+async def put_project(link: GuestLink, packages: Sequence[str], scratch: Path) -> None:
+    """Install npm packages on the host and put the project into the guest. Raises Skipped."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise Skipped("npm is not installed: apt install npm")
+    project = scratch / "app"
+    project.mkdir(parents=True)
+    process = await asyncio.create_subprocess_exec(
+        npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", *packages, cwd=project,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, said = await process.communicate()
+    if process.returncode:
+        raise Skipped(f"npm cannot install {' '.join(packages)}: {said.decode(errors='replace')[-300:]}")
+    packed = scratch / "app.tar"
+    await asyncio.to_thread(shutil.make_archive, str(packed.with_suffix("")), "tar", scratch, "app")
+
+    async def pieces() -> AsyncIterator[bytes]:
+        with packed.open("rb") as file:
+            while piece := file.read(1 << 16):
+                yield piece
+
+    await link.put_tar("/root", pieces())
 
 
 def levels_of(pages: PageData) -> list[dict[str, float]]:
@@ -91,13 +127,15 @@ def levels_of(pages: PageData) -> list[dict[str, float]]:
     return rows
 
 
-async def measure(node: LocalNode, guest: Guest) -> dict[str, Any]:
+async def measure(node: LocalNode, guest: Guest, scratch: Path) -> dict[str, Any]:
     """Bring a guest up, snapshot it, look at what was stored; then the same after its caches were dropped."""
     machines, blobs = node.machines, LocalBlobs(node.config.blobs_dir)
     spec: MachineSpec = replace(SPEC, image=guest.image, memory_bytes=guest.memory_bytes)
     row = await machines.create(spec, name="bench")
     try:
         link = await machines.link(row.id)
+        if guest.npm:
+            await put_project(link, guest.npm, scratch)
         if guest.code:
             await start_work(link, guest.code)
         await asyncio.sleep(SETTLE_S)
@@ -106,6 +144,7 @@ async def measure(node: LocalNode, guest: Guest) -> dict[str, Any]:
         sources = machines.fleet.need(row.id).template.sources
         matched = await asyncio.to_thread(block_pages, blobs, snap.id, sources)
         levels = await asyncio.to_thread(levels_of, pages)
+        whole = archive_bytes(announce(blobs, snap.id, ""))
         await machines.keeping.remove(snap.id, force=True)  # so the next one stores everything anew
         if not await drop_caches(link):
             raise RuntimeError("the guest did not drop its caches")
@@ -114,6 +153,7 @@ async def measure(node: LocalNode, guest: Guest) -> dict[str, Any]:
             "stored": snap.figures["new_bytes"], "pages_new": snap.figures["pages_new"], "raw_bytes": pages.nbytes,
             "pages_shared": dict(snap.figures["pages_shared"]), "levels": levels,
             "matched_bytes": size_at(matched, node.config.zstd_level), "stored_after_drop_caches": again.figures["new_bytes"],
+            "exported_bytes": whole,
         }  # fmt: skip
     finally:
         await machines.remove(row.id, force=True)
@@ -168,11 +208,17 @@ async def run(wanted: Sequence[str], keep: Callable[[dict[str, Any]], None]) -> 
             if not (images / "names" / f"{guest.image}.json").is_file():
                 out[guest.name] = f"skipped: there is no image {guest.image}; recess images create makes it"
                 continue
+            if guest.kernel == TRIMMED and not (images / "kernel" / f"{TRIMMED}.json").is_file():
+                out[guest.name] = "skipped: there is no trimmed kernel; make kernel builds it"
+                continue
             say(f"guest: {guest.name}")
             with set_up(guest):
-                node = await open_node(scratch / str(number), images)
+                config = replace(make_home(scratch / str(number), images), kernel=guest.kernel)
+                node = await LocalNode.open(config, progress=say)
                 try:
-                    out[guest.name] = await measure(node, guest)
+                    out[guest.name] = await measure(node, guest, scratch / f"{number}-files")
+                except Skipped as why:
+                    out[guest.name] = f"skipped: {why}"
                 finally:
                     await close_node(node)
             keep(out)
@@ -200,6 +246,7 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
         ("pages packed, MB", [f"{one['raw_bytes'] / 1e6:.1f}" for one in measured.values()]),
         ("stored, all counted", [f"{one['stored'] / 1e6:.2f}" for one in measured.values()]),
         ("more without image and kernel blocks", [f"{one['matched_bytes'] / 1e6:.2f}" for one in measured.values()]),
+        ("exported whole, template and all", [f"{one['exported_bytes'] / 1e6:.2f}" for one in measured.values()]),
         ("stored after drop_caches", [f"{one['stored_after_drop_caches'] / 1e6:.2f}" for one in measured.values()]),
         ("captured pages that cost nothing", [_counts(one["pages_shared"]) for one in measured.values()]),
     ):

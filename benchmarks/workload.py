@@ -32,7 +32,7 @@ _READY = 'print("ready", len(table), flush=True)\n'
 DIRTIER = WORK.replace(
     _READY + "n = 0\n",
     """pool = b"".join(json.dumps([i, random.random(), "text %d" % (i * 7)]).encode() for i in range(40_000))
-block = bytearray(32 << 20)
+block = bytearray(10 << 20)
 """
     + _READY  # only now: making the pool takes seconds
     + "n = 0\n",
@@ -44,23 +44,28 @@ block = bytearray(32 << 20)
     time.sleep(0.05)
 """,
 )
-"""The same work, and some 10 MiB a second of memory that changes and compresses as JSON text does."""
+"""The same work, and 10 MiB of memory that all change within a second or two, and compress as JSON text does."""
+
+NPM_PROJECT = ("express@4.21.2", "lodash@4.17.21", "axios@1.7.9", "zod@3.24.1")
+"""What the Node guest's project depends on; installed by the host's npm, for the guest has no network."""
 
 NODE = r"""
 import os, subprocess, time, urllib.request
-os.makedirs("/root/app", exist_ok=True)
-open("/root/app/package.json", "w").write('{"name": "app", "version": "1.0.0", "dependencies": {"express": "*"}}')
 open("/root/app/server.js", "w").write('''
-const express = require("express"); const app = express(); const seen = {};
-for (let i = 0; i < 500; i++) seen["key-" + i] = {n: i, text: "value " + i};
-app.get("/", (q, r) => r.json({keys: Object.keys(seen).length}));
+const express = require("express"), _ = require("lodash"), axios = require("axios"), { z } = require("zod");
+const Item = z.object({ n: z.number(), text: z.string() }), app = express(), seen = {};
+for (let i = 0; i < 500; i++) seen["key-" + i] = Item.parse({ n: i, text: "value " + i });
+app.get("/raw", (q, r) => r.json(seen));
+app.get("/", async (q, r) => {
+  const all = (await axios.get("http://127.0.0.1:8080/raw", { proxy: false })).data;
+  r.json(_.countBy(Object.values(all), (one) => one.n % 7));
+});
 app.listen(8080, "127.0.0.1");
 ''')
-env = {**os.environ, "NODE_PATH": "/usr/share/nodejs:/usr/lib/nodejs"}
-server = subprocess.Popen(["node", "server.js"], cwd="/root/app", env=env)
+server = subprocess.Popen(["node", "server.js"], cwd="/root/app")
 while True:
     try:
-        print(urllib.request.urlopen("http://127.0.0.1:8080/", timeout=30).read().decode())
+        print(urllib.request.urlopen("http://127.0.0.1:8080/", timeout=120).read().decode())
         break
     except OSError:
         if server.poll() is not None:
@@ -69,7 +74,7 @@ while True:
 print("ready", flush=True)
 server.wait()
 """
-"""An express server of an npm project, asked once. express comes from the image: the guest has no network."""
+"""A server of an npm project (`NPM_PROJECT`, in /root/app), asked once: it asks itself, and counts what it got."""
 
 CHROMIUM = r"""
 import os, socket, subprocess, time, urllib.request
