@@ -29,7 +29,7 @@ class Journal:
     template_ram: str = ""
     template_disk: str = ""
     for_template: bool = False
-    jailed: bool = False
+    jailed: str = ""  # the binary that runs in the VM's jail; "" without one
     version: int = _VERSION
 
     @property

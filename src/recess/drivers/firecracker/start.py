@@ -88,9 +88,11 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
         return await _greet(vm, steps)
 
 
-def _jailed(place: Place) -> bool:
+def _jailed(place: Place) -> str:
+    """Return the binary that is to run in a jail, "" for a VM without one."""
     place.layout.directory.mkdir(parents=True, exist_ok=True)
-    return not place.host.no_jail and holds_devices(place.layout.directory)
+    jailed = not place.host.no_jail and holds_devices(place.layout.directory)
+    return str(place.host.binary) if jailed else ""
 
 
 def _check_disk(path: Path, size: int) -> None:
@@ -136,7 +138,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts) -> Handles:
         jailed=_jailed(place),
     )
     async with _starting(place, journal, keep_disk=False) as begin:
-        parts = await _without_faults(parts, jailed=journal.jailed)
+        parts = await _without_faults(parts, jailed=bool(journal.jailed))
         ledger = Ledger(parts.snapshot, over=_numbers(parts.memory), whole=parts.lazy is None)
         filling = asyncio.ensure_future(_fill(layout, spec, parts))
         try:
@@ -267,7 +269,7 @@ class _Begin:
     def __init__(self, place: Place, journal: Journal) -> None:
         self.place = place
         self.journal = journal
-        self.jail = jail_of(place.host.binary, place.layout) if journal.jailed else None
+        self.jail = jail_of(Path(journal.jailed), place.layout) if journal.jailed else None
         self._keeper: Keeper | None = None
         self._port: Port | None = None
 
