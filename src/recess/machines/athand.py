@@ -27,9 +27,11 @@ from recess.errors import RecessError
 from recess.machines.contract import Capture, MappedMemory, PageSet, TemplateRef
 from recess.paging.book import Numbers, Pages, runs_of
 from recess.paging.pagefiles import PageFiles
-from recess.units import PAGE_BYTES
+from recess.units import MIB, PAGE_BYTES
 
-WAITING_MAX = 8
+WAITING_BYTES_MAX = 512 * MIB
+"""Pages that wait to be written are memory: beyond this (but for one snapshot's) they are not kept."""
+
 _NICE = 15
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ class AtHand:
     def __init__(self, files: PageFiles) -> None:
         self._files = files
         self._thread = ThreadPoolExecutor(1, "page-files", initializer=_give_way)
-        self._waiting: set[Future[None]] = set()
+        self._waiting: dict[Future[None], int] = {}
         self._lock = threading.Lock()
 
     def find(self, snapshot_id: str, template: TemplateRef) -> MappedMemory | None:
@@ -64,7 +66,7 @@ class AtHand:
             finally:
                 os.close(file)
 
-        self._later(work, lambda: os.close(file))
+        self._later(work, lambda: os.close(file), len(numbers) * PAGE_BYTES)
 
     def keep_pages(self, snapshot_id: str, template: TemplateRef | None, pages: PageSet, pages_total: int) -> None:
         """Keep all that differs from the template, as it was read."""
@@ -76,7 +78,7 @@ class AtHand:
             data = np.frombuffer(pages.data, np.uint8).reshape(-1, PAGE_BYTES)
             self._files.add(snapshot_id, template.id, pages_total, numbers, data, ground(template.ram))
 
-        self._later(work, lambda: None)
+        self._later(work, lambda: None, pages.data.nbytes)
 
     def keep_file(self, snapshot_id: str, template_id: str, pages_total: int, ranges: bytes, file: int) -> None:
         """Keep what a pager has written down: the pages of `ranges` (u32 first page, u32 count), back to back."""
@@ -88,7 +90,7 @@ class AtHand:
 
     def drop(self, snapshot_id: str) -> None:
         """Forget a snapshot that was removed."""
-        self._later(lambda: self._files.drop(snapshot_id), lambda: self._files.drop(snapshot_id))
+        self._later(lambda: self._files.drop(snapshot_id), lambda: self._files.drop(snapshot_id), 0)
 
     def keep_only(self, snapshot_ids: Iterable[str]) -> None:
         """Forget all snapshots but these."""
@@ -102,22 +104,23 @@ class AtHand:
         """Say what it holds and how often it helped."""
         return {"bytes": self._files.used_bytes(), **asdict(self._files.counts)}
 
-    def _later(self, work: Callable[[], None], otherwise: Callable[[], None]) -> None:
+    def _later(self, work: Callable[[], None], otherwise: Callable[[], None], size: int) -> None:
         """Have it done by the thread, unless too much waits or it has ended: then `otherwise`, now."""
+        future: Future[None] | None = None
         with self._lock:
-            if len(self._waiting) < WAITING_MAX:
-                try:
+            waiting = sum(self._waiting.values())
+            if not size or not waiting or waiting + size <= WAITING_BYTES_MAX:
+                with contextlib.suppress(RuntimeError):  # it was closed
                     future = self._thread.submit(_quietly, work)
-                except RuntimeError:  # it was closed
-                    future = None
-                if future is not None:
-                    self._waiting.add(future)
-                    future.add_done_callback(partial(self._done, otherwise))
-                    return
-        otherwise()
+                    self._waiting[future] = size
+        if future is None:
+            otherwise()
+        else:
+            future.add_done_callback(partial(self._done, otherwise))
 
     def _done(self, otherwise: Callable[[], None], future: Future[None]) -> None:
-        self._waiting.discard(future)
+        with self._lock:
+            self._waiting.pop(future, None)
         if future.cancelled():
             otherwise()
 
@@ -126,7 +129,8 @@ class AtHand:
         await asyncio.gather(*(asyncio.wrap_future(future) for future in list(self._waiting)), return_exceptions=True)
 
     def close(self) -> None:
-        """Let what is being written be finished, drop what waits. May be called twice."""
+        """Give up what is being written and what waits. May be called twice."""
+        self._files.close()
         self._thread.shutdown(cancel_futures=True)
 
 

@@ -104,6 +104,7 @@ class PageFiles:
         self._writing = threading.Lock()  # one memory is written at a time; taken before the other
         self._lock = threading.RLock()  # what there is
         self._fresh = ""  # a data file that no map names yet
+        self._closed = False
         self._maps: dict[str, Map] = {}  # in the order of their last use, the oldest first
         self.counts = Counts()
         with self._lock, self._quietly("opened"):
@@ -183,7 +184,7 @@ class PageFiles:
                 try:
                     return self._extend(new, below) if below is not None else self._add_whole(new, None)
                 finally:
-                    self._fresh = ""
+                    self._done()
             return False
 
     def adopt(self, key: str, ground: str, pages_total: int, pages: Numbers, file: int) -> bool:
@@ -197,10 +198,20 @@ class PageFiles:
                 if os.fstat(file).st_size != len(pages) * PAGE_BYTES or not self._make_room(len(pages) * PAGE_BYTES):
                     return False
                 self._fresh = secrets.token_hex(8) + _DATA
-                self._give_name(file, self._fresh)
                 new = _New(key, ground, pages_total, pages, np.empty((0, PAGE_BYTES), np.uint8), _no_pages)
-                return self._publish(new, [self._seal(file, self._fresh)], layout)
+                try:
+                    self._give_name(file, self._fresh)
+                    return self._publish(new, [self._seal(file, self._fresh)], layout)
+                finally:
+                    self._done()
             return False
+
+    def _done(self) -> None:
+        """After a write, whatever came of it: a data file without a map goes."""
+        with self._lock:
+            if self._fresh:
+                self._fresh = ""
+                self._sweep()
 
     def _give_name(self, file: int, name: str) -> None:
         folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -254,6 +265,8 @@ class PageFiles:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
         try:
             for low in range(0, count, _SLICE):
+                if self._closed:
+                    raise InterruptedError("the server stops")
                 part = np.ascontiguousarray(read(low, min(low + _SLICE, count))).reshape(-1).data
                 done = 0
                 while done < len(part):
@@ -271,7 +284,11 @@ class PageFiles:
             self._boot, new.ground, new.pages_total, tuple(files), layout.mapped.rows(), layout.strays.rows()
         )  # fmt: skip
         aside = self._folder / (new.key + _NEW)
-        aside.write_bytes(encode(known))
+        try:
+            aside.write_bytes(encode(known))
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
         crash_point("pagefiles.map_written")
         with self._lock:
             # Between our look at the parent and now its files may have gone, with it.
@@ -284,6 +301,10 @@ class PageFiles:
             self._fresh = ""
             self._sweep()
             return complete
+
+    def close(self) -> None:
+        """Give up what is being written; what is there stays, for the next start. May be called twice."""
+        self._closed = True
 
     # --- room --------------------------------------------------------------------------------------------------
 
@@ -299,9 +320,10 @@ class PageFiles:
         """Let go of the oldest until so many bytes more fit; False if they cannot."""
         if wanted > self._max_bytes:
             return False
-        while self._maps and not self._fits(wanted):
-            self._forget([next(iter(self._maps))])
-        return self._fits(wanted)
+        with self._lock:
+            while self._maps and not self._fits(wanted):
+                self._forget([next(iter(self._maps))])
+            return self._fits(wanted)
 
     def _fits(self, wanted: int) -> bool:
         free = self._free_bytes() if self._free_bytes is not None else None
