@@ -209,7 +209,7 @@ def pytest_command(arguments: Sequence[str], **environment: str) -> str:
         **environment,
     }
     words = " ".join(f"{key}={value}" for key, value in known.items())
-    return f"cd {REPOSITORY} && env {words} python3 -m pytest -p no:cacheprovider {shlex.join(arguments)}"
+    return f"cd {REPOSITORY} && env {words} python3 -m pytest -p no:cacheprovider -p tests.kvm_host.patience {shlex.join(arguments)}"
 
 
 def _say(line: str) -> None:
