@@ -252,7 +252,7 @@ def make_home(home: Path, images: Path) -> Config:
     """Make a fresh home that shares the user's images."""
     home.mkdir(parents=True)
     (home / "images").symlink_to(images)
-    return load_config(home=home)
+    return load_config(home=home, driver="qemu")  # what the bare side is compared with
 
 
 async def open_node(home: Path, images: Path) -> LocalNode:

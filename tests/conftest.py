@@ -74,7 +74,8 @@ def real_config(tmp_path: Path, images_dir: Path) -> Iterator[Config]:
     (home / "images").symlink_to(images_dir)
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
     run_dir = base / f"recess-t-{secrets.token_hex(4)}"
-    config = load_config(home=str(home), run_dir=str(run_dir))
+    # Pinned, so that what is tested does not depend on what else is installed here.
+    config = load_config(home=str(home), run_dir=str(run_dir), driver=os.environ.get("RECESS_DRIVER") or "qemu")
     try:
         yield config
     finally:

@@ -159,6 +159,19 @@ async def test_without_the_device_command_a_migration_does(rig: QemuRig) -> None
     assert rig.leftovers() == []
 
 
+async def test_its_system_calls_are_filtered(rig: QemuRig) -> None:
+    """Every thread of a fork's QEMU runs under a filter, and may gain no rights (Linux: Seccomp 2, NoNewPrivs 1)."""
+    vm = await rig.fork(rig.make_driver())
+    try:
+        assert isinstance(vm, QemuVm)
+        pid = read_pids(vm._handles.layout)["vmm"].pid
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            said = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            assert (said["Seccomp"], said["NoNewPrivs"]) == ("2", "1"), status
+    finally:
+        await vm.kill()
+
+
 async def test_the_budgets_are_in_reach(rig: QemuRig) -> None:
     """Not a benchmark: ten times the budget would mean that something is done inside the pause that must not be."""
     driver = rig.make_driver()

@@ -120,7 +120,7 @@ def test_words_of_other_houses_are_not_used():
 def _plain(text: str) -> str:
     """Drop what quotes other programs' words: code, an option of apt, SQLite's own PRAGMA, runsc's command and file."""
     quoted = (
-        r"`[^`]*`|APT::\w+|wal_\w+|isolation: .*|isolation=.*|--sand" + r'box|"check' + r'point"|check' + r"point\.img"
+        r"`[^`]*`|APT::\w+|wal_\w+|isolation: .*|isolation=.*|-sand" + r'box|"check' + r'point"|check' + r"point\.img"
     )
     return re.sub(quoted, "", text, flags=re.IGNORECASE)
 

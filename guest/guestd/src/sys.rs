@@ -83,10 +83,24 @@ pub fn open_pty(rows: u16, cols: u16) -> io::Result<(OwnedFd, OwnedFd)> {
         ))?;
         check(libc::unlockpt(master.as_raw_fd()))?;
         let flags = libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC;
-        let slave = own(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags))?;
+        let slave = match own(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTPEER, flags)) {
+            // gVisor lacks the call; there the name is as good, for nobody mounts another /dev/pts over it.
+            Err(e) if e.raw_os_error() == Some(libc::ENOTTY) => pty_by_name(&master, flags)?,
+            other => other?,
+        };
         set_winsize(master.as_raw_fd(), rows, cols)?;
         Ok((master, slave))
     }
+}
+
+/// The slave of a pseudo terminal, opened by its path.
+fn pty_by_name(master: &OwnedFd, flags: i32) -> io::Result<OwnedFd> {
+    let mut number: libc::c_uint = 0;
+    // SAFETY: the number outlives the call.
+    check(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &mut number) })?;
+    let path = format!("/dev/pts/{number}\0");
+    // SAFETY: the path ends in NUL; the descriptor is owned at once.
+    own(unsafe { libc::open(path.as_ptr().cast(), flags) })
 }
 
 pub fn set_winsize(fd: RawFd, rows: u16, cols: u16) -> io::Result<()> {

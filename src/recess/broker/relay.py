@@ -38,8 +38,8 @@ async def relay_request(
         raise Unavailable(f"the upstream {target.authority} broke off: {exc}") from exc
     finally:
         upload.cancel()
+        abort(upstream.writer)  # before the wait: whoever is cancelled there, once more, still leaves nothing open
         await asyncio.wait({upload})
-        abort(upstream.writer)
 
 
 async def _upload(

@@ -23,6 +23,7 @@ _OPTIONS = (
     click.option("--entrypoint", default=None, help='Instead of the image\'s entrypoint and command; "": none.'),
     click.option("-m", "--memory", default="512M", help="Memory."),
     click.option("--cpus", default=1, help="Virtual CPUs."),
+    click.option("--driver", default="", help="What it runs on: qemu, gvisor, ...; default: the node's choice."),
     click.option("--disk", default="4G", help="Size of the writable disk."),
     click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST", help="Publish a port on 127.0.0.1."),
     click.option(
@@ -58,6 +59,7 @@ def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict
     restart = "" if flags["restart"] == "no" else flags["restart"]
     return {
         "image": image,
+        "driver": flags["driver"],
         "argv": list(command),
         "entrypoint": flags["entrypoint"],
         "memory_bytes": flags["memory"],

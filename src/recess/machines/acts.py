@@ -55,10 +55,20 @@ class Acts:
 
     async def prepare(self, spec: MachineSpec, *, name: str = "") -> MachineRow:
         """Check a spec and claim a name for it, state created; nothing is started. Raises as `Machines.create`."""
-        check_spec(spec, self._parts.driver.capabilities)
+        driver = self._parts.driver_of(spec.driver)
+        check_spec(spec, driver.capabilities)
         spec = with_authority(spec)
         await self._parts.images.boot_files(spec.image)  # there is such an image
-        return machine_row(await self._launcher.claim(spec, name=name, session="", state=CREATED))
+        return machine_row(
+            await self._launcher.claim(
+                spec,
+                name=name,
+                session="",
+                state=CREATED,
+                driver=driver.name,
+                driver_why=self._parts.why_driver(spec.driver),
+            )
+        )
 
     async def start(self, ref: str) -> ResumeReport | None:
         """Start a machine that was never started, or whose main process has ended, which boots from its disk as it was
@@ -77,13 +87,13 @@ class Acts:
     async def _fresh(self, record: MachineRecord, status: str = "") -> None:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         boot = await self._parts.images.boot_files(spec.image)
-        template = await self._templates.ensure(spec.image, vm_spec(spec, boot))
+        template = await self._templates.ensure(spec.image, vm_spec(spec, boot, record.driver))
         await self._launcher.launch(record, template_origin(template), epoch=0, fresh=True, status=status)
 
     async def _again(self, record: MachineRecord) -> ResumeReport:
         if record.state == SUSPENDED:
             return await self._climber.climb(record, snapshots=(), rungs=RUNGS, own_disk=True, epoch=0)
-        if self._parts.driver.capabilities.own_disk:
+        if self._parts.driver_of(record.driver).capabilities.own_disk:
             return await self._climber.climb(record, snapshots=(), rungs=(4,), own_disk=True, epoch=0)
         began = self._parts.clock.monotonic_s()
         await self._fleet.end(record.id, "it is started again")

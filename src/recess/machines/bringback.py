@@ -87,8 +87,9 @@ class BringBack:
         origin, spec, _ = await self._stored.open(row.id, early=True)
         note = {"origin": {"snapshot": row.id, "machine": row.machine}}
         spec = child_spec(spec, changes)
-        check_spec(spec, self._parts.driver.capabilities)
-        record = await self._launcher.claim(spec, name=name, session=session, meta=note)
+        driver = origin.template.spec.driver
+        check_spec(spec, self._parts.driver_of(driver).capabilities)
+        record = await self._launcher.claim(spec, name=name, session=session, driver=driver, meta=note)
         async with self._fleet.lock(record.id):
             try:
                 strict = changes is not None and changes.ports is not None
@@ -117,8 +118,8 @@ class BringBack:
             raise BadInput(f"fork: from 1 to {FORK_MAX} children, got {count}")
         if names and len(names) != count:
             raise BadInput(f"fork: {len(names)} names for {count} children")
-        if not self._parts.driver.capabilities.fork:
-            raise Unsupported(f"the driver {self._parts.driver.name} cannot fork")
+        if not self._parts.driver_of(record.driver).capabilities.fork:
+            raise Unsupported(f"the driver {record.driver} cannot fork")
         if record.state == SUSPENDED:
             row = await self._stored.get(record.snapshot)
             _check_forkable(row)
@@ -141,7 +142,7 @@ class BringBack:
             self._taker.store(record, live, taken, why="fork", state=record.state), name="store-fork"
         )
         capture = taken.capture
-        mapped = mapped_capture(capture) if self._parts.driver.capabilities.mapped_memory else None
+        mapped = mapped_capture(capture) if self._parts.driver_of(record.driver).capabilities.mapped_memory else None
         how = "remap: its parent's pages" if mapped is not None else ""
         parts = RestoreParts(
             live.template.ref, capture.memory, capture.disk, capture.vmstate, mapped=mapped, choice=how
@@ -184,7 +185,7 @@ class BringBack:
 
         async def one(number: int) -> None:
             name = names[number] if names else child_name(record.name, number + 1)
-            child = await self._launcher.claim(spec, name=name, session=session, meta=note)
+            child = await self._launcher.claim(spec, name=name, session=session, driver=record.driver, meta=note)
             async with room, self._fleet.lock(child.id):
                 try:
                     child, _, _ = await self._launcher.launch(child, origin, epoch=0)

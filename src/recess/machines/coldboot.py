@@ -22,12 +22,12 @@ from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, Incompatible, NotFound, Unsupported
 from recess.machines import keptdisk
-from recess.machines.contract import DISK_NAME, BootFiles
+from recess.machines.contract import DISK_NAME, BootFiles, Driver, VmSpec
 from recess.machines.fleet import Fleet
 from recess.machines.launching import Launcher, child_spec
 from recess.machines.mapped import DISK, MappedTemplate
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import manifest_machine, spec_from_json, vm_spec
+from recess.machines.records import manifest_machine, spec_from_json, vm_of, vm_spec
 from recess.machines.service import Changes, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.starting import cold_origin
 from recess.machines.states import next_state
@@ -50,15 +50,15 @@ class ColdBoot:
 
     async def own(self, record: MachineRecord, *, epoch: int, why: str) -> tuple[MachineRecord, ResumeReport]:
         """Boot from the disk that its last VM left. Raises NotFound, Corrupt, Incompatible, Unavailable, OutOfSpace."""
-        self._check_driver()
+        driver, moved = self._driver(record.driver)
         spec = spec_from_json(record.spec, f"machine {record.id}")
         directory = self._parts.directory(record.id)
         if keptdisk.size_of(directory) != spec.disk_bytes:
             raise Corrupt(f"the disk of machine {record.name} has not the {spec.disk_bytes} bytes it should have")
-        vm = record.meta.get("vm")
-        boot, note = await self._boot_files(spec, vm if isinstance(vm, Mapping) else None)
+        boot, note = await self._boot_files(spec, vm_of(record))
         keptdisk.lay(directory)
-        return await self._boot(record, spec, boot, epoch=epoch, why=_join(why, COLD_WHY, note))
+        ground = vm_spec(spec, boot, driver.name)
+        return await self._boot(record, ground, epoch=epoch, why=_join(why, COLD_WHY, moved, note))
 
     async def again(self, record: MachineRecord, row: SnapshotRow, *, epoch: int) -> tuple[MachineRecord, ResumeReport]:
         """Bring a suspended, exited or dead machine back from a snapshot's disk. Raises IllegalState, and as `own`."""
@@ -85,10 +85,10 @@ class ColdBoot:
         self, record: MachineRecord, row: SnapshotRow, *, epoch: int, why: str
     ) -> tuple[MachineRecord, ResumeReport]:
         """Boot from the disk part of a snapshot; every frame of it is verified on the way. Raises as `own`."""
-        self._check_driver()
         spec = spec_from_json(record.spec, f"machine {record.id}")
         manifest = await asyncio.to_thread(self._parts.store.manifest, row.id)
         vm = manifest_vm(manifest)
+        driver, moved = self._driver(str(vm["driver"]))
         if vm.get("disk_bytes") != spec.disk_bytes:
             raise Incompatible(f"snapshot {row.id[:16]}: its disk has another size", reasons=["disk size"])
         boot, note = await self._boot_files(spec, vm)
@@ -99,14 +99,23 @@ class ColdBoot:
             await self._unpack(row.id, str(manifest.get("template", "")), vm, directory)
         finally:
             (directory / _TEMPLATE_DISK).unlink(missing_ok=True)
-        why = _join(why, f"the disk of snapshot {row.id[:16]}", COLD_WHY, note)
-        record, report = await self._boot(record, spec, boot, epoch=epoch, why=why)
+        why = _join(why, f"the disk of snapshot {row.id[:16]}", COLD_WHY, moved, note)
+        record, report = await self._boot(record, vm_spec(spec, boot, driver.name), epoch=epoch, why=why)
         return record, replace(report, snapshot=row.id, log_position=row.log_position)
 
-    def _check_driver(self) -> None:
-        driver = self._parts.driver
-        if not driver.capabilities.own_disk:
-            raise Unsupported(f"the {driver.name} driver keeps files in memory: there is no disk to boot from")
+    def _driver(self, before: str) -> tuple[Driver, str]:
+        """Return the driver to boot a disk with that a machine of the driver `before` left, and what is to be said of a
+        change: any that has disks can boot it. Raises Unsupported."""
+        parts = self._parts
+        known = {one.name: one for one in (parts.driver, *parts.others.values())}
+        if before in known:
+            if not known[before].capabilities.own_disk:
+                raise Unsupported(f"the {before} driver keeps files in memory: there is no disk to boot from")
+            return known[before], ""
+        for driver in known.values():
+            if driver.capabilities.own_disk:
+                return driver, f"under the driver {driver.name}, since {before} is not on this node"
+        raise Unsupported(f"no driver of this node boots from a disk: it has {', '.join(known)}")
 
     async def _unpack(self, snapshot_id: str, template_id: str, vm: Mapping[str, Any], directory: Path) -> None:
         """Write a snapshot's disk as a file. Its template's memory is not needed, and may be damaged."""
@@ -147,12 +156,12 @@ class ColdBoot:
         return now, f"its root is the image {spec.image} as it is now"
 
     async def _boot(
-        self, record: MachineRecord, spec: MachineSpec, boot: BootFiles, *, epoch: int, why: str
+        self, record: MachineRecord, spec: VmSpec, *, epoch: int, why: str
     ) -> tuple[MachineRecord, ResumeReport]:
         began = time.monotonic()
         crash_point("machines.before_cold_boot")
         try:
-            ground = bare_template(vm_spec(spec, boot), await self._parts.images.sources(boot))
+            ground = bare_template(spec, await self._parts.images.sources(spec.boot))
             record, _, timings = await self._launcher.launch(record, cold_origin(ground), epoch=epoch, status=why)
         except UNDO:
             keptdisk.clear(self._parts.directory(record.id))  # a failed boot leaves the caller's disk

@@ -69,6 +69,7 @@ class VmSpec:
     disk_bytes: int  # size of the writable disk
     boot: BootFiles
     network: str = "broker"  # broker | none | full
+    driver: str = ""  # by name; "": the node's own
 
 
 @dataclass(frozen=True)
@@ -390,7 +391,8 @@ class Driver(Protocol):
         ...
 
     def list_leftovers(self) -> Sequence[str]:
-        """Return the ids of VMs of this run directory that some server started and nobody has killed yet."""
+        """Return the ids of VMs of this run directory that some server started under this driver and nobody has killed
+        yet. Drivers of one node share the directory: another driver's VM is not listed."""
         ...
 
     async def kept_ready(self) -> KeptReady:

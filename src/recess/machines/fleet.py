@@ -22,7 +22,7 @@ from recess.machines.incoming import Incoming
 from recess.machines.leavings import Leavings
 from recess.machines.live import Live
 from recess.machines.parts import UNDO, Parts
-from recess.machines.records import is_sound, spec_from_json
+from recess.machines.records import is_sound, spec_from_json, vm_of
 from recess.machines.restarting import Restarts
 from recess.machines.stalls import Stalls
 from recess.machines.starting import Starter, finish
@@ -253,7 +253,7 @@ class Fleet:
         Raises IllegalState without `force` when there is a VM: whether it is to run, nobody can tell.
         """
         async with self.lock(machine_id):
-            if machine_id in self._parts.driver.list_leftovers() and not force:
+            if machine_id in self._parts.leftovers() and not force:
                 raise IllegalState(
                     f"machine {machine_id} has a damaged row, and a VM", hint="give both up with --force"
                 )
@@ -290,7 +290,7 @@ class Fleet:
             await self.forget(record.id)
         there = [record for record in sound if record not in begun]
         adopted = sum(await asyncio.gather(*(one(record) for record in there)))
-        strays = [v for v in self._parts.driver.list_leftovers() if v not in self._live and v not in unclear]
+        strays = [v for v in self._parts.leftovers() if v not in self._live and v not in unclear]
         for vm_id in strays:
             await self._end_stray(vm_id)
             if await self._is_put_away(vm_id):
@@ -306,7 +306,7 @@ class Fleet:
         """End a VM that an earlier server started; its disk is kept, unless one is: then this VM was being brought back
         when that server died, and what is kept is newer."""
         directory = self._parts.directory(vm_id)
-        vm = await self._parts.driver.adopt(vm_id, directory)
+        vm = await self._parts.leftovers().get(vm_id, self._parts.driver).adopt(vm_id, directory)
         if not keptdisk.is_kept(directory):
             self._keep_disk(vm_id)
         if vm is not None:
@@ -329,7 +329,8 @@ class Fleet:
     async def _recover_one(self, record: MachineRecord) -> bool:
         reason = "it was gone when the server came back"
         try:
-            vm = await self._parts.driver.adopt(record.id, self._parts.directory(record.id))
+            driver = self._parts.leftovers().get(record.id, self._parts.driver)
+            vm = await driver.adopt(record.id, self._parts.directory(record.id))
             if vm is not None:
                 try:
                     await self._reattach(record, vm)
@@ -350,7 +351,7 @@ class Fleet:
     async def _reattach(self, record: MachineRecord, vm: Vm) -> None:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         epoch = int(record.meta.get("epoch", 0))
-        live = Live(record.id, vm, spec, await self._templates.under(record.template, record.meta.get("vm")), epoch)
+        live = Live(record.id, vm, spec, await self._templates.under(record.template, vm_of(record)), epoch)
         live.parent = str(record.meta.get("parent", ""))
         live.thaw = self.starter.thaw_maker(record, epoch)
         live.stalled = await vm.stalled()

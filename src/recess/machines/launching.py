@@ -28,6 +28,7 @@ from recess.machines.states import CREATING, RUNNING
 from recess.machines.templates import vm_json
 
 _NAME_TRIES = 8
+BEFORE = "it was made from a machine of that driver"
 
 
 def child_spec(spec: MachineSpec, changes: Changes | None = None) -> MachineSpec:
@@ -45,14 +46,14 @@ class Launcher:
         self._fleet = fleet
 
     async def claim(
-        self, spec: MachineSpec, *, name: str, session: str, template: str = "", meta: Mapping[str, Any] | None = None,
-        state: str = CREATING,
+        self, spec: MachineSpec, *, name: str, session: str, driver: str = "", driver_why: str = BEFORE,
+        template: str = "", meta: Mapping[str, Any] | None = None, state: str = CREATING,
     ) -> MachineRecord:  # fmt: skip
         """Insert a row in state "creating" (or `state`). Raises NameInUse, BadInput; without a name one is made up."""
         record = MachineRecord(
             id=new_id("mch"), name=name or new_name(), state=state, spec=spec_to_json(spec),
-            driver=self._parts.driver.name, created=self._parts.clock.wall_s(), template=template, session=session,
-            meta=dict(meta or {}),
+            driver=driver or self._parts.driver.name, created=self._parts.clock.wall_s(), template=template,
+            session=session, meta={"driver_why": driver_why} | dict(meta or {}),
         )  # fmt: skip
         for last in (n == _NAME_TRIES - 1 for n in range(_NAME_TRIES)):
             try:
@@ -101,8 +102,9 @@ class Launcher:
             if fresh or origin.cold:
                 await self._fleet.starter.start_main(live)
             record = await self._parts.catalog.machines.update(
-                record.id, state=RUNNING, exit_code=None, status=status, template=origin.template.id, meta=meta
-            )
+                record.id, state=RUNNING, exit_code=None, status=status, template=origin.template.id, meta=meta,
+                driver=origin.template.spec.driver or self._parts.driver.name,
+            )  # fmt: skip
             crash_point("machines.running")
             keptdisk.drop(self._parts.directory(record.id))
             self._parts.tell("start", record.id, record.name, status=status)

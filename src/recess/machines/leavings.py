@@ -55,7 +55,7 @@ class Leavings:
         and has no row has lost it.
         """
         found = await asyncio.to_thread(_folders, self._parts.machines_dir)
-        known = {*await self._parts.catalog.machines.all_ids(), *self._parts.driver.list_leftovers()}
+        known = {*await self._parts.catalog.machines.all_ids(), *self._parts.leftovers()}
         now = self._parts.clock.wall_s()
         gone = 0
         for folder in found:

@@ -135,13 +135,16 @@ class Manager:
 
     async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
         """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either."""
-        check_spec(spec, self._parts.driver.capabilities)
+        driver = self._parts.driver_of(spec.driver)
+        check_spec(spec, driver.capabilities)
         spec = with_authority(spec)
         boot = await self._parts.images.boot_files(spec.image)
-        record = await self._launcher.claim(spec, name=name, session=session)
+        record = await self._launcher.claim(
+            spec, name=name, session=session, driver=driver.name, driver_why=self._parts.why_driver(spec.driver)
+        )
         async with self.fleet.lock(record.id):
             try:
-                template = await self.templates.ensure(spec.image, vm_spec(spec, boot))
+                template = await self.templates.ensure(spec.image, vm_spec(spec, boot, driver.name))
                 record, _, _ = await self._launcher.launch(record, template_origin(template), epoch=epoch, fresh=True)
             except UNDO:
                 await self._launcher.abandon(record)

@@ -12,6 +12,7 @@ from recess.broker import Policy
 from recess.catalog import Catalog
 from recess.catalog.snapshots import SnapshotRecord
 from recess.clock import Clock
+from recess.errors import Unsupported
 from recess.guestlink.link import IncomingHandler
 from recess.machines.athand import AtHand
 from recess.machines.contract import BootFiles, Driver, LazyMemory, PageSet
@@ -97,6 +98,8 @@ class Parts:
     keeping: Keeping = field(default_factory=Keeping)
     free_bytes: Callable[[], int] | None = None  # of the disk that snapshots are stored on
     make_pager: MakePager | None = None  # None: this node has none, and every page is read before a machine runs
+    driver_why: str = ""  # why `driver` is the node's own
+    others: Mapping[str, Driver] = field(default_factory=dict)  # by name, for machines that ask for them
     lazy_memory: str = "auto"  # auto | remap | lazy | inject (recess.paging.choice)
     first_pages: Callable[[str], Sequence[int]] | None = None  # of a snapshot's memory, as seen on this node; may block
     at_hand: AtHand | None = None  # memories kept uncompressed; None: none are
@@ -107,6 +110,23 @@ class Parts:
     def tell(self, action: str, machine_id: str, name: str, **details: Any) -> None:
         """Tell who watches what has happened to a machine, once its row says so."""
         self.events.publish(self.clock.wall_s(), action, machine_id, name, details)
+
+    def driver_of(self, name: str) -> Driver:
+        """Return the driver of this name, "" for the node's own. Raises Unsupported, naming those there are."""
+        if name in ("", self.driver.name):
+            return self.driver
+        if name not in self.others:
+            known = ", ".join(sorted({self.driver.name, *self.others}))
+            raise Unsupported(f"this node has no driver {name!r}", hint=f"it has: {known}")
+        return self.others[name]
+
+    def why_driver(self, asked: str) -> str:
+        """Say why a machine that asks for this driver ("": for none) runs under the one it gets."""
+        return f"the node's own; {self.driver_why}" if not asked else "it was asked for"
+
+    def leftovers(self) -> dict[str, Driver]:
+        """Return the VMs that some server started and nobody has killed yet, with their drivers."""
+        return {vm_id: one for one in (self.driver, *self.others.values()) for vm_id in one.list_leftovers()}
 
     def directory(self, machine_id: str) -> Path:
         """Return the machine's own folder: disk, console, log of its main process."""

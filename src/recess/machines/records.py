@@ -58,6 +58,12 @@ def machine_row(record: MachineRecord) -> MachineRow:
     )  # fmt: skip
 
 
+def vm_of(record: MachineRecord) -> Mapping[str, Any] | None:
+    """Return what a row says of its VM (as `templates.vm_json`), with its driver; None if it says nothing."""
+    vm = record.meta.get("vm")
+    return {**vm, "driver": record.driver} if isinstance(vm, Mapping) else None
+
+
 def damaged_machine(row: Damaged) -> MachineRow:
     """Return what a list shows of a machine whose row cannot be read."""
     return MachineRow(
@@ -142,6 +148,6 @@ def _between(what: str, value: int, low: int, high: int) -> None:
         raise InvalidSpec(f"{what}: from {low // MIB} MiB to {high // MIB} MiB, got {value} bytes")
 
 
-def vm_spec(spec: MachineSpec, boot: BootFiles) -> VmSpec:
-    """Return what the driver needs of a machine's spec."""
-    return VmSpec(spec.memory_bytes, spec.cpus, spec.disk_bytes, boot, spec.network)
+def vm_spec(spec: MachineSpec, boot: BootFiles, driver: str) -> VmSpec:
+    """Return what the driver of this name needs of a machine's spec."""
+    return VmSpec(spec.memory_bytes, spec.cpus, spec.disk_bytes, boot, spec.network, driver)

@@ -28,7 +28,9 @@ async def scratch_vm(parts: Parts, origin: Origin) -> AsyncIterator[Vm]:
     vm_id = new_id("mch")
     directory = parts.directory(vm_id)
     try:
-        vm = await parts.driver.restore(vm_id, origin.template.spec, origin.parts, directory)
+        vm = await parts.driver_of(origin.template.spec.driver).restore(
+            vm_id, origin.template.spec, origin.parts, directory
+        )
         try:
             yield vm
         finally:

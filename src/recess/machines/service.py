@@ -36,6 +36,7 @@ class MachineSpec:
     ports: tuple[tuple[str, int, int], ...] = ()  # (host ip, host port, guest port)
     labels: Mapping[str, str] = field(default_factory=dict)
     restart: str = ""  # of the main process: no | on-failure[:TIMES] | always | unless-stopped
+    driver: str = ""  # "": the node's own choice
 
 
 @dataclass(frozen=True)

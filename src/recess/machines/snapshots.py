@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from recess.errors import Incompatible, NotFound, Timeout, Unavailable
-from recess.machines.contract import LazyMemory, MappedMemory, PageSet, RestoreParts
+from recess.errors import Incompatible, MissingTool, NotFound, Timeout, Unavailable, Unsupported
+from recess.machines.contract import Driver, LazyMemory, MappedMemory, PageSet, RestoreParts
 from recess.machines.mapped import DISK, MEMORY, to_pages
 from recess.machines.parts import NO_PAGES, Parts
 from recess.machines.records import damaged_snapshot, manifest_machine, snapshot_row
 from recess.machines.service import MachineSpec, SnapshotRow
 from recess.machines.starting import Origin
-from recess.machines.templates import Template, Templates, fingerprint_json
+from recess.machines.templates import Template, Templates, fingerprint_json, manifest_vm
 from recess.paging.choice import INJECT, LAZY, REMAP, Choice, Facts, choose
 from recess.snapshots.compat import can_restore
 from recess.units import PAGE_BYTES
@@ -56,8 +56,7 @@ class StoredSnapshots:
         began = time.monotonic()
         template, manifest = await self.stands_on(snapshot_id)
         machine = manifest_machine(manifest, snapshot_id)
-        here = fingerprint_json(await self._parts.driver.fingerprint(template.spec))
-        reasons = can_restore(manifest.get("fingerprint", {}), here)
+        driver, reasons = await self._can_restore(template, manifest)
         if reasons:
             raise Incompatible(
                 f"snapshot {snapshot_id[:16]} cannot be restored here: {reasons[0]}",
@@ -70,7 +69,7 @@ class StoredSnapshots:
         origin = Origin(
             template, coming, snapshot_id, timings_s={"manifest": time.monotonic() - began}, fetched_bytes=afar
         )
-        if not (early and self._parts.driver.capabilities.early_start):
+        if driver is None or not (early and driver.capabilities.early_start):
             origin = await origin.settled()
         return origin, machine, manifest
 
@@ -79,7 +78,19 @@ class StoredSnapshots:
         manifest = await asyncio.to_thread(self._parts.store.manifest, snapshot_id)
         manifest_machine(manifest, snapshot_id)  # is it one of a machine at all?
         spec = manifest["spec"]
-        return await self._templates.under(str(spec.get("template", "")), spec.get("vm")), manifest
+        return await self._templates.under(str(spec.get("template", "")), manifest_vm(manifest)), manifest
+
+    async def _can_restore(self, template: Template, manifest: Mapping[str, Any]) -> tuple[Driver | None, list[str]]:
+        """Return the driver that a snapshot needs, and what keeps it from being restored by it; None: it is not here."""
+        name = template.spec.driver
+        try:
+            driver = self._parts.driver_of(name)
+            here = fingerprint_json(await driver.fingerprint(template.spec))
+        except (Unsupported, MissingTool) as exc:
+            if name == self._parts.driver.name:
+                raise  # this node's own tools can be put back; a driver that it does not run on may never come
+            return None, [f"it was taken under the driver {name}: {exc.message}"]
+        return driver, can_restore(manifest.get("fingerprint", {}), here)
 
     async def _read(
         self, snapshot_id: str, template: Template, manifest: Mapping[str, Any], *, many: bool, stored: bool
@@ -110,7 +121,7 @@ class StoredSnapshots:
                 except (Unavailable, Timeout) as exc:
                     return await overlay(MEMORY), None, Choice(INJECT, exc.message)
             pages = await overlay(MEMORY)
-            if self._may_map() and self._parts.at_hand is not None and not stored:
+            if self._may_map(template) and self._parts.at_hand is not None and not stored:
                 total = template.spec.memory_bytes // PAGE_BYTES
                 self._parts.at_hand.keep_pages(snapshot_id, template.ref, pages, total)
             return pages, None, choice
@@ -123,12 +134,13 @@ class StoredSnapshots:
             read_s=time.monotonic() - began, lazy=lazy, choice=f"{how.way}: {how.why}", mapped=mapped,
         )  # fmt: skip
 
-    def _may_map(self) -> bool:
-        return self._parts.driver.capabilities.mapped_memory and self._parts.lazy_memory in ("auto", REMAP)
+    def _may_map(self, template: Template) -> bool:
+        can = self._parts.driver_of(template.spec.driver).capabilities
+        return can.mapped_memory and self._parts.lazy_memory in ("auto", REMAP)
 
     async def _at_hand(self, snapshot_id: str, template: Template) -> MappedMemory | None:
         at_hand, ref = self._parts.at_hand, template.ref
-        if at_hand is None or ref is None or not self._may_map():
+        if at_hand is None or ref is None or not self._may_map(template):
             return None
         return await asyncio.to_thread(at_hand.find, snapshot_id, ref)
 
@@ -137,10 +149,10 @@ class StoredSnapshots:
         facts = Facts(
             pages=sum(int(memory.get(kind, 0)) for kind in ("zero", "block", "layer")),
             over_template=template.ref is not None,
-            driver_can=self._parts.driver.capabilities.lazy_memory,
+            driver_can=self._parts.driver_of(template.spec.driver).capabilities.lazy_memory,
             pager_there=self._parts.make_pager is not None,
             wanted=self._parts.lazy_memory,
-            driver_maps=self._parts.driver.capabilities.mapped_memory,
+            driver_maps=self._parts.driver_of(template.spec.driver).capabilities.mapped_memory,
             at_hand=at_hand,
             many=many,
         )

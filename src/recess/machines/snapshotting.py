@@ -76,7 +76,7 @@ class SnapshotTaker:
 
     async def _usable_parent(self, live: Live) -> str:
         """Return the snapshot that a capture may count from: the newest, if it can still be read."""
-        if not live.parent or not self._parts.driver.capabilities.dirty_tracking:
+        if not live.parent or not self._parts.driver_of(live.template.spec.driver).capabilities.dirty_tracking:
             return ""
         try:
             await asyncio.to_thread(self._parts.store.manifest, live.parent)
@@ -104,6 +104,7 @@ class SnapshotTaker:
             taken,
             spec={
                 "vm": vm_json(live.template.spec), "machine": dict(record.spec), "template": live.template.id,
+                "driver_why": str(record.meta.get("driver_why", "")),
                 **await asyncio.to_thread(self._first_pages, parent),
             },
             log_position=log_position, epoch=epoch, session=record.session, machine=record.id, why=why,

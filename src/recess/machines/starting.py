@@ -81,10 +81,11 @@ class Starter:
         directory = self._parts.directory(record.id)
         policy_of(spec)  # before anything costly: raises BadInput
         began = time.monotonic()
+        driver = self._parts.driver_of(origin.template.spec.driver)
         if origin.cold:
-            vm = await self._parts.driver.boot(record.id, origin.template.spec, directory)
+            vm = await driver.boot(record.id, origin.template.spec, directory)
         else:
-            vm = await self._parts.driver.restore(record.id, origin.template.spec, origin.parts, directory)
+            vm = await driver.restore(record.id, origin.template.spec, origin.parts, directory)
         restored = time.monotonic()
         try:
             live = Live(record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True)

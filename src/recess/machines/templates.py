@@ -74,11 +74,11 @@ def vm_json(spec: VmSpec) -> dict[str, Any]:
 
 
 def vm_from_json(data: Mapping[str, Any], boot: BootFiles) -> VmSpec:
-    """Return the VM spec of a manifest with this node's files. Raises Corrupt."""
+    """Return the VM spec of a manifest (`manifest_vm`) with this node's files. Raises Corrupt."""
     try:
         return VmSpec(
             int(data["memory_bytes"]), int(data["cpus"]), int(data["disk_bytes"]),
-            replace(boot, cmdline_extra=str(data["cmdline_extra"])), str(data["network"]),
+            replace(boot, cmdline_extra=str(data["cmdline_extra"])), str(data["network"]), str(data.get("driver", "")),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as exc:
         raise Corrupt(f"manifest: unreadable VM spec: {exc}") from exc
@@ -128,7 +128,7 @@ class Templates:
 
     async def ensure(self, image: str, spec: VmSpec) -> Template:
         """Return the template for this VM shape, made and announced if there is none yet."""
-        key = template_key(spec, await self._parts.driver.fingerprint(spec))
+        key = template_key(spec, await self._parts.driver_of(spec.driver).fingerprint(spec))
         async with self._lock(key):
             try:
                 row = await self._parts.catalog.templates.by_key(key)
@@ -238,7 +238,7 @@ class Templates:
             ref = await self._boot_and_freeze(vm_id, spec, temp)
             parts.progress("storing the template")
             sources = await parts.images.sources(spec.boot)
-            fingerprint = await parts.driver.fingerprint(spec)
+            fingerprint = await parts.driver_of(spec.driver).fingerprint(spec)
             meta = SnapshotMeta(
                 fingerprint=fingerprint_json(fingerprint), spec={"vm": vm_json(spec), "image": image, "template": ""},
                 machine=vm_id, why="template", created=parts.clock.wall_s(),
@@ -276,7 +276,7 @@ class Templates:
         parts = self._parts
         directory = parts.directory(vm_id)
         await parts.images.blank_disk(spec.disk_bytes, directory / DISK_NAME)
-        vm = await parts.driver.boot(vm_id, spec, directory, for_template=True)
+        vm = await parts.driver_of(spec.driver).boot(vm_id, spec, directory, for_template=True)
         try:
             env = {"RECESS_NETWORK": "none"}
             await vm.link.thaw(make_thaw(vm_id, "t", 0, env, parts.clock.wall_s()))
@@ -291,9 +291,9 @@ class Templates:
 
 
 def manifest_vm(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the VM part of a manifest's spec. Raises Corrupt."""
-    spec = manifest.get("spec")
+    """Return the VM part of a manifest's spec, with the driver it ran under. Raises Corrupt."""
+    spec, fingerprint = manifest.get("spec"), manifest.get("fingerprint")
     vm = spec.get("vm") if isinstance(spec, Mapping) else None
     if not isinstance(vm, Mapping):
         raise Corrupt("manifest: it holds no VM spec")
-    return vm
+    return {**vm, "driver": str(fingerprint.get("driver", "")) if isinstance(fingerprint, Mapping) else ""}

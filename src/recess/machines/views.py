@@ -104,7 +104,7 @@ class SnapshotViews:
             except RecessError as exc:
                 out[ref] = [exc.message]
                 continue
-            template, vm = str(manifest.get("template", "")), json.dumps(manifest.get("spec", {}).get("vm"))
+            template, vm = str(manifest.get("template", "")), json.dumps(_shape(manifest))
             if (template, vm) not in known:
                 known[template, vm] = await self._node_for(template, manifest)
             here = known[template, vm]
@@ -118,11 +118,19 @@ class SnapshotViews:
                 await asyncio.to_thread(self._parts.store.manifest, template)
             vm = manifest_vm(manifest)
             boot = await self._parts.images.boot_files_by_hash(str(vm["root"]), str(vm["kernel"]), str(vm["initrd"]))
-            return fingerprint_json(await self._parts.driver.fingerprint(vm_from_json(vm, boot)))
+            spec = vm_from_json(vm, boot)
+            return fingerprint_json(await self._parts.driver_of(spec.driver).fingerprint(spec))
         except KeyError as exc:
             return [f"its manifest lacks {exc}"]
         except RecessError as exc:
             return [f"what it stands on is not here: {exc.message}"]
+
+
+def _shape(manifest: Mapping[str, Any]) -> object:
+    try:
+        return manifest_vm(manifest)
+    except RecessError:
+        return None
 
 
 def _others(tx: Tx) -> tuple[dict[str, Row], dict[str, Row]]:

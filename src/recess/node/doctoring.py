@@ -16,10 +16,11 @@ from recess.config import Config
 from recess.errors import GuestFailed, RecessError
 from recess.guestlink.link import ExecRequest
 from recess.images import BASE_IMAGE, ImageStore
+from recess.machines.contract import Driver
 from recess.machines.manager import Manager
 from recess.machines.service import MachineSpec
 from recess.node.doctor import judge_host, read_host
-from recess.node.drivers import Chosen
+from recess.node.drivers import Chosen, try_driver
 from recess.units import MIB, format_duration
 
 Check = dict[str, Any]
@@ -34,6 +35,7 @@ async def run_doctor(config: Config, chosen: Chosen, machines: Manager) -> dict[
     """Return {"ok", "checks", "level"}."""
     checks = await _host_checks(config) if chosen.driver.capabilities.own_kernel else []
     checks.append(await _driver_check(chosen))
+    checks += [await _other_check(driver) for driver in chosen.others.values()]
     level = "none"
     if all(c["ok"] for c in checks):
         guest, level = await _try_guest(machines)
@@ -60,6 +62,14 @@ async def _driver_check(chosen: Chosen) -> Check:
         return check("driver", False, f"{chosen.driver.name}: {exc.message}", exc.hint)
     said = ", ".join(f"{k} {v}" for k, v in found.items() if isinstance(v, str | int) and k != "driver")
     return check("driver", True, f"{chosen.driver.name} ({chosen.reason}): {said}")
+
+
+async def _other_check(driver: Driver) -> Check:
+    """Say of a driver that the node does not run on whether a machine could ask for it."""
+    trial = await try_driver(driver)
+    if not trial.engine:
+        return check(f"driver {driver.name}", True, f"not available here: {trial.said}")
+    return check(f"driver {driver.name}", True, f"works too ({trial.engine}); `--driver {driver.name}` asks for it")
 
 
 async def _try_guest(machines: Manager) -> tuple[list[Check], str]:

@@ -34,7 +34,7 @@ from recess.machines.parts import Parts, Progress
 from recess.machines.retention import Keeping
 from recess.machines.roots import roots_in_use
 from recess.node.doctoring import run_doctor
-from recess.node.drivers import Chosen, choose_driver, make_images
+from recess.node.drivers import Chosen, choose_drivers, make_images
 from recess.node.gate import NodeGate
 from recess.node.imageadmin import ImageAdmin
 from recess.node.lock import HomeLock
@@ -149,8 +149,9 @@ class LocalNode:
         opened = await asyncio.to_thread(open_store, config)
         store = opened.store
         stack.callback(store.close)
-        chosen = choose_driver(config)
-        stack.push_async_callback(chosen.driver.close)
+        chosen = await choose_drivers(config)
+        for driver in (chosen.driver, *chosen.others.values()):
+            stack.push_async_callback(driver.close)
         gate = NodeGate()
         authorities = Authorities(config.home / "authority.key")
         secrets = SecretStore(config.home / "secrets")
@@ -166,8 +167,8 @@ class LocalNode:
         pagers = Pagers(config, at_hand.keep_file)
         stack.callback(pagers.close)
         parts = Parts(
-            driver=chosen.driver, store=store, images=files, catalog=catalog,
-            clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
+            driver=chosen.driver, driver_why=chosen.reason, others=chosen.others, store=store, images=files,
+            catalog=catalog, clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
         )  # fmt: skip
@@ -219,6 +220,7 @@ class LocalNode:
         return {
             "driver": self._chosen.driver.name,
             "driver_reason": self._chosen.reason,
+            "other_drivers": sorted(self._chosen.others),
             "capabilities": asdict(self._chosen.driver.capabilities),
             "recovered": self.recovered,
             "store": self._opened.about(),

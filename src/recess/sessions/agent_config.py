@@ -23,6 +23,7 @@ BACKENDS = ("machine", "process")
 _KEYS = frozenset(
     {
         "image",
+        "driver",
         "memory",
         "cpus",
         "disk",
@@ -48,6 +49,7 @@ class AgentConfig:
     entry: str = ENTRY
     image: str = "base"
     backend: str = "machine"  # or process: a plain process of this host, no VM (recess.plain)
+    driver: str = ""  # "": the node's own choice
     idle_s: float | None = None
     policy: str = "turn"
     snapshot: str = "off"  # beside those of idle times: off | turn | tool | seconds (then every `snapshot_s`)
@@ -64,7 +66,8 @@ class AgentConfig:
     def machine_spec(self, session: str) -> MachineSpec:
         """Return the machine a session of this agent runs in."""
         return MachineSpec(
-            image=self.image, memory_bytes=self.memory_bytes, cpus=self.cpus, disk_bytes=self.disk_bytes,
+            image=self.image, driver=self.driver, memory_bytes=self.memory_bytes, cpus=self.cpus,
+            disk_bytes=self.disk_bytes,
             network=self.network, allow=self.allow, routes=dict(self.routes),
             labels={"session": session, **({"backend": self.backend} if self.backend != "machine" else {})},
         )  # fmt: skip
@@ -122,6 +125,7 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         entry=str(config.get("entry") or ENTRY),
         image=str(config.get("image") or default.image),
         backend=backend,
+        driver=str(config.get("driver") or default.driver),
         idle_s=parse_duration(config["idle"]) if config.get("idle") else None,
         policy=policy,
         snapshot=snapshot,

@@ -59,6 +59,7 @@ def _declared_name(source: str) -> str:
 @click.command("deploy")
 @click.option("--name", default="", help="Name of the agent; default: that of its @agent function.")
 @click.option("--image", default="", help="Image of its machine.")
+@click.option("--driver", default="", help="What its machine runs on; default: the node's choice.")
 @click.option("-m", "--memory", default="", help="Memory of its machine.")
 @click.option("--idle", default="", help="Idle time before it is put away, like 30s.")
 @click.option("--policy", type=click.Choice(["pin", "turn", "now"]), help="When sessions take it; default: turn.")

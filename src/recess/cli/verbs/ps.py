@@ -105,7 +105,7 @@ def ps(inv: Invocation, everything: bool, filters: tuple[str, ...], last: int, l
     rows = [shown(row, whole=no_trunc) for row in found]
     columns = [
         ("MACHINE ID", "id"), ("IMAGE", "Image"), ("COMMAND", "Command"), ("CREATED", "RunningFor"), ("STATE", "state"),
-        ("PORTS", "Ports"), ("NAME", "name"),
+        ("DRIVER", "driver"), ("PORTS", "Ports"), ("NAME", "name"),
     ]  # fmt: skip
     inv.out.table(rows, columns)
     for row in rows:

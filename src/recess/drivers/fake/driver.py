@@ -306,10 +306,13 @@ class FakeVm:
 
 
 class FakeDriver:
-    """Fulfils `recess.machines.contract.Driver`. `programs` adds to (or replaces) what guests can run."""
+    """Fulfils `recess.machines.contract.Driver`. `programs` adds to (or replaces) what guests can run. Another `name` makes
+    it another driver, whose snapshots this one refuses."""
 
-    def __init__(self, *, host: FakeHost | None = None, programs: Mapping[str, Program] | None = None) -> None:
-        self.name = "fake"
+    def __init__(
+        self, *, host: FakeHost | None = None, programs: Mapping[str, Program] | None = None, name: str = "fake"
+    ) -> None:
+        self.name = name
         self.capabilities = Capabilities(
             snapshot=True, fork=True, live_snapshot=True, dirty_tracking=True, own_kernel=False, early_start=True
         )
@@ -323,7 +326,7 @@ class FakeDriver:
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
         """Return the fake's fingerprint; `version` may be changed to play another host."""
-        return Fingerprint("fake", self.version, "none", "fake", (), "fake", spec.boot.kernel_hash)
+        return Fingerprint(self.name, self.version, "none", "fake", (), "fake", spec.boot.kernel_hash)
 
     def _make(self, vm_id: str, spec: VmSpec, guest: FakeGuest, directory: Path) -> FakeVm:
         if vm_id in self.host.vms:

@@ -13,7 +13,7 @@ from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.qemu.keeper import end_vm
-from recess.drivers.qemu.layout import layout_for
+from recess.drivers.qemu.layout import layout_for, vms_in
 from recess.errors import DriverFailed
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
@@ -80,9 +80,8 @@ class FirecrackerDriver:
         return None if handles is None else FirecrackerVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:
-        """Return the ids that have a run folder."""
-        folder = self._config.run_dir / "m"
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        """Return the ids whose run folder holds a journal of this driver."""
+        return vms_in(self._config.run_dir, {self.name})
 
     async def kept_ready(self) -> KeptReady:
         """Nothing is kept started for restores to come."""

@@ -31,6 +31,7 @@ class Journal:
     for_template: bool = False
     jailed: str = ""  # the binary that runs in the VM's jail; "" without one
     version: int = _VERSION
+    driver: str = "firecracker"
 
     @property
     def base(self) -> str:
@@ -63,4 +64,4 @@ def read_journal(layout: Layout) -> Journal | None:
         journal = msgspec.json.decode(data, type=Journal, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.MsgspecError):
         return None
-    return journal if journal.version == _VERSION else None
+    return journal if (journal.driver, journal.version) == ("firecracker", _VERSION) else None

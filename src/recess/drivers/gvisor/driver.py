@@ -23,7 +23,7 @@ from recess.drivers.gvisor.handles import end_machine
 from recess.drivers.gvisor.journal import read_journal
 from recess.drivers.gvisor.runsc import CONTAINER, FLAGS, PLATFORM, Runsc, find_runsc, inspect_runsc
 from recess.drivers.gvisor.vm import GvisorVm
-from recess.drivers.qemu.layout import layout_for
+from recess.drivers.qemu.layout import layout_for, vms_in
 from recess.errors import DriverFailed, MissingTool
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
@@ -80,9 +80,8 @@ class GvisorDriver:
         return None if handles is None else GvisorVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:
-        """Return the ids that have a run folder."""
-        folder = self._config.run_dir / "m"
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        """Return the ids whose run folder holds a journal of this driver."""
+        return vms_in(self._config.run_dir, {self.name})
 
     async def kept_ready(self) -> KeptReady:
         """Nothing is kept ready."""

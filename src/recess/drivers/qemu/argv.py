@@ -23,18 +23,22 @@ CONSOLE_FD = 4
 
 _MACHINE_OPTIONS = "acpi=on,pit=on,pic=off,rtc=on,isa-serial=on,pcie=off,usb=off"
 _RECONNECT_MS_SINCE = (9, 2)
+# No program, no other user, no other priority, whatever runs inside it (qemu-options.hx).
+FILTER_OPTION = "-sandbox"
+_FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 @dataclass(frozen=True)
 class Qemu:
     """The QEMU of this host. `tb_mib`: size of TCG's translation cache in MiB. `devices_command`: device state is
-    saved by `xen-save-devices-state` (see state.py)."""
+    saved by `xen-save-devices-state` (see state.py). `confines`: it can confine itself."""
 
     binary: Path
     version: tuple[int, int, int]
     accelerator: str  # kvm | tcg
     tb_mib: int = 32
     devices_command: bool = True
+    confines: bool = False  # it was built with its filter of system calls
 
 
 def cpu_properties(accelerator: str) -> dict[str, bool]:
@@ -89,6 +93,7 @@ def command(
         "share": share,
     }
     out = [str(qemu.binary), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"]
+    out += [FILTER_OPTION, _FILTER] if qemu.confines else []
     out += [
         "-accel",
         accelerator,

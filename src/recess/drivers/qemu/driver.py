@@ -14,7 +14,7 @@ from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.keeper import end_vm
-from recess.drivers.qemu.layout import layout_for
+from recess.drivers.qemu.layout import layout_for, vms_in
 from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import start_member, sweep
 from recess.drivers.qemu.vm import QemuVm
@@ -109,9 +109,8 @@ class QemuDriver:
         return None if handles is None else QemuVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:
-        """Return the ids that have a run folder."""
-        folder = self._config.run_dir / "m"
-        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        """Return the ids that have a run folder; one whose start did not get as far as a journal is of this driver."""
+        return vms_in(self._config.run_dir, {self.name, ""})
 
     async def kept_ready(self) -> KeptReady:
         """Say what the warm pool holds."""

@@ -23,7 +23,16 @@ import msgspec
 
 from recess.config import Config
 from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.argv import CONSOLE_FD, CPU_MODEL, MACHINE_TYPE, MONITOR_FD, Qemu, cpu_argument, cpu_properties
+from recess.drivers.qemu.argv import (
+    CONSOLE_FD,
+    CPU_MODEL,
+    FILTER_OPTION,
+    MACHINE_TYPE,
+    MONITOR_FD,
+    Qemu,
+    cpu_argument,
+    cpu_properties,
+)
 from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm, last_words
 from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
@@ -93,13 +102,13 @@ def _key(config: Config, binary: Path, keeper: Path, tb_mib: int) -> str:
 async def inspect_host(config: Config, binary: Path, keeper: Path, *, tb_mib: int) -> HostFacts:
     """Run QEMU and say what it is. Raises MissingTool, DriverFailed."""
     accelerator, why = await choose_accelerator(config, binary, keeper)
-    version, flags, commands = await _ask(config, binary, keeper, accelerator)
+    version, flags, commands, confines = await _ask(config, binary, keeper, accelerator)
     if version < MINIMUM_VERSION:
         raise MissingTool(
             f"QEMU {'.'.join(map(str, version))} is too old", hint="7.2 or later is needed; set RECESS_QEMU_BIN"
         )
     tsc_khz = await asyncio.to_thread(measure_tsc_khz, keeper)
-    qemu = Qemu(binary, version, accelerator, tb_mib, "xen-save-devices-state" in commands)
+    qemu = Qemu(binary, version, accelerator, tb_mib, "xen-save-devices-state" in commands, confines)
     return HostFacts(qemu, flags, tsc_khz, why)
 
 
@@ -138,8 +147,9 @@ async def run_tiny_guest(config: Config, binary: Path, keeper: Path, accelerator
 
 async def _ask(
     config: Config, binary: Path, keeper: Path, accelerator: str
-) -> tuple[tuple[int, int, int], tuple[str, ...], frozenset[str]]:
-    """Return version, the CPU's features and the monitor's commands of a QEMU that stands still."""
+) -> tuple[tuple[int, int, int], tuple[str, ...], frozenset[str], bool]:
+    """Return version, the CPU's features, the monitor's commands, and whether it can confine itself, of a QEMU that stands
+    still."""
     async with _Trial(config) as trial:
         await trial.start(keeper, [str(binary), *_arguments(accelerator), "-S"])
         try:
@@ -149,13 +159,14 @@ async def _ask(
         try:
             numbers = (await qmp.execute("query-version"))["qemu"]
             names = await qmp.execute("query-commands")
+            options = {str(entry["option"]) for entry in await qmp.execute("query-command-line-options")}
             wanted = {"name": CPU_MODEL, "props": cpu_properties(accelerator)}
             model = await qmp.execute("query-cpu-model-expansion", {"type": "full", "model": wanted})
         finally:
             await qmp.close()
     flags = sorted(name for name, value in model["model"]["props"].items() if value is True)
     version = (int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"]))
-    return version, tuple(flags), frozenset(str(entry["name"]) for entry in names)
+    return version, tuple(flags), frozenset(str(entry["name"]) for entry in names), FILTER_OPTION[1:] in options
 
 
 def measure_tsc_khz(keeper: Path) -> int:

@@ -33,6 +33,7 @@ class Journal:
     shared: bool  # RAM is mapped shared: pages are found in the file, not by who owns them
     for_template: bool = False
     version: int = 1
+    driver: str = "qemu"
 
 
 def write_journal(layout: Layout, journal: Journal) -> None:
@@ -47,7 +48,7 @@ def read_journal(layout: Layout) -> Journal | None:
         journal = msgspec.json.decode(data, type=Journal, dec_hook=lambda kind, value: kind(value))
     except (OSError, msgspec.DecodeError):
         return None
-    return journal if journal.version == 1 else None
+    return journal if (journal.driver, journal.version) == ("qemu", 1) else None
 
 
 def mark_capturing(layout: Layout, state: str) -> None:

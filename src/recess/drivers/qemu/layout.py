@@ -14,9 +14,10 @@ bound and connected by way of `/proc/self/fd`, and QEMU and the keeper use names
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from pathlib import Path
 from recess.errors import BadInput
 from recess.machines.contract import CONSOLE_NAME, DISK_NAME
 
+JOURNAL_NAME = "vm.json"
 KEEPER_SOCKET = "keeper.sock"
 MONITOR_SOCKET = "qmp.sock"
 LINK_SOCKET = "link.sock"
@@ -44,7 +46,7 @@ class Layout:
     @property
     def journal(self) -> Path:
         """What a restarted server needs."""
-        return self.run / "vm.json"
+        return self.run / JOURNAL_NAME
 
     @property
     def capturing(self) -> Path:
@@ -99,6 +101,23 @@ class Layout:
         """Remove what the driver keeps in the machine's directory, except the console and the record of the end."""
         for path in (self.disk, self.disk_base, self.disk_delta):
             path.unlink(missing_ok=True)
+
+
+def driver_in(run: Path) -> str:
+    """Return the name of the driver whose VM has this run folder, by its journal ("" while there is none that can be
+    read; a journal that names no driver is QEMU's)."""
+    try:
+        said = json.loads((run / JOURNAL_NAME).read_bytes())
+    except (OSError, ValueError):
+        return ""
+    return str(said.get("driver", "qemu")) if isinstance(said, dict) else ""
+
+
+def vms_in(run_dir: Path, drivers: Collection[str]) -> list[str]:
+    """Return the ids of the VMs that have a run folder and are of one of these drivers ("": of nobody one can tell)."""
+    folder = run_dir / "m"
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in found if driver_in(path) in drivers)
 
 
 def layout_for(run_dir: Path, vm_id: str, directory: Path) -> Layout:

@@ -13,7 +13,7 @@ from recess.drivers.firecracker.start import check_spec
 from recess.drivers.firecracker.tiny import tiny_kernel
 from recess.drivers.qemu.keeper import Obituary
 from recess.errors import DriverFailed, InvalidSpec, MissingTool, Unsupported
-from recess.node.drivers import choose_driver
+from recess.node.drivers import choose_drivers
 from tests.unit.drivers.firecracker.test_calls import make_spec
 
 
@@ -102,6 +102,6 @@ def test_what_it_lacks_is_refused() -> None:
         check_spec(make_spec(network="full"))
 
 
-def test_the_node_takes_it_by_name(tmp_path: Path) -> None:
-    chosen = choose_driver(load_config(home=str(tmp_path), driver="firecracker"))
+async def test_the_node_takes_it_by_name(tmp_path: Path) -> None:
+    chosen = await choose_drivers(load_config(home=str(tmp_path), driver="firecracker"))
     assert isinstance(chosen.driver, FirecrackerDriver)

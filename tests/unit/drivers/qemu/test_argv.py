@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from recess.drivers.qemu.argv import Qemu, command, kernel_command_line
+from recess.drivers.qemu.argv import FILTER_OPTION, Qemu, command, kernel_command_line
 from recess.drivers.qemu.layout import Layout
 from recess.machines.contract import BootFiles, VmSpec
 
@@ -45,6 +45,15 @@ def test_a_boot_has_a_kernel_and_a_restore_has_none() -> None:
     assert value_of(restore, "-global") == "migration.send-configuration=off"
     assert "-S" in boot
     assert "-S" in restore
+
+
+def test_it_confines_itself_where_it_can() -> None:
+    plain = command(QEMU, SPEC, LAYOUT, ram=LAYOUT.ram, share=True, boot=None)
+    confined = command(replace(QEMU, confines=True), SPEC, LAYOUT, ram=LAYOUT.ram, share=True, boot=None)
+    assert FILTER_OPTION not in plain
+    words = value_of(confined, FILTER_OPTION).split(",")
+    assert words[0] == "on"
+    assert {"spawn=deny", "elevateprivileges=deny"} <= set(words)
 
 
 def test_both_have_the_same_devices_in_the_same_order() -> None:
