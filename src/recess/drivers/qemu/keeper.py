@@ -137,6 +137,7 @@ class Keeper:
         self._answers: deque[asyncio.Future[tuple[str, int | None]]] = deque()
         self.death: asyncio.Future[Obituary] = self._loop.create_future()
         self.gone: asyncio.Future[None] = self._loop.create_future()
+        self.filled = asyncio.Event()  # set when the last pager has brought its last page
         self._loop.add_reader(sock.fileno(), self._readable)
 
     @classmethod
@@ -298,6 +299,8 @@ class Keeper:
             fd = fds[0] if fds else None
             if not data:
                 self._lose("its keeper is gone")
+            elif text == "filled":
+                self.filled.set()
             elif text.startswith("dead "):
                 self._bury(text)
             elif self._answers:
