@@ -171,6 +171,7 @@ class LocalNode:
             catalog=catalog, clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
+            first_pages=pagers.first_pages,
         )  # fmt: skip
         machines = Manager(parts)
         kept = await open_log(config, db, clock)
