@@ -85,11 +85,15 @@ class Node(World):
 
 
 @asynccontextmanager
-async def two_nodes(**settings: Any) -> AsyncIterator[tuple[Node, Node]]:
-    """Make two nodes of a cluster (nobody claims by force); everything they started is ended."""
-    log, agents = MemoryLog(), MemoryAgents()
+async def two_nodes(
+    *, logs: tuple[ContextLog, ContextLog] | None = None, **settings: Any
+) -> AsyncIterator[tuple[Node, Node]]:
+    """Make two nodes of a cluster (nobody claims by force); everything they started is ended. `logs`: what each sees of the one
+    log, by default the same object in memory."""
+    agents, memory = MemoryAgents(), MemoryLog()
+    seen = logs or (memory, memory)
     with TemporaryDirectory(prefix="rcn", ignore_cleanup_errors=True) as folder:
-        nodes = [_node(Path(folder) / name, name, log, agents, settings) for name in ("a", "b")]
+        nodes = [_node(Path(folder) / name, name, log, agents, settings) for name, log in zip("ab", seen, strict=True)]
         try:
             yield nodes[0], nodes[1]
         finally:
@@ -100,7 +104,7 @@ async def two_nodes(**settings: Any) -> AsyncIterator[tuple[Node, Node]]:
                 await node.machines.close()
 
 
-def _node(folder: Path, name: str, log: MemoryLog, agents: MemoryAgents, settings: dict[str, Any]) -> Node:
+def _node(folder: Path, name: str, log: ContextLog, agents: MemoryAgents, settings: dict[str, Any]) -> Node:
     folder.mkdir()
     base = {
         "owner": f"node-{name}", "agent_package": AGENT_PACKAGE, "embedded": False, "hook_s": 0.5, "term_s": 1.0,
