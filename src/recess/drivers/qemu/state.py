@@ -16,7 +16,7 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from recess.drivers.qemu.handles import passed_file
+from recess.drivers.qemu.handles import all_of, passed_file
 from recess.drivers.qemu.qmp import Qmp
 from recess.errors import Corrupt, DriverFailed, Timeout, Unsupported
 
@@ -39,21 +39,33 @@ async def load_state(qmp: Qmp, state: bytes) -> None:
     kind, stream = state[:1], state[1:]
     if kind not in (DEVICES, MIGRATION) or len(stream) > STATE_LIMIT:
         raise Corrupt("not a device state of this driver")
-    await _set_capabilities(qmp, ignore_shared=kind == MIGRATION)
     ended = qmp.expect("MIGRATION", lambda data: data.get("status") in ("completed", "failed"))
     ours, theirs = socket.socketpair()
     try:
         ours.setblocking(False)
-        with theirs:
-            await qmp.execute("getfd", {"fdname": "state"}, fd=theirs.fileno())
-        await qmp.execute("migrate-incoming", {"uri": "fd:state"})
-        with contextlib.suppress(OSError):  # QEMU gave up reading: the event says so
-            await asyncio.get_running_loop().sock_sendall(ours, stream)
-            ours.shutdown(socket.SHUT_WR)
+        # All at once: QEMU takes commands in their order, and the stream waits for it in the socket.
+        await all_of(
+            _set_capabilities(qmp, ignore_shared=kind == MIGRATION),
+            _hand_over(qmp, theirs),
+            qmp.execute("migrate-incoming", {"uri": "fd:state"}),
+            _feed(ours, stream),
+        )
         await _migrated(ended)
     finally:
         ended.cancel()
         ours.close()
+
+
+async def _hand_over(qmp: Qmp, theirs: socket.socket) -> None:
+    """Give QEMU its end. Ours of it is closed then: should QEMU go, whoever writes to the other end is told."""
+    with theirs:
+        await qmp.execute("getfd", {"fdname": "state"}, fd=theirs.fileno())
+
+
+async def _feed(sock: socket.socket, stream: bytes) -> None:
+    with contextlib.suppress(OSError):  # QEMU gave up reading: the event says so
+        await asyncio.get_running_loop().sock_sendall(sock, stream)
+        sock.shutdown(socket.SHUT_WR)
 
 
 async def _save_devices(qmp: Qmp) -> bytes:
