@@ -48,7 +48,7 @@ from recess.units import KIB, MIB, PAGE_BYTES
 LEVELS = (-5, 1, 3, 6, 9, 12, 19)
 FRAMES = (64 * KIB, 256 * KIB, 2 * MIB)
 SETTLE_S = 2.0
-SAMPLE_BYTES = 48 * MIB  # of a large guest: level 19 packs 2 MB a second
+SAMPLE_MIB = 48  # of a large guest: level 19 packs 2 MB a second
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,20 @@ async def put_project(link: GuestLink, packages: Sequence[str], scratch: Path) -
     await link.put_tar("/root", pieces())
 
 
-def sample(pages: PageData) -> PageData:
-    """Return stretches of the largest frame's size, evenly from all over, of SAMPLE_BYTES together at most."""
+def sample(pages: PageData, sample_mib: int) -> PageData:
+    """Return stretches of the largest frame's size, evenly from all over, of so many MiB together at most."""
     stretch = FRAMES[-1] // PAGE_BYTES
-    count, wanted = -(-len(pages) // stretch), SAMPLE_BYTES // FRAMES[-1]
+    count, wanted = -(-len(pages) // stretch), max(1, sample_mib * MIB // FRAMES[-1])
     if count <= wanted:
         return pages
     chosen = np.linspace(0, count - 1, wanted).astype(np.int64)
     return np.concatenate([pages[at * stretch : (at + 1) * stretch] for at in chosen.tolist()])
 
 
-def levels_of(pages: PageData) -> list[dict[str, float]]:
+def levels_of(pages: PageData, sample_mib: int) -> list[dict[str, float]]:
     """Return size and speed at each level and frame size; MB/s of content, one thread. Sizes of a large guest are those of
     an even sample, scaled."""
-    taken = sample(pages)
+    taken = sample(pages, sample_mib)
     content, scale = (taken.data.cast("B"), len(pages) / len(taken)) if len(pages) else (memoryview(b""), 1.0)
     rows = []
     for level, frame in [(level, FRAMES[0]) for level in LEVELS] + [
@@ -140,7 +140,7 @@ def levels_of(pages: PageData) -> list[dict[str, float]]:
     return rows
 
 
-async def measure(node: LocalNode, guest: Guest, scratch: Path) -> dict[str, Any]:
+async def measure(node: LocalNode, guest: Guest, scratch: Path, sample_mib: int) -> dict[str, Any]:
     """Bring a guest up, snapshot it, look at what was stored; then the same after its caches were dropped."""
     machines, blobs = node.machines, LocalBlobs(node.config.blobs_dir)
     spec: MachineSpec = replace(SPEC, image=guest.image, memory_bytes=guest.memory_bytes)
@@ -156,7 +156,7 @@ async def measure(node: LocalNode, guest: Guest, scratch: Path) -> dict[str, Any
         pages = await asyncio.to_thread(new_pages, blobs, snap.id)
         sources = machines.fleet.need(row.id).template.sources
         matched = await asyncio.to_thread(block_pages, blobs, snap.id, sources)
-        levels = await asyncio.to_thread(levels_of, pages)
+        levels = await asyncio.to_thread(levels_of, pages, sample_mib)
         whole = archive_bytes(announce(blobs, snap.id, ""))
         await machines.keeping.remove(snap.id, force=True)  # so the next one stores everything anew
         if not await drop_caches(link):
@@ -209,7 +209,7 @@ def set_up(guest: Guest) -> Iterator[None]:
         warmup.STEPS, vars(start)["kernel_command_line"] = steps, parameters
 
 
-async def run(wanted: Sequence[str], keep: Callable[[dict[str, Any]], None]) -> None:
+async def run(wanted: Sequence[str], keep: Callable[[dict[str, Any]], None], sample_mib: int) -> None:
     """Measure every guest whose image is there; `keep` is told all there is after each: a long run may be cut short."""
     images = load_config().images_dir
     scratch = Path(tempfile.mkdtemp(prefix="recess-codec-"))
@@ -229,7 +229,7 @@ async def run(wanted: Sequence[str], keep: Callable[[dict[str, Any]], None]) -> 
                 config = replace(make_home(scratch / str(number), images), kernel=guest.kernel)
                 node = await LocalNode.open(config, progress=say)
                 try:
-                    out[guest.name] = await measure(node, guest, scratch / f"{number}-files")
+                    out[guest.name] = await measure(node, guest, scratch / f"{number}-files", sample_mib)
                 except Skipped as why:
                     out[guest.name] = f"skipped: {why}"
                 finally:
@@ -276,6 +276,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="recess bench codec", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--guest", action="append", default=[], help="only guests with this in their name")
+    parser.add_argument("--sample", type=int, default=SAMPLE_MIB, help="MiB of each guest that every level packs")
     parser.add_argument("--out", default="build/bench-codec", help="folder for the table and the figures")
     args = parser.parse_args()
     out = Path(args.out)
@@ -286,7 +287,7 @@ def main() -> None:
         (out / "codec.json").write_text(json.dumps({"machine": facts, "guests": found}, indent=1))
         (out / "codec.md").write_text(markdown(found, facts) + "\n")
 
-    asyncio.run(run(args.guest, keep))
+    asyncio.run(run(args.guest, keep, args.sample))
     print((out / "codec.md").read_text(), end="")
 
 

@@ -15,22 +15,20 @@ def numbered(count):
     return pages
 
 
-def test_a_small_guest_is_taken_whole(monkeypatch):
-    monkeypatch.setattr(codec, "SAMPLE_BYTES", 4 * FRAMES[-1])
+def test_a_small_guest_is_taken_whole():
     pages = numbered(4 * 512)
-    assert sample(pages) is pages
+    assert sample(pages, 8) is pages
 
 
 def test_a_large_guest_is_sampled_evenly_and_scaled(monkeypatch):
-    monkeypatch.setattr(codec, "SAMPLE_BYTES", 4 * FRAMES[-1])
     monkeypatch.setattr(codec, "LEVELS", (1,))
     pages = numbered(40 * 512)
-    taken = sample(pages).view(np.uint64)[:, 0]
+    taken = sample(pages, 8).view(np.uint64)[:, 0]
     assert len(taken) == 4 * 512
     assert taken[0] == 0
     assert taken[-1] == 40 * 512 - 1
-    whole = levels_of(sample(pages))[0]["bytes"]
-    assert abs(levels_of(pages)[0]["bytes"] - 10 * whole) <= 10
+    whole = levels_of(sample(pages, 8), 8)[0]["bytes"]
+    assert abs(levels_of(pages, 8)[0]["bytes"] - 10 * whole) <= 10
 
 
 def test_the_table_has_every_level_and_says_who_was_skipped():
