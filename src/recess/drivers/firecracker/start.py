@@ -39,7 +39,8 @@ from recess.drivers.qemu import keeper as keepers
 from recess.drivers.qemu.handles import Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.keeper import Keeper, read_pids
 from recess.drivers.qemu.layout import Layout
-from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Unsupported
+from recess.errors import Conflict, DriverFailed, InvalidSpec, MissingTool, RecessError, Unsupported
+from recess.images.cpio import read_file
 from recess.images.files import space_errors
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 from recess.units import MIB
@@ -75,6 +76,7 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     """Cold-boot and wait for guestd's hello."""
     layout, steps = place.layout, Steps()
     _check_disk(layout.disk, spec.disk_bytes)
+    await in_thread(check_channel, spec.boot.initrd)
     journal = Journal(
         layout.run.name, str(layout.directory), spec, "starting", for_template=for_template, jailed=_jailed(place)
     )
@@ -102,6 +104,17 @@ def _check_disk(path: Path, size: int) -> None:
         raise InvalidSpec(f"there is no disk to boot with: {path}") from None
     if found != size:
         raise InvalidSpec(f"the disk {path} has {found} bytes, not {size}")
+
+
+def check_channel(initrd: Path) -> None:
+    """Raise MissingTool for an initial root whose kernel's modules lack the guest channel's. One without modules is of a
+    kernel that has all built in."""
+    order = read_file(initrd.read_bytes(), "modules/order")
+    if order.strip() and b"vmw_vsock_virtio_transport" not in order:
+        raise MissingTool(
+            "this home keeps its guest kernel without the vsock modules, which it was fetched before they were wanted",
+            hint="remove images/kernel/current.json in the home, then run tools/setup.sh",
+        )
 
 
 def _files(journal: Journal) -> dict[str, Path]:

@@ -20,7 +20,8 @@ from recess.drivers.firecracker.host import HostFacts
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.ledger import is_poisoned
 from recess.drivers.qemu.layout import layout_for
-from recess.errors import Conflict, DriverFailed, IllegalState, InvalidSpec, RecessError
+from recess.errors import Conflict, DriverFailed, IllegalState, InvalidSpec, MissingTool, RecessError
+from recess.images.boot import build_initrd
 from recess.machines.contract import Capture, Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 from recess.testing.crash import crashing
 from recess.testing.driver_suite import NO_PAGES, copy_pages, merge_pages
@@ -92,6 +93,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     files = {name: tmp_path / name for name in ("kernel", "initrd", "root")}
     for path in files.values():
         path.touch()
+    files["initrd"].write_bytes(build_initrd(b"guestd", []))
     spec = make_spec(memory_bytes=MEMORY, disk_bytes=DISK, boot=replace(boot, **files))
     facts = HostFacts(binary, config.bin_dir / "keeper", (1, 16, 1), "a test", "", ())
     bench = Bench(tmp_path, facts, spec)
@@ -275,6 +277,17 @@ async def test_what_cannot_be_started(bench: Bench) -> None:
     with pytest.raises(DriverFailed):
         await bench.fork(ref)
     await vm.link.ping(timeout_s=60)
+
+
+def test_a_kernel_without_the_channels_modules_is_told_of_before_anything_starts(tmp_path: Path) -> None:
+    initrd = tmp_path / "initrd"
+    for modules in ([], ["00-virtio.ko", "01-vmw_vsock_virtio_transport.ko"]):
+        initrd.write_bytes(build_initrd(b"guestd", [(name, b"") for name in modules]))
+        start.check_channel(initrd)
+    initrd.write_bytes(build_initrd(b"guestd", [("00-virtio.ko", b"")]))
+    with pytest.raises(MissingTool, match="vsock") as caught:
+        start.check_channel(initrd)
+    assert "current.json" in caught.value.hint
 
 
 class Pager:
