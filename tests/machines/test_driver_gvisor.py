@@ -146,6 +146,36 @@ async def test_thaw_hooks_run_and_fail_closed(vm):
     assert (await vm.link.info())["frozen"] is True
 
 
+async def test_a_terminal(vm):
+    """The kernel has no TIOCGPTPEER; an interactive shell on a pty runs all the same, and goes on in a copy."""
+    job = await vm.link.exec(ExecRequest(["sh"], tty=True, stdin=True, job_id="shell"))
+    await job.write(b"test -t 0 && echo on-$((40 + 2)); kept=7\n")
+    seen = b""
+    async for _stream, data in job.output():
+        seen += data
+        if b"on-42" in seen:
+            break
+    await job.detach()
+    (await quiet_capture(vm, resume=True)).close()
+    again = await vm.link.attach("shell")
+    await again.write(b"echo kept-$kept; exit\n")
+    after = b"".join([data async for _stream, data in again.output()])
+    assert b"kept-7" in after
+
+
+async def test_it_has_as_many_processors_as_it_asked_for(rig):
+    """Booted, and restored from a capture, also by a host that gave it none in particular."""
+    vm = await rig.boot(rig.make_driver())
+    try:
+        assert await shell(vm.link, "nproc") == str(rig.spec.cpus)
+        parts = await rig.parts_of(await quiet_capture(vm, resume=False))
+    finally:
+        await vm.kill()
+    child = await rig.restore(rig.make_driver(), parts)
+    assert await shell(child.link, "nproc") == str(rig.spec.cpus)
+    await child.kill()
+
+
 async def test_probe_runs_a_program(rig):
     found = await rig.make_driver().probe(fresh=True)
     assert found["platform"] == "systrap"

@@ -144,6 +144,8 @@ async def wait_running(state: Path) -> None:
         os.close(fd)
 
 
-def quoted(words: Sequence[str]) -> list[str]:
-    """Return a command line whose standard output goes to descriptor 4, where the keeper collects the console."""
-    return ["/bin/sh", "-c", 'exec "$@" >&4', "sh", *words]
+def quoted(words: Sequence[str], cores: Sequence[int] = ()) -> list[str]:
+    """Return a command line whose standard output goes to descriptor 4, where the keeper collects the console; with
+    `cores`, on these processors only."""
+    on = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+    return ["/bin/sh", "-c", 'exec "$@" >&4', "sh", *on, *words]

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import shutil
 import time
+import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,20 @@ def check_spec(spec: VmSpec) -> None:
         raise Unsupported("the gVisor driver has no network cards", hint="use --net broker")
 
 
+def cores_for(vm_id: str, cpus: int) -> list[int]:
+    """Return the host's processors that a machine runs on, [] for all. gVisor gives its programs as many as it may use
+    itself, and nothing else bounds them here; which ones is spread by the machine's id."""
+    cores = sorted(os.sched_getaffinity(0))
+    if cpus >= len(cores):
+        return []
+    first = zlib.crc32(vm_id.encode()) % len(cores)
+    return sorted((cores + cores)[first : first + cpus])
+
+
 async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
-    """Start a fresh machine and wait for guestd's hello."""
+    """Start a fresh machine and wait for guestd's hello. One that is restored may find fewer processors than it had."""
+    if spec.cpus > (have := len(os.sched_getaffinity(0))):
+        raise InvalidSpec(f"a gVisor machine cannot have {spec.cpus} CPUs: this host has {have}", hint=f"--cpus {have}")
     layout = place.layout
     try:
         size = layout.disk.stat().st_size
@@ -157,7 +170,9 @@ async def _undo(layout: Layout, *, keep_disk: bool) -> None:
 
 async def _run(place: Place, journal: Journal, words: list[str], known: Known) -> Handles:
     layout, began = place.layout, time.monotonic()
-    argv = runsc_cli.quoted(place.runsc.argv(paths.state(layout), *words))
+    argv = runsc_cli.quoted(
+        place.runsc.argv(paths.state(layout), *words), cores_for(layout.run.name, journal.spec.cpus)
+    )
     await in_thread(keepers.launch, place.keeper_binary, layout, layout.ram, argv)
     keeper = Keeper.connect(layout)
     port = Port(relay_starter(place.runsc, layout), hello_timeout_s=_HELLO_TIMEOUT_S)
