@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from recess.config import Config
 from recess.drivers.firecracker import start
 from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
+from recess.drivers.firecracker.jail import JAIL_FOLDER
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.qemu.keeper import end_vm
@@ -44,12 +46,15 @@ class FirecrackerDriver:
         if fresh:
             verdict = await run_tiny_guest(self._config, facts)
             if verdict:
-                raise DriverFailed(f"Firecracker runs no guests here: {verdict}", hint="see recess doctor", log=verdict)
+                raise DriverFailed(
+                    f"Firecracker runs no guests here: {verdict}", hint="RECESS_DRIVER=qemu", log=verdict
+                )
         return {
             "driver": self.name,
             "firecracker": str(facts.binary),
             "version": facts.version_text,
             "accelerator": "kvm",
+            "jail": "none: " + facts.no_jail if facts.no_jail else "jailer, a user id of its own for each VM",
             "why": "it ran a guest" if fresh else "it is the only one that Firecracker has",
         }
 
@@ -75,6 +80,7 @@ class FirecrackerDriver:
         journal = read_journal(layout)
         if journal is None:
             await end_vm(layout, None)
+            shutil.rmtree(layout.directory / JAIL_FOLDER, ignore_errors=True)
             return None
         handles = await start.adopt(await self._place(vm_id, journal.spec, directory), journal)
         return None if handles is None else FirecrackerVm(handles)
@@ -88,7 +94,7 @@ class FirecrackerDriver:
         return KeptReady()
 
     async def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to let go of: there is nobody's machine here."""
 
     async def _host(self, *, fresh: bool = False) -> HostFacts:
         async with self._looking:
