@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-snapshots soak fuzz clean kernel
+.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ check: ## the gate: format, lint, types, import contracts, unit and tidy tests
 
 test: setup ## all tests, real machines included
 	@tools/test.sh
+
+test-adapters: setup ## the adapters against the real packages of PyPI
+	@tools/adapters.sh
 
 bench: setup ## the figures, each beside the bare QEMU equivalent of the same run
 	@$(PY) -m benchmarks.run

@@ -175,6 +175,16 @@ class Session:
         self._serial += 1
         await self._append("note", data, serial=f"{self._nonce}.{self._serial}")
 
+    async def record(self, kind: str, data: Json) -> None:
+        """Append an entry of a kind of the application's own (`x.something`); see `recess_agent.records`."""
+        self._serial += 1
+        await self._append(kind, data, serial=f"{self._nonce}.{self._serial}")
+
+    @property
+    def at_turn(self) -> Turn | None:
+        """The turn at work, None between turns."""
+        return self._turn
+
     async def compact(self, summary: str, *, to: int = 0) -> None:
         """Let `summary` stand, for the model, for everything before this turn (or up to position `to`, if that is
         earlier). Nothing is deleted: the log keeps it, forks and rewinds find it."""
