@@ -228,8 +228,9 @@ class LocalNode:
         }
 
     async def kept_ready(self) -> dict[str, Any]:
-        """Return what the driver keeps started for restores to come, which is no machine's."""
-        return asdict(await self._chosen.driver.kept_ready())
+        """Return what each driver keeps started for restores to come, which is no machine's; those that do so at all."""
+        kept = {d.name: await d.kept_ready() for d in (self._chosen.driver, *self._chosen.others.values())}
+        return {name: asdict(one) for name, one in kept.items() if one.limit}
 
     async def doctor(self) -> dict[str, Any]:
         """Check the host, then run a guest all the way through snapshot and fork."""

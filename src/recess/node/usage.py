@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from recess.config import Config
@@ -44,14 +45,23 @@ def allotted_bytes(folder: Path) -> int:
     return total
 
 
-async def usage(config: Config, machines: Manager, images: ImageAdmin, in_use: Collection[str]) -> dict[str, Any]:
-    """Return the kinds, and what is free on the disk of the home."""
+async def usage(
+    config: Config, machines: Manager, images: ImageAdmin, in_use: Collection[str],
+    kept: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+) -> dict[str, Any]:  # fmt: skip
+    """Return the kinds, and what is free on the disk of the home. `kept`: what drivers keep started, by driver's name."""
     kinds = [
         await _machines(config, machines), await _snapshots(machines), await _images(images, in_use),
-        await _templates(config),
+        await _templates(config), waiting(kept),
     ]  # fmt: skip
     free = await asyncio.to_thread(lambda: shutil.disk_usage(config.home).free)
     return {"kinds": [asdict(kind) for kind in kinds], "free_bytes": free}
+
+
+def waiting(kept: Mapping[str, Mapping[str, int]]) -> Kind:
+    """Return the line of the VMs that wait for the next restores: memory that is given back when it is needed."""
+    held = sum(one["memory_bytes"] for one in kept.values())
+    return Kind("waiting VMs (memory)", sum(one["waiting"] for one in kept.values()), 0, held, held)
 
 
 async def _machines(config: Config, machines: Manager) -> Kind:

@@ -121,6 +121,14 @@ class QemuDriver:
         if self._pool is not None:
             await self._pool.close()
 
+    async def resize_pool(self, limit: int) -> None:
+        """Have at most this many VMs wait for the next restores from now on; 0 ends them."""
+        await (await self._warm_pool()).resize(limit)
+
+    async def pool_settled(self) -> None:
+        """Return when as many VMs wait as demand and memory allow."""
+        await (await self._warm_pool()).settled()
+
     async def _warm_pool(self) -> WarmPool:
         async with self._inspecting:
             if self._pool is None:

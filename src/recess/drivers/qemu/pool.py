@@ -73,12 +73,15 @@ class WarmPool:
         self._settled = asyncio.Event()
         self._settled.set()
         self._keeping: asyncio.Task[None] | None = None
-        self._closed = limit <= 0
+        self._closed = False
+
+    def _off(self) -> bool:
+        return self._closed or self._limit <= 0
 
     @contextlib.contextmanager
     def under_way(self, order: Order | None) -> Iterator[None]:
         """Note a restore that would take this, and hold the pool off while the block runs."""
-        if self._closed:
+        if self._off():
             yield
             return
         self._under_way += 1
@@ -96,7 +99,7 @@ class WarmPool:
 
     def take(self, order: Order | None) -> Member | None:
         """Return a VM of this kind, the caller's from now on, or None if none waits."""
-        if self._closed or order is None:
+        if self._off() or order is None:
             return None
         for member in self._waiting:
             if member.order.kind == order.kind and member.alive():
@@ -110,6 +113,15 @@ class WarmPool:
         """Return what waits, and how often that was of use."""
         held = sum(member.bytes for member in self._waiting)
         return KeptReady(len(self._waiting), held, max(0, self._limit), self._taken, self._missed)
+
+    async def resize(self, limit: int) -> None:
+        """Let at most this many wait from now on; returns when no more do. With 0 what was asked for is forgotten, too."""
+        self._limit = limit
+        if limit <= 0:
+            self._starts.clear()
+            self._orders.clear()
+        self._look()
+        await self.settled()
 
     async def settled(self) -> None:
         """Return when as many wait as should, as far as that could be had."""
@@ -187,7 +199,7 @@ class WarmPool:
         now = self._now()
         for kind, count in sizes.items():
             there = sum(member.order.kind == kind for member in self._waiting)
-            if there < count and self._barred.get(kind, now) <= now:
+            if there < count and self._barred.get(kind, now) <= now and kind in self._orders:
                 return self._orders[kind]
         return None
 

@@ -241,6 +241,22 @@ async def test_switched_off_it_does_nothing(files: Path) -> None:
     await world.pool.close()
 
 
+async def test_it_is_resized_switched_off_and_on_again(files: Path) -> None:
+    world = World(4)
+    await world.restore(*[order(files)] * 4)
+    assert await world.settled() == 4
+    await world.pool.resize(1)
+    assert world.pool.about().waiting == 1
+    await world.pool.resize(0)
+    assert [member.ended for member in world.started] == [True] * 4
+    assert await world.restore(order(files)) == [None]
+    await world.pool.resize(2)
+    assert world.pool.about().waiting == 0  # nobody has asked since
+    await world.restore(order(files))
+    assert await world.settled() == 1
+    await world.pool.close()
+
+
 async def test_closed_it_starts_no_more(files: Path) -> None:
     world = World(2)
     await world.restore(order(files))
