@@ -93,7 +93,7 @@ def test_bad_input_is_one_typed_line(recess, args, code, error):
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("args", [(), ("session",), ("images",)])
+@pytest.mark.parametrize("args", [(), ("session",), ("snapshots",)])
 def test_asked_for_nothing_it_shows_what_there_is(recess, args):
     done = recess(*args)
     assert b"Usage: recess" in done.stdout

@@ -25,6 +25,7 @@ mod streams;
 mod sys;
 mod tar;
 mod tarfmt;
+mod tarread;
 mod thaw;
 mod users;
 mod vsock;

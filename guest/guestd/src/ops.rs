@@ -17,6 +17,7 @@ use crate::stats;
 use crate::streams::End;
 use crate::sys::{self, Watched};
 use crate::tar;
+use crate::tarread;
 use crate::thaw;
 use crate::VERSION;
 
@@ -107,7 +108,7 @@ impl Server {
             }
             "thaw" => self.thaw(a),
             "dial" => self.dial(id, a),
-            "stat" | "list" | "read" | "write" | "untar" | "remove" => self.file(id, op, a),
+            "stat" | "list" | "read" | "write" | "tar" | "untar" | "remove" => self.file(id, op, a),
             other => Err(Fail::new(
                 "unsupported",
                 format!("guestd {VERSION} does not know {other:?}"),
@@ -152,6 +153,19 @@ impl Server {
                     },
                 )?;
                 Ok(None)
+            }
+            "tar" => {
+                let skip = a.0.get("skip").and_then(Value::as_arr).unwrap_or(&[]);
+                let skip = skip.iter().filter_map(Value::as_str).map(files::path);
+                let skip = skip.collect::<Outcome<Vec<_>>>()?;
+                let source = tarread::open(&path, a.text_or("name", ""), a.flag("follow"), skip)?;
+                self.add_stream(
+                    a.stream()?,
+                    End::Get {
+                        source: Box::new(source),
+                    },
+                )?;
+                done()
             }
             "untar" => {
                 let sink = tar::open(&path)?;

@@ -19,7 +19,7 @@ pub fn resolve(spec: &str, passwd: &str, group: &str) -> Outcome<Ids> {
     };
     let mut ids = find_user(user, passwd)
         .or_else(|| {
-            let uid = user.parse().ok()?;
+            let uid = if user == "root" { 0 } else { user.parse().ok()? }; // an image may have no users at all
             let home = if uid == 0 { "/root" } else { "/" };
             Some(Ids {
                 uid,

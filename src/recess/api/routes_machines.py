@@ -42,13 +42,16 @@ async def list_machines(request: Request) -> Response:
 async def create_machine(request: Request) -> Response:
     """POST /v1/machines."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"name", "spec", "start", "shell"}, "body")
+    reject_unknown(body, {"name", "spec", "start", "shell", "pull"}, "body")
+    pull = field(body, "pull", str, "never")
     asked, name = field(body, "spec", dict, {}), field(body, "name", str, "")
     shell = [str(word) for word in field(body, "shell", list, [])]
     machines = ctx.node.machines
 
     async def work() -> dict[str, Any]:
-        config = await ctx.node.images.config(field(asked, "image", str, BASE_IMAGE))
+        image = field(asked, "image", str, BASE_IMAGE)
+        await ctx.node.images.ensure(image, pull)
+        config = await ctx.node.images.config(image)
         spec = parse_spec(with_image(asked, config, shell))
         await check_secrets(ctx, spec)
         if not field(body, "start", bool, True):

@@ -50,11 +50,6 @@ async def list_images(request: Request) -> Response:
     return JSONResponse({"images": await context_of(request).node.list_images()})
 
 
-async def get_image(request: Request) -> Response:
-    """GET /v1/images/NAME."""
-    return JSONResponse(await context_of(request).node.get_image(str(request.path_params["name"])))
-
-
 async def create_image(request: Request) -> Response:
     """POST /v1/images."""
     ctx, body = context_of(request), await read_json(request)
@@ -69,18 +64,10 @@ async def create_image(request: Request) -> Response:
     return await with_progress(request, ctx.hub, work, 201)
 
 
-async def delete_image(request: Request) -> Response:
-    """DELETE /v1/images/NAME."""
-    await context_of(request).node.remove_image(str(request.path_params["name"]))
-    return Response(status_code=204)
-
-
 ROUTES = [
     Route("/v1/info", info, methods=["GET"]),
     Route("/v1/shutdown", shutdown, methods=["POST"]),
     Route("/v1/doctor", doctor, methods=["POST"]),
     Route("/v1/images", list_images, methods=["GET"]),
     Route("/v1/images", create_image, methods=["POST"]),
-    Route("/v1/images/{name}", get_image, methods=["GET"]),
-    Route("/v1/images/{name}", delete_image, methods=["DELETE"]),
 ]

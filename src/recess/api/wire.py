@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -18,6 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from recess.errors import BadInput, RecessError
 from recess.machines.service import Changes, MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.units import MIB, parse_size
+
+log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX = 16 * MIB
 NUMBER_MAX = 1 << 53  # what every JSON parser carries exactly, and every column holds
@@ -214,5 +217,9 @@ async def _progress_lines(hub: ProgressHub, work: Callable[[], Awaitable[dict[st
             yield json.dumps({"result": await task}) + "\n"
         except RecessError as error:
             yield json.dumps({"error": error.to_dict()}) + "\n"
+        except Exception as exc:  # a defect of ours: the client gets one line, the log has the trace
+            log.exception("a call failed after it had begun to answer")
+            defect = RecessError(f"the server failed: {type(exc).__name__}: {exc}", hint="the trace is in server.log")
+            yield json.dumps({"error": defect.to_dict()}) + "\n"
     finally:
         hub.unsubscribe(queue)

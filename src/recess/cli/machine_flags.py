@@ -34,6 +34,9 @@ _OPTIONS = (
     click.option(
         "--secret", multiple=True, metavar="NAME@HOST", help="Use a secret towards a host; the machine holds a placeholder."
     ),
+    click.option(
+        "--pull", default="missing", type=click.Choice(["missing", "always", "never"]), help="When to ask the registry."
+    ),
     click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label."),
     click.option(
         "--restart", default="no", metavar="POLICY",

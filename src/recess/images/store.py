@@ -28,8 +28,10 @@ from recess.images.pages import FilePages
 from recess.images.tools import Progress
 
 BASE_IMAGE = "base"
+LATEST = "latest"
+_FILE_NAME_MAX = 240
 _VERSION = 1
-_NAME = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,127}")
+_NAME = re.compile(r"[a-z0-9][A-Za-z0-9._/:@-]{0,159}")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ class ImageStore:
     def get(self, name: str) -> ImageInfo:
         """Return one image. Raises NotFound with the names there are, Corrupt for damaged metadata or a lost root."""
         path = self._name_path(name)
+        if not path.exists() and ":" not in name.rpartition("/")[2] and self._name_path(f"{name}:{LATEST}").exists():
+            name = f"{name}:{LATEST}"  # as Docker has it
+            path = self._name_path(name)
         try:
             found = read_json(path, _VERSION)
         except FileNotFoundError:
@@ -231,8 +236,10 @@ class ImageStore:
         return sorted(unquote(p.name.removesuffix(".json")) for p in self._names.glob("[!.]*.json"))
 
     def _name_path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise BadInput(f"not an image name: {name!r}", hint="small letters, digits and . _ - / :")
+        if not _NAME.fullmatch(name) or len(quote(name, safe="")) > _FILE_NAME_MAX:
+            raise BadInput(
+                f"not an image name: {name[:80]!r}", hint="letters, digits and . _ - / : @, as registries have them"
+            )
         return self._names / f"{quote(name, safe='')}.json"
 
     def _hash_of(self, path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Runs the few outside programs that images need (apt-get, dpkg-deb, mmdebstrap, mkfs.ext4) and says what went wrong.
+"""Runs the few outside programs that images need (apt-get, dpkg-deb, mmdebstrap, mkfs.ext4, skopeo, buildah) and says what went wrong.
 
 Every program runs in its own process group, so that ending it ends what it started. Knows nothing of what they build.
 """
@@ -33,6 +33,8 @@ _PACKAGE_OF = {
     "apt-cache": "apt",
     "apt-config": "apt",
     "dpkg-deb": "dpkg",
+    "skopeo": "skopeo",
+    "buildah": "buildah",
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from recess.errors import Corrupt
 
+FOLDER = stat.S_IFDIR
 _MAX_ENTRIES = 2_000_000
 _KINDS = {
     tarfile.REGTYPE: stat.S_IFREG,
@@ -59,7 +60,7 @@ def read_tar(path: Path) -> dict[str, Node]:
     try:
         with tarfile.open(path, mode="r:") as archive:
             for member in archive:
-                node = _node(member)
+                node = node_of(member)
                 nodes[node.path] = node
                 if len(nodes) > _MAX_ENTRIES:
                     raise Corrupt(f"the tree has more than {_MAX_ENTRIES} entries")
@@ -68,7 +69,8 @@ def read_tar(path: Path) -> dict[str, Node]:
     return with_parents(nodes)
 
 
-def _node(member: tarfile.TarInfo) -> Node:
+def node_of(member: tarfile.TarInfo) -> Node:
+    """Return a member of an archive as a node. Raises Corrupt for one that leaves the tree or is of an unknown kind."""
     parts = [p for p in member.name.split("/") if p not in ("", ".")]
     if ".." in parts:
         raise Corrupt(f"the archive holds a path outside its tree: {member.name!r}")

@@ -1,4 +1,4 @@
-"""Images as the API shows them: list, inspect, build, remove; what still needs a root is known here, not in `images`."""
+"""Images as the API shows them: list, inspect, pull, import, build, tag, remove; what still needs a root is known here, not in `images`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from recess.config import Config
-from recess.errors import Corrupt, NotFound
+from recess.errors import BadInput, Corrupt, NotFound
 from recess.images import ImageInfo, ImageStore, kernels
+from recess.images.registry import Sources, with_tag
 from recess.machines.parts import Progress
+
+PULL_POLICIES = ("missing", "always", "never")
 
 
 class ImageAdmin:
@@ -23,6 +27,8 @@ class ImageAdmin:
         self.store = ImageStore(config.images_dir)
         self._in_use = in_use
         self._progress = progress
+        self._sources = Sources(self.store)
+        self._pulling = asyncio.Lock()
 
     async def list_all(self) -> list[dict[str, Any]]:
         """Return all images; one whose metadata is damaged, or whose root is lost, is shown with `damaged` and `hint`."""
@@ -42,10 +48,52 @@ class ImageAdmin:
 
     async def create(self, name: str, packages: Sequence[str]) -> dict[str, Any]:
         """Build an image (minutes). Cancelled, it leaves nothing."""
-        cancel = threading.Event()
-        work = asyncio.create_task(
-            asyncio.to_thread(self.store.create, name, tuple(packages), self._progress, cancel=cancel)
+        return await self._long(lambda cancel: self.store.create(name, tuple(packages), self._progress, cancel=cancel))
+
+    async def pull(self, reference: str, *, name: str = "", insecure: bool = False) -> dict[str, Any]:
+        """Take an image from a registry; see `recess.images.registry.Sources`. Cancelled, it leaves nothing."""
+        async with self._pulling:  # two who want the same would fetch it twice
+            return await self._long(
+                lambda cancel: self._sources.pull(
+                    reference, self._progress, name=name, insecure=insecure, cancel=cancel
+                )
+            )
+
+    async def ensure(self, name: str, policy: str) -> None:
+        """Pull an image that is not here (`missing`), in any case (`always`), or not at all (`never`). A bare word is
+        never looked for elsewhere: it may be misspelled, and nobody should get a stranger's image for that."""
+        if policy not in PULL_POLICIES:
+            raise BadInput(f"pull: unknown policy {policy[:40]!r}", hint=", ".join(PULL_POLICIES))
+        elsewhere = any(mark in name for mark in ":/@")
+        if policy == "never" or not elsewhere:
+            return
+        if policy == "missing":
+            with contextlib.suppress(NotFound):
+                await asyncio.to_thread(self.store.get, name)
+                return
+        await self.pull(name)
+
+    async def take_in(self, source: str, name: str) -> dict[str, Any]:
+        """Take an image from a file or folder of this host. Cancelled, it leaves nothing."""
+        path = _here(source)
+        return await self._long(lambda cancel: self._sources.take_in(path, name, self._progress, cancel=cancel))
+
+    async def build(self, context: str, dockerfile: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
+        """Build a Dockerfile. Cancelled, it leaves nothing."""
+        folder, file = _here(context), _here(dockerfile)
+        return await self._long(
+            lambda cancel: self._sources.build(
+                folder, file, name, self._progress, arguments=tuple(arguments), cancel=cancel
+            )
         )
+
+    async def tag(self, name: str, further: str) -> dict[str, Any]:
+        """Give an image a further name."""
+        return _json(await asyncio.to_thread(self.store.tag, name, with_tag(further)))
+
+    async def _long(self, call: Callable[[threading.Event], ImageInfo]) -> dict[str, Any]:
+        cancel = threading.Event()
+        work = asyncio.create_task(asyncio.to_thread(call, cancel))
         try:
             return _json(await asyncio.shield(work))
         except asyncio.CancelledError:
@@ -66,6 +114,12 @@ class ImageAdmin:
         """Return one line about the kernel that a machine runs, from its row's notes; "" for one without."""
         digest = str(meta.get("vm", {}).get("kernel", ""))
         return await asyncio.to_thread(kernels.describe, self._dir, digest) if digest else ""
+
+
+def _here(path: str) -> Path:
+    if not path.startswith("/"):
+        raise BadInput(f"{path[:80]!r}: an absolute path on the server's host is needed")
+    return Path(path)
 
 
 def _damaged(name: str, error: Corrupt) -> dict[str, Any]:
