@@ -246,3 +246,34 @@ def test_a_suspended_machine_is_followed_until_it_is_back(recess):
         rest = attached.stdout.read()
         assert attached.wait(timeout=30) == 143
     assert rest == b""  # nothing is shown twice
+
+
+def test_files_and_folders_are_copied_by_dockers_rules(recess, tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "deep").mkdir(parents=True)
+    (tree / "deep" / "f").write_text("one")
+    (tree / "l").symlink_to("deep/f")
+    recess("run", "-d", "--name", "dev", "base")
+    recess("cp", str(tree), "dev:/srv/new")  # made: /srv is not there
+    assert recess("exec", "dev", "cat", "/srv/new/deep/f").stdout == b"one"
+    recess("cp", str(tree), "dev:/srv/new")  # there: below it
+    assert recess("exec", "dev", "cat", "/srv/new/tree/l").stdout == b"one"
+    recess("cp", f"{tree}/.", "dev:/root")
+    recess("cp", str(tree / "deep" / "f"), "dev:/root/deep/g")
+    assert recess("exec", "dev", "cat", "/root/deep/g").stdout == b"one"
+    out = tmp_path / "out"
+    recess("cp", "dev:/srv/new", str(out))
+    assert (out / "tree" / "deep" / "f").read_text() == "one"
+    assert (out / "l").is_symlink()
+    recess("cp", "dev:/root/deep/.", str(out))
+    assert (out / "g").read_text() == "one"
+    recess("cp", "dev:/root/deep/g", str(tmp_path / "g2"))
+    assert (tmp_path / "g2").read_text() == "one"
+    tar = recess("cp", "dev:/root/deep", "-").stdout
+    recess("cp", "-", "dev:/data", stdin=tar, expect=1)  # a tar goes into a folder that is there
+    recess("exec", "dev", "mkdir", "/data")
+    recess("cp", "-", "dev:/data", stdin=tar)
+    assert recess("exec", "dev", "cat", "/data/deep/g").stdout == b"one"
+    recess("cp", "dev:/none", str(tmp_path), expect=1)
+    recess("cp", "dev:/root/deep/g", str(tmp_path / "no" / "g"), expect=2)
+    assert b"srv/new/tree/deep/f" in recess("export", "dev").stdout

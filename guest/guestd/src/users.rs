@@ -19,7 +19,11 @@ pub fn resolve(spec: &str, passwd: &str, group: &str) -> Outcome<Ids> {
     };
     let mut ids = find_user(user, passwd)
         .or_else(|| {
-            let uid = if user == "root" { 0 } else { user.parse().ok()? }; // an image may have no users at all
+            let uid = if user == "root" {
+                0
+            } else {
+                user.parse().ok()?
+            }; // an image may have no users at all
             let home = if uid == 0 { "/root" } else { "/" };
             Some(Ids {
                 uid,
@@ -110,6 +114,7 @@ mod tests {
         let n = resolve("7:8", PASSWD, GROUP).unwrap();
         assert_eq!((n.uid, n.gid, n.home.as_str()), (7, 8, "/"));
         assert_eq!(resolve("0", "", "").unwrap().home, "/root");
+        assert_eq!(resolve("root", "", "").unwrap().uid, 0);
     }
 
     #[test]

@@ -26,6 +26,7 @@ from recess.api import (
     grants,
     routes_access,
     routes_acts,
+    routes_archive,
     routes_egress,
     routes_exec,
     routes_files,
@@ -82,6 +83,7 @@ def make_app(
     """Return the application over an open node. `end` is what a call to shut down does, `key` the root of tokens and
     signatures (default: one that nobody knows)."""
     routes: list[BaseRoute] = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES, *routes_images.ROUTES]
+    routes += routes_archive.ROUTES
     routes += [*routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(

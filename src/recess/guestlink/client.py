@@ -8,7 +8,7 @@ This module must know nothing of frames: what guestd can do, and in which words,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from recess.errors import GuestFailed, RecessError, Timeout
@@ -23,6 +23,7 @@ STALL_S = 30.0  # a file transfer that does not move for this long is given up
 REMOVE_TIMEOUT_S = 120.0
 MAX_LISTED = 10_000
 _LIST_BYTES_MAX = 64 << 20
+_PIECE_BYTES = 1 << 18
 
 
 async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, hello_timeout_s: float) -> Link:
@@ -142,6 +143,19 @@ class Link(Channel):
 
         await self._put({"op": "write", "path": path, "mode": mode}, pieces())
 
+    async def get_tar(
+        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+    ) -> AsyncIterator[bytes]:
+        """Yield a tar of a file or folder as it comes; see `TarReader`. GuestFailed when it breaks off."""
+        stream = self.new_stream()
+        try:
+            body = {"op": "tar", "path": path, "name": name, "follow": follow, "skip": list(skip)}
+            await self.request({**body, "stream": stream.number})
+            while data := await _moving(stream.read(_PIECE_BYTES)):
+                yield data
+        finally:
+            stream.abort()
+
     async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
         """Unpack a tar stream below `path`. BadInput for a damaged archive or one that leads out of `path`."""
         await self._put({"op": "untar", "path": path}, archive)
@@ -169,6 +183,13 @@ class Link(Channel):
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file or folder; absent is not an error. BadInput for a folder that is not empty."""
         await self.request({"op": "remove", "path": path, "recursive": recursive}, REMOVE_TIMEOUT_S)
+
+
+async def _moving(read: Awaitable[bytes]) -> bytes:
+    try:
+        return await asyncio.wait_for(read, STALL_S)
+    except TimeoutError:
+        raise Timeout(f"the guest sent nothing for {STALL_S:g} s") from None
 
 
 async def _send_all(stream: Stream, pieces: AsyncIterator[bytes]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -200,4 +200,16 @@ class GuestLink(Protocol):
 
     async def close(self) -> None:
         """Cut the channel from the host side."""
+        ...
+
+
+@runtime_checkable
+class TarReader(Protocol):
+    """A link to a guest that reads whole folders. Not every one does: ask `isinstance`."""
+
+    def get_tar(
+        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+    ) -> AsyncIterator[bytes]:
+        """Yield a tar of a file or folder, called `name` in it (empty: only what is in the folder), without the paths in
+        `skip`. Raises NotFound, BadInput (a file without a name), GuestFailed when it breaks off."""
         ...

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import tarfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,17 @@ class Sources:
         return self._put(name or wanted, fetch, progress)
 
     def take_in(
-        self, source: Path, name: str, progress: Progress, *, cancel: threading.Event | None = None
-    ) -> ImageInfo:
+        self, source: Path, name: str, progress: Progress, *, config: Mapping[str, Any] | None = None,
+        cancel: threading.Event | None = None,
+    ) -> ImageInfo:  # fmt: skip
         """Take an image from a folder (an OCI layout) or a file (`docker save`, an OCI archive, or a tar of a whole root,
-        plain or compressed) and call it `name`. Raises as `pull`."""
-        return self._put(with_tag(name), lambda work: self._read(source, work, progress, cancel), progress)
+        plain or compressed) and call it `name`. `config`: how to start a root that does not say. Raises as `pull`."""
+
+        def read(work: Path) -> Found:
+            found = self._read(source, work, progress, cancel)
+            return replace(found, config=found.config or dict(config or {}))
+
+        return self._put(with_tag(name), read, progress)
 
     def _read(self, source: Path, work: Path, progress: Progress, cancel: threading.Event | None) -> Found:
         if source.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,11 @@ from typing import Any
 from recess.config import Config
 from recess.errors import BadInput, Corrupt, NotFound
 from recess.images import ImageInfo, ImageStore, kernels
+from recess.images.files import build_dir
+from recess.images.layers import ROOT_BYTES_MAX
 from recess.images.registry import Sources, with_tag
 from recess.machines.parts import Progress
+from recess.units import format_bytes
 
 PULL_POLICIES = ("missing", "always", "never")
 
@@ -86,6 +89,21 @@ class ImageAdmin:
                 folder, file, name, self._progress, arguments=tuple(arguments), cancel=cancel
             )
         )
+
+    async def commit(self, archive: AsyncIterator[bytes], name: str, *, image: str) -> dict[str, Any]:
+        """Make an image of a machine's files; it starts as the `image` does that the machine was made from."""
+        config = await self.config(image)
+        wanted = with_tag(name)
+        with build_dir(self._dir) as work:
+            path = work / "root.tar"
+            with path.open("wb") as out:
+                async for piece in archive:
+                    if out.tell() + len(piece) > ROOT_BYTES_MAX:
+                        raise BadInput(f"the machine holds more than {format_bytes(ROOT_BYTES_MAX)}")
+                    await asyncio.to_thread(out.write, piece)
+            return await self._long(
+                lambda cancel: self._sources.take_in(path, wanted, self._progress, config=config, cancel=cancel)
+            )
 
     async def tag(self, name: str, further: str) -> dict[str, Any]:
         """Give an image a further name."""

@@ -44,6 +44,7 @@ from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_page_files, open_store
 from recess.node.transfers import Transfers
+from recess.node.usage import usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
 from recess.sessions.deps import Deps, Settings
@@ -241,6 +242,10 @@ class LocalNode:
         allowed, denied, newest = self.broker.decisions_after(machine_id, after)
         found = {"allowed": allowed, "denied": denied, "number": allowed + denied}
         return {**found, "decisions": [asdict(decision) for decision in newest]}
+
+    async def usage(self) -> dict[str, Any]:
+        """Return what takes space on this node."""
+        return await usage(self.config, self.machines, self.images, await self.images.used())
 
     async def list_images(self) -> list[dict[str, Any]]:
         """Return all images."""

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class ImageMaker:
         name: str = "",
     ) -> Row:  # fmt: skip
         """Return the descriptor of an image of these tar archives."""
-        pack = {"gzip": gzip.compress, "zstd": zstd.compress}[packing]
+        packers: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "zstd": zstd.compress}
+        pack = packers[packing]
         rows = [self.blob(pack(layer), f"{_TYPE}layer.v1.tar+{packing}") for layer in layers]
         diffs = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
         about = {

@@ -1,49 +1,129 @@
-"""`recess cp`: one file to or from a machine (MACHINE:PATH)."""
+"""`recess cp`, `export` and `commit`: files and folders to and from a machine, by Docker's rules, as tar streams."""
 
 from __future__ import annotations
 
+import posixpath
 import sys
+import tempfile
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import click
 
-from recess.cli.common import Invocation, stdin_bytes, verb
-from recess.errors import BadInput
+from recess.cli.common import Invocation, verb
+from recess.cli.copying import pack, unpack
+from recess.errors import BadInput, NotFound
+from recess.sdk.files import download, upload
+
+_IN_MEMORY = 32 << 20
 
 
-def _split(text: str) -> tuple[str, str]:
+def split(text: str) -> tuple[str, str]:
+    """Return (machine, path) of MACHINE:PATH, ("", path) of a path of this host. Pure."""
     machine, sep, path = text.partition(":")
-    return (machine, path) if sep and "/" not in machine else ("", text)
+    return (machine, path) if sep and machine and "/" not in machine else ("", text)
 
 
 @click.command("cp")
+@click.option("-L", "--follow-link", "follow", is_flag=True, help="Copy what a link at SOURCE points to.")
+@click.option("-a", "--archive", is_flag=True, help="Docker's; owners are root in a machine and the caller here.")
 @click.argument("source")
 @click.argument("target")
 @verb
-def cp(inv: Invocation, source: str, target: str) -> None:
-    """Copy a file: MACHINE:PATH to PATH or the other way; "-" is stdin or stdout."""
-    (src_machine, src_path), (dst_machine, dst_path) = _split(source), _split(target)
+def cp(inv: Invocation, source: str, target: str, follow: bool, archive: bool) -> None:
+    """Copy a file or folder: MACHINE:PATH to PATH or the other way; PATH/. is what is in a folder. "-" is a tar on stdout
+    or stdin."""
+    (src_machine, src_path), (dst_machine, dst_path) = split(source), split(target)
     if bool(src_machine) == bool(dst_machine):
         raise BadInput("one of the two must be MACHINE:PATH")
-    if dst_machine:
-        data, mode = (stdin_bytes(), "644") if src_path == "-" else _read(Path(src_path))
-        path = dst_path + Path(src_path).name if dst_path.endswith("/") else dst_path
-        inv.server.raw("PUT", f"/v1/machines/{dst_machine}/files", query={"path": path, "mode": mode}, body=data)
-        return
-    data = inv.server.raw("GET", f"/v1/machines/{src_machine}/files", query={"path": src_path})
-    if dst_path == "-":
-        sys.stdout.buffer.write(data)
-        return
-    out = Path(dst_path)
-    try:
-        (out / Path(src_path).name if out.is_dir() else out).write_bytes(data)
-    except OSError as exc:
-        raise BadInput(f"{dst_path}: {exc.strerror}") from exc
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY) as file:
+        spool = cast("BinaryIO", file)
+        if dst_machine:
+            _into(inv, src_path, dst_machine, dst_path or "/", follow, spool)
+        else:
+            _out_of(inv, src_machine, src_path or "/", dst_path, follow, spool)
 
 
-def _read(path: Path) -> tuple[bytes, str]:
-    """Return a file's content and its mode in octal."""
+def _into(inv: Invocation, source: str, machine: str, path: str, follow: bool, spool: BinaryIO) -> None:
+    path = path if path.startswith("/") else f"/{path}"
+    if source == "-":
+        while piece := sys.stdin.buffer.read(1 << 20):
+            spool.write(piece)
+        _send(inv, machine, path, spool)
+        return
+    here, contents = Path(source), source.endswith("/.") or source == "."
+    if _is_folder(inv, machine, path):
+        folder, name = path, "" if contents else here.absolute().name
+    elif path.endswith("/") and not here.is_dir():
+        raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
+    else:
+        folder, name = posixpath.split(path.rstrip("/"))
+    pack(here, name, spool, follow=follow)
+    _send(inv, machine, folder or "/", spool)
+
+
+def _send(inv: Invocation, machine: str, folder: str, spool: BinaryIO) -> None:
+    size = spool.tell()
+    spool.seek(0)
+    path = f"/v1/machines/{machine}/archive"
+    upload(inv.server, path, spool, size=size, query={"path": folder}, on_bytes=lambda _n: None)
+
+
+def _is_folder(inv: Invocation, machine: str, path: str) -> bool:
     try:
-        return path.read_bytes(), f"{path.stat().st_mode & 0o777:o}"
+        inv.server.call("GET", f"/v1/machines/{machine}/files/list", query={"path": path})
+    except (NotFound, BadInput):
+        inv.server.call("GET", f"/v1/machines/{machine}")  # a machine that is not there is another matter
+        return False
+    return True
+
+
+def _out_of(inv: Invocation, machine: str, path: str, target: str, follow: bool, spool: BinaryIO) -> None:
+    path = path if path.startswith("/") else f"/{path}"
+    contents = path.endswith("/.")
+    own = posixpath.basename(posixpath.normpath(path)) or "root"
+    query = {"path": path, "name": own if target == "-" else "x", "follow": "1" if follow else "0"}
+    archive = f"/v1/machines/{machine}/archive"
+    if target == "-":
+        download(inv.server, archive, sys.stdout.buffer, query=query, on_bytes=lambda _n: None)
+        sys.stdout.buffer.flush()
+        return
+    place = Path(target)
+    if not place.is_dir() and target.endswith("/"):
+        raise BadInput(f"{target}: no such folder")
+    if not place.absolute().parent.is_dir():
+        raise BadInput(f"{place.absolute().parent}: no such folder")
+    download(inv.server, archive, spool, query=query, on_bytes=lambda _n: None)
+    spool.seek(0)
+    if place.is_dir():
+        unpack(spool, place, "" if contents else own)
+    else:
+        unpack(spool, place.absolute().parent, place.name)
+
+
+@click.command("export")
+@click.option("-o", "--output", default="-", metavar="FILE", help='Where to; "-": stdout.')
+@click.argument("machine")
+@verb
+def export(inv: Invocation, machine: str, output: str) -> None:
+    """Write all files of a running MACHINE as a tar, which `import` makes an image of."""
+    path, query = f"/v1/machines/{machine}/archive", {"path": "/", "name": ""}
+    if output == "-":
+        download(inv.server, path, sys.stdout.buffer, query=query, on_bytes=lambda _n: None)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with Path(output).open("wb") as out:
+            download(inv.server, path, out, query=query, on_bytes=lambda _n: None)
     except OSError as exc:
-        raise BadInput(f"{path}: {exc.strerror}") from exc
+        raise BadInput(f"{output}: {exc.strerror}") from exc
+
+
+@click.command("commit")
+@click.argument("machine")
+@click.argument("name")
+@verb
+def commit(inv: Invocation, machine: str, name: str) -> None:
+    """Make an image NAME of the files of a running MACHINE, as they are now; its memory is not in it."""
+    row = inv.server.call_with_progress("POST", f"/v1/machines/{machine}/commit", {"name": name}, inv.out.progress)
+    inv.out.data(row, row["name"])

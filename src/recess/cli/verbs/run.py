@@ -53,7 +53,12 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
 @verb
 def create(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) -> None:
     """Make a machine of IMAGE that is not started yet, and print its id."""
-    body: dict[str, Any] = {"name": flags["name"], "pull": flags["pull"], "spec": spec_of(image, command, flags), "start": False}
+    body: dict[str, Any] = {
+        "name": flags["name"],
+        "pull": flags["pull"],
+        "spec": spec_of(image, command, flags),
+        "start": False,
+    }
     if flags["tty"] or flags["interactive"]:
         body["shell"] = _shell(flags)
     row = inv.server.call_with_progress("POST", "/v1/machines", body, inv.out.progress, key=new_key())

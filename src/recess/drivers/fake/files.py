@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import posixpath
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 
 from recess.drivers.fake.state import TMPFS, DiskState, FileNode, MemoryState
 from recess.errors import BadInput, NotFound
@@ -99,6 +99,36 @@ class FileTree:
         for child in below:
             self.remove(child, recursive=True)
         self._home(path).pop(path, None)
+
+    def pack(self, path: str, name: str, *, follow: bool = False, skip: Sequence[str] = ()) -> bytes:
+        """Return a tar of what is at `path`, called `name` in it; raises NotFound, BadInput (a file without a name)."""
+        node = self.get(path)
+        if follow and node is not None and node.kind == "symlink":
+            path = self.clean(node.data.decode(), posixpath.dirname(path))
+        if self.stat(path).kind != "dir" and not name:
+            raise BadInput("only a folder can be read without a name")
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w") as tar:
+            self._pack(tar, path, name, frozenset(skip))
+        return out.getvalue()
+
+    def _pack(self, tar: tarfile.TarFile, path: str, name: str, skip: Collection[str]) -> None:
+        node = self.get(path)
+        if node is None or path in skip:
+            return
+        member = tarfile.TarInfo(name or ".")
+        member.mode, member.mtime = node.mode, int(node.mtime_s)
+        if node.kind == "dir":
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+            for child in self.children(path):
+                self._pack(tar, child, posixpath.join(name, posixpath.basename(child)), skip)
+        elif node.kind == "symlink":
+            member.type, member.linkname = tarfile.SYMTYPE, node.data.decode()
+            tar.addfile(member)
+        else:
+            member.size = len(node.data)
+            tar.addfile(member, io.BytesIO(node.data))
 
     def unpack(self, path: str, archive: bytes) -> None:
         """Unpack a tar below `path`; members that would leave it are refused before anything is written."""

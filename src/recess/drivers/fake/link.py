@@ -6,7 +6,7 @@ A link that is closed, or whose VM is stopped, fails as the real one does: Guest
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from recess.drivers.fake.guest import STDIN_BYTES_MAX, FakeGuest
@@ -201,6 +201,13 @@ class FakeLink:
         """Remove a file or folder."""
         await self.answer()
         self.guest.files.remove(self.guest.files.clean(path), recursive=recursive)
+
+    async def get_tar(
+        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+    ) -> AsyncIterator[bytes]:
+        """Yield a tar of a file or folder."""
+        await self.answer()
+        yield self.guest.files.pack(self.guest.files.clean(path), name, follow=follow, skip=skip)
 
     async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
         """Unpack a tar stream."""
