@@ -200,9 +200,16 @@ class Session:
         tool wants approval wait for a human first. In a turn that is cancelled the rest is not run.
         """
         runs = self._of_turn(self._runs)
-        if parallel:
-            return list(await asyncio.gather(*(runs.run(call) for call in reply.tool_calls)))
-        return [await runs.run(call) for call in reply.tool_calls]
+        if not parallel:
+            return [await runs.run(call) for call in reply.tool_calls]
+        running = [asyncio.ensure_future(runs.run(call)) for call in reply.tool_calls]
+        try:
+            return list(await asyncio.gather(*running))
+        finally:
+            # One that raises (the log refused it), or a caller who is cancelled, leaves no sibling at work behind.
+            for one in running:
+                one.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     # -- waiting: the machine is put away meanwhile ------------------------------------------------------------------
 

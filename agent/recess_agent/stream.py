@@ -72,6 +72,7 @@ class Collector:
             return self._add(event)
         if isinstance(event, Reply):
             self._whole.extend(event.tool_calls)
+            self._count([one.arguments for one in event.tool_calls])
             self._usage = event.usage or self._usage
             self._model = event.model or self._model
             return self._add(event.text)
@@ -88,6 +89,7 @@ class Collector:
             return "".join(self._choice(choice) for choice in (data["choices"] or [])[:1])
         for call in data.get("tool_calls") or []:
             self._whole.append(_whole_call(call))
+            self._count(self._whole[-1].arguments)
         return self._add(str(data.get("text") or ""))
 
     def _choice(self, choice: dict[str, Any]) -> str:
@@ -104,19 +106,21 @@ class Collector:
         known["id"] = known["id"] or str(call.get("id") or "")
         known["name"] += str(function.get("name") or "") if not known["name"] else ""
         piece = str(function.get("arguments") or "")
-        self._count(len(piece))
+        self._count(piece)
         known["arguments"] += piece
 
     def _add(self, text: str) -> str:
-        self._count(len(text))
         if text:
+            self._count(text)
             self._text.append(text)
         return text
 
-    def _count(self, more: int) -> None:
-        self._size += more
+    def _count(self, piece: Any) -> None:
+        """Count what the piece takes in the line that carries the reply to the log (a quote two bytes, a line end two, an
+        umlaut two), so that what was collected can also be sent."""
+        self._size += len(json.dumps(piece, ensure_ascii=False).encode("utf-8", "replace")) - 2
         if self._size > TEXT_BYTES_MAX:
-            raise ValueError(f"a reply of more than {TEXT_BYTES_MAX} characters")
+            raise ValueError(f"a reply of more than {TEXT_BYTES_MAX} bytes")
 
     def reply(self) -> Reply:
         """Return the whole reply."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CHILDREN_MAX = 64  # of one turn
 DEPTH_MAX = 8
+REPORT_TEXT_BYTES = 640 * 1024  # six times that, as JSON may need, still fits an answer to the inbox
 REPORT_BACK = 1000  # entries of the child's log in which its last answer is looked for
 
 
@@ -73,9 +74,18 @@ def _last_words(entries: list[Entry], turn: int) -> dict[str, Any]:
     mine = [e for e in entries if e.turn == turn]
     said = [e for e in mine if e.kind == "assistant" and e.body.get("text")]
     ends = [e for e in mine if e.kind == "turn.end"]
-    out: dict[str, Any] = {"text": str(said[-1].body["text"]) if said else "", "status": "failed"}
+    out: dict[str, Any] = {"text": _fitting(str(said[-1].body["text"])) if said else "", "status": "failed"}
     if ends:
         out["status"] = str(ends[-1].body.get("status", "done"))
         if ends[-1].body.get("error"):
-            out["error"] = str(ends[-1].body["error"])
+            out["error"] = _fitting(str(ends[-1].body["error"]))
     return out
+
+
+def _fitting(text: str) -> str:
+    """Cut a text that no inbox takes: a parent that waits must be told something."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= REPORT_TEXT_BYTES:
+        return text
+    kept = data[:REPORT_TEXT_BYTES].decode("utf-8", "ignore")
+    return f"{kept}\n[recess] {len(data) - len(kept.encode())} more bytes are in the log of this session's child"

@@ -49,8 +49,14 @@ def test_a_whole_answer_a_string_an_object_a_reply():
 def test_bounds_and_nonsense():
     with pytest.raises(TypeError):
         collect(object())
-    with pytest.raises(ValueError, match="characters"):
-        collect("x" * (5 << 20))
+    for much in ("x" * (5 << 20), "ä" * (3 << 20), '"' * (3 << 20), "\x01" * (1 << 20)):
+        with pytest.raises(ValueError, match="bytes"):
+            collect(much)
+    assert len(collect("x" * (4 << 20))[0].text) == 4 << 20
+    with pytest.raises(ValueError, match="bytes"):
+        collect({"text": "", "tool_calls": [{"id": "a", "name": "f", "arguments": {"x": "y" * (5 << 20)}}]})
+    with pytest.raises(ValueError, match="bytes"):
+        collect(Reply("", [ToolCall("i", "n", {"x": "y" * (5 << 20)})]))
     with pytest.raises(ValueError, match="tool calls"):
         collect(*[chunk(tool_calls=[{"index": i, "id": str(i)}]) for i in range(200)])
 
