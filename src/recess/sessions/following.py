@@ -18,6 +18,7 @@ from recess.contextlog.contract import ContextLog, Delta, Entry
 from recess.errors import BadInput
 
 PAGE = 500
+PAGE_BYTES = 4 << 20  # of bodies: what a slow reader makes us hold
 PLACE_MAX = 100
 
 
@@ -87,10 +88,10 @@ class Feed:
 
     async def ready(self) -> list[tuple[Place, Entry | Piece]]:
         """Return what there is now and was not returned before, in order, each with the place after it; at most PAGE
-        entries at once."""
+        entries at once, and PAGE_BYTES of them (but one)."""
         self._ticket = self._log.ticket(self._session)
         out: list[tuple[Place, Entry | Piece]] = []
-        entries = await self._log.read(self._session, after=self.place.head, limit=PAGE)
+        entries = await self._log.read(self._session, after=self.place.head, limit=PAGE, max_bytes=PAGE_BYTES)
         for entry in entries:
             self.place = Place(entry.position)
             out.append((self.place, entry))

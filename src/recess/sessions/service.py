@@ -31,6 +31,7 @@ from recess.sessions.supervisor import Supervisor
 log = logging.getLogger(__name__)
 
 FOLLOW_S = 15.0
+READ_BYTES = 8 << 20  # bodies in one page of a log
 RETRIES_S = (0.5, 2.0, 5.0, 15.0)
 SUSPEND_S = 120.0
 STOP_S = 10.0
@@ -135,8 +136,10 @@ class Sessions:
         return await self._deps.log.list_sessions(states=states)
 
     async def read(self, ref: str, *, after: int = 0, limit: int = 1000) -> list[Entry]:
-        """Return log entries in order."""
-        return await self._deps.log.read((await self._deps.log.get(ref)).id, after=after, limit=limit)
+        """Return log entries in order: at most `limit`, and no more than READ_BYTES of them (but one). Whoever wants all goes
+        on after the last, until there are none."""
+        session = (await self._deps.log.get(ref)).id
+        return await self._deps.log.read(session, after=after, limit=limit, max_bytes=READ_BYTES)
 
     async def feed(self, ref: str, place: Place | None = None) -> Feed:
         """Return a reader of a session that goes on from `place` (default: the beginning)."""
