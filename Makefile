@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel
+.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers hard
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -27,8 +27,14 @@ test-adapters: setup ## the adapters against the real packages of PyPI
 bench: setup ## the figures, each beside the bare QEMU equivalent of the same run
 	@$(PY) -m benchmarks.run
 
+bench-drivers: setup ## a machine under each driver beside a process of the host: table and plots
+	@$(VENV)/bin/recess bench drivers $(BENCH_ARGS)
+
 bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the same guest: table and plots
 	@$(VENV)/bin/recess bench snapshots $(BENCH_ARGS)
+
+hard: setup ## other people's programs, frozen midway and forked, on each driver (its images take minutes to build)
+	@RECESS_HARD=1 $(VENV)/bin/pytest -q -s tests/hard $(HARD_ARGS)
 
 soak: setup ## the long run on real machines
 	@tools/soak.sh

@@ -1,4 +1,4 @@
-"""Bars of the snapshot comparison as PNG. Needs matplotlib (`pip install recess[bench]`); without it there are no plots."""
+"""Bars of comparisons as PNG. Needs matplotlib (`pip install recess[bench]`); without it there are no plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ PANELS = (("standstill", "standstill, ms", 1e3), ("durable", "durable, ms", 1e3)
 
 
 def plot_snapshots(sides: Mapping[str, Mapping[str, Sequence[float]]], target: Path) -> str:
-    """Write one panel for each metric, p50 as a bar and p95 as its whisker; return what became of it in a line."""
+    """Write the panels of the snapshot comparison; return what became of it in a line."""
+    return plot_panels(sides, target, PANELS, columns=2)
+
+
+def plot_panels(
+    sides: Mapping[str, Mapping[str, Sequence[float]]],
+    target: Path,
+    panels: Sequence[tuple[str, str, float]],
+    *,
+    columns: int,
+) -> str:
+    """Write one panel for each metric (key, title, factor), p50 as a bar and p95 as its whisker; return what became of it
+    in a line."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -20,8 +32,11 @@ def plot_snapshots(sides: Mapping[str, Mapping[str, Sequence[float]]], target: P
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 6), constrained_layout=True)
-    for axis, (key, title, factor) in zip(axes.flat, PANELS, strict=True):
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5.5 * columns, 3 * rows), constrained_layout=True)
+    for spare in axes.flat[len(panels) :]:
+        spare.axis("off")
+    for axis, (key, title, factor) in zip(axes.flat, panels, strict=False):
         shown = {name: [s * factor for s in samples[key]] for name, samples in sides.items() if samples.get(key)}
         names = list(shown)
         p50 = [quantile(shown[name], 0.5) for name in names]
