@@ -117,6 +117,14 @@ async def test_all_children_of_a_machine_and_of_its_snapshot_map_the_same_pages(
     await machines.create(SPEC, name="dev")
     await sh(node, "dev", FILL)
     living = await machines.fork("dev", 2)
+    await kept(node)
+    await sh(node, "dev", "echo 5 > /dev/shm/n")
+    (late,) = await machines.fork("dev")  # what changed since the first fork's snapshot, over that
+    snapshots = {row.id: row.figures for row in await machines.list_snapshots()}
+    first, second = (snapshots[str(child.meta["parent"])] for child in (living[0], late))
+    assert second["counts_from"] == living[0].meta["parent"]
+    assert second["pages_captured"]["memory"] < first["pages_captured"]["memory"] / 2
+    assert await sh(node, late.name, NAP) == "6"
     await machines.suspend("dev")
     await kept(node)
     stored = await machines.fork("dev", 2)
@@ -125,5 +133,5 @@ async def test_all_children_of_a_machine_and_of_its_snapshot_map_the_same_pages(
         *((row, "keeps uncompressed") for row in stored),
     ]:
         assert why in (await machines.stats(child.name))["paging"]["memory"]
-        assert await sh(node, child.name, NAP) == "1"
+        assert await sh(node, child.name, NAP) == ("1" if child in living else "6")
     assert len(await asyncio.gather(*(machines.suspend(row.name) for row in (*living, *stored)))) == 4

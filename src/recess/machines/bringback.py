@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
-from recess.errors import BadInput, RecessError, Unsupported
+from recess.errors import BadInput, Corrupt, NotFound, RecessError, Unsupported
 from recess.machines.capture import Taken
-from recess.machines.contract import RestoreParts
+from recess.machines.contract import MappedMemory, PageSet, RestoreParts
 from recess.machines.fleet import Fleet
 from recess.machines.identity import child_name
 from recess.machines.launching import Launcher, child_spec
 from recess.machines.live import Live
-from recess.machines.mapped import mapped_capture
-from recess.machines.parts import UNDO, Parts
+from recess.machines.mapped import mapped_capture, mapped_over
+from recess.machines.parts import NO_PAGES, UNDO, Parts
 from recess.machines.records import check_spec, spec_from_json
 from recess.machines.service import Changes, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
@@ -125,27 +125,51 @@ class BringBack:
             _check_forkable(row)
             origin, _, _ = await self._stored.open(row.id, many=True)
             return await self._children(record, origin, count, names, session)
-        live, taken = await self._taker.capture(record, resume=True, whole=True)  # children start from these pages
-        try:
-            return await self._fork_live(record, live, taken, count, names, session)
-        finally:
-            taken.capture.close()
+        for whole in (False, True):
+            live, taken, origin_parts = await self._capture_for_children(record, whole=whole)
+            try:
+                return await self._fork_live(record, live, taken, origin_parts, count, names, session)
+            except (Corrupt, NotFound):
+                if not taken.capture.parent:
+                    raise  # else what it counts from cannot be read any more: all of it, then
+            finally:
+                taken.capture.close()
+        raise AssertionError("unreachable")
+
+    async def _capture_for_children(self, record: MachineRecord, *, whole: bool) -> tuple[Live, Taken, RestoreParts]:
+        """Capture a running machine; return also what its children start from. Where the memory of its newest snapshot is
+        at hand, only what changed since then is captured and stored, and the children map both; else (or `whole`) all."""
+        driver, at_hand = self._parts.driver_of(record.driver), self._parts.at_hand
+        maps = driver.capabilities.mapped_memory
+        live = self._fleet.need(record.id)
+        if maps and not whole and at_hand is not None and live.parent and live.template.ref is not None:
+            below = await asyncio.to_thread(at_hand.find, live.parent, live.template.ref)
+            if below is not None:
+                parent = live.parent
+                live, taken = await self._taker.capture(record, resume=True)
+                if not taken.capture.parent:  # it holds all, for a reason of the driver's
+                    return live, taken, _parts_of(live, taken, taken.capture.memory, mapped_capture(taken.capture))
+                over = mapped_over(below, taken.capture) if taken.capture.parent == parent else None
+                if over is not None:
+                    return live, taken, _parts_of(live, taken, NO_PAGES, over)
+                taken.capture.close()
+        live, taken = await self._taker.capture(record, resume=True, whole=True)
+        return (
+            live,
+            taken,
+            _parts_of(live, taken, taken.capture.memory, mapped_capture(taken.capture) if maps else None),
+        )
 
     async def _fork_live(
-        self, record: MachineRecord, live: Live, taken: Taken, count: int, names: Sequence[str], session: str
-    ) -> list[MachineRecord]:
+        self, record: MachineRecord, live: Live, taken: Taken, parts: RestoreParts, count: int, names: Sequence[str],
+        session: str,
+    ) -> list[MachineRecord]:  # fmt: skip
         if not taken.forkable:
             raise Unsupported(
                 f"machine {record.name} cannot be forked: guestd did not freeze its workload", hint="try again"
             )
         storing = asyncio.create_task(
             self._taker.store(record, live, taken, why="fork", state=record.state), name="store-fork"
-        )
-        capture = taken.capture
-        mapped = mapped_capture(capture) if self._parts.driver_of(record.driver).capabilities.mapped_memory else None
-        how = "remap: its parent's pages" if mapped is not None else ""
-        parts = RestoreParts(
-            live.template.ref, capture.memory, capture.disk, capture.vmstate, mapped=mapped, choice=how
         )
         children: list[MachineRecord] = []
         try:
@@ -202,6 +226,11 @@ class BringBack:
             await finish(self._drop_all(list(born.values())))
             raise
         return [born[number] for number in range(count)]
+
+
+def _parts_of(live: Live, taken: Taken, memory: PageSet, mapped: MappedMemory | None) -> RestoreParts:
+    capture, how = taken.capture, "remap: its parent's pages" if mapped is not None else ""
+    return RestoreParts(live.template.ref, memory, capture.disk, capture.vmstate, mapped=mapped, choice=how)
 
 
 def _check_forkable(row: SnapshotRow) -> None:

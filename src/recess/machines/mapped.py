@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from recess.errors import Corrupt
 from recess.machines.contract import Capture, MappedMemory, PageSet, TemplateRef
 from recess.paging.book import RUNS_MAX, runs_of
+from recess.paging.layout import Layout, in_file, is_good, places_of, put_over
 from recess.snapshots.contract import Overlay, PageData, PageIndices, RawPart
 from recess.units import PAGE_BYTES
 
@@ -51,6 +52,21 @@ def mapped_capture(capture: Capture) -> MappedMemory | None:
         return None
     rows = np.stack((numbers[starts], counts, np.zeros_like(counts), starts.astype(np.uint32)), axis=1)
     return MappedMemory((capture.memory_file,), rows.astype("<u4").tobytes(), owner=capture)
+
+
+def mapped_over(below: MappedMemory, capture: Capture) -> MappedMemory | None:
+    """Return the memory of a capture that counts from a snapshot whose memory is at hand: what changed over what did not.
+    None if that would take too many mappings. To be used while the capture is open."""
+    if capture.memory_file < 0 and capture.memory.count:
+        return None
+    numbers: PageIndices = np.frombuffer(capture.memory.indices, dtype="<u4")
+    older = Layout(*(places_of(np.frombuffer(rows, "<u4").reshape(-1, 4)) for rows in (below.runs, below.strays)))
+    layout = put_over(in_file(numbers, len(below.files)), older)
+    files = (*below.files, capture.memory_file) if capture.memory.count else below.files
+    if not is_good(layout, [0] * len(files)):
+        return None
+    mapped, strays = layout.mapped.rows().tobytes(), layout.strays.rows().tobytes()
+    return MappedMemory(files, mapped, strays, owner=(below, capture))
 
 
 def to_pages(overlay: Overlay) -> PageSet:
