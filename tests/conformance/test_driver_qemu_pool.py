@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from recess.drivers.qemu import QemuDriver, QemuVm
+from recess.drivers.qemu.keeper import read_pids
 from recess.drivers.qemu.pool_member import FOLDER
-from recess.machines.contract import Driver, RestoreParts, TemplateRef, Vm
-from recess.testing.driver_suite import DriverSuite, Rig
+from recess.images.disk import data_extents
+from recess.machines.contract import DISK_NAME, Driver, RestoreParts, TemplateRef, Vm
+from recess.testing.driver_suite import DriverSuite, Rig, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig, prime_pool, vm_processes
 
 pytestmark = pytest.mark.machines
@@ -67,3 +71,16 @@ class TestQemuDriverWithItsPool(DriverSuite):
         yield vm
         await vm.kill()
         assert rig.leftovers() == []
+
+    async def test_its_disk_boots_again_after_its_end(self, rig: Rig, driver: Driver, vm: Vm) -> None:
+        """How a disk boots has nothing to do with the pool; that a VM which ends by itself leaves its disk under the
+        machine's name, where it got it only when the VM was taken, has."""
+        await shell(vm.link, "echo kept-after-the-end > /root/file; sync")
+        assert isinstance(vm, QemuVm)
+        os.kill(read_pids(vm._handles.layout)["vmm"].pid, signal.SIGKILL)
+        await vm.wait_dead()
+        left = self.directory_of(rig, vm) / DISK_NAME
+        assert left.stat().st_size == rig.spec.disk_bytes
+        with left.open("rb") as file:
+            pieces = [os.pread(file.fileno(), end - start, start) for start, end in data_extents(file.fileno())]
+        assert any(b"kept-after-the-end" in piece for piece in pieces)
