@@ -5,7 +5,7 @@ Only waits for programs to start are longer; what the tests compare is untouched
 
 from __future__ import annotations
 
-from recess.drivers.firecracker import port
+from recess.drivers.firecracker import port, start
 from recess.drivers.qemu import keeper
 from recess.node import pagers
 
@@ -18,3 +18,4 @@ def pytest_configure() -> None:
     pagers.READY_S = _SECONDS
     keeper._START_TIMEOUT_S = _SECONDS
     port._LEAVE_TIMEOUT_S = _SECONDS
+    start._API_S = _SECONDS
