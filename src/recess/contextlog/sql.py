@@ -101,19 +101,21 @@ class SqlLog:
             sql.owned_in(tx, session, epoch)
             sql.set_columns(tx, session, {"lease_until": now + lease_s})
 
-        await self.db.write(run, locks=(session,))
+        await self.db.write(run, locks=(session,), ahead=sql.ahead(self.db.dialect, session))
 
     async def append(self, session: str, epoch: int, drafts: Sequence[Draft]) -> list[Appended]:
         """Owner append, all or nothing (see the contract)."""
         packed = await self._offload(rules.pack_all(drafts))
         ts = self._clock.wall_s()
-        return await self._append(session, lambda tx: sql.append_in(tx, session, epoch, packed, ts=ts))
+        return await self._append(session, packed, lambda tx: sql.append_in(tx, session, epoch, packed, ts=ts))
 
     async def append_inbox(self, session: str, draft: Draft) -> Appended:
         """Inbox append (see the contract)."""
         packed = (await self._offload([rules.pack(draft, inbox=True)]))[0]
         ts = self._clock.wall_s()
-        done = await self._append(session, lambda tx: [sql.append_inbox_in(tx, session, packed, ts=ts)])
+        done = await self._append(
+            session, [packed], lambda tx: [sql.append_inbox_in(tx, session, packed, ts=ts)]
+        )  # fmt: skip
         return done[0]
 
     async def update(self, session: str, epoch: int, **changes: Any) -> SessionRow:
@@ -284,17 +286,26 @@ class SqlLog:
         tx.notify(session)
 
     async def _change(
-        self, session: str, fn: Callable[[Tx], T], *, durable: bool = True, locks: Sequence[str] = ()
+        self,
+        session: str,
+        fn: Callable[[Tx], T],
+        *,
+        durable: bool = True,
+        locks: Sequence[str] = (),
+        packed: Sequence[Packed] = (),
     ) -> T:
         def run(tx: Tx) -> T:
             value = fn(tx)
             self._announce(tx, session)
             return value
 
-        return await self.db.write(run, durable=durable, locks=locks or (session,))
+        ahead = sql.ahead(self.db.dialect, session, packed)
+        return await self.db.write(run, durable=durable, locks=locks or (session,), ahead=ahead)
 
-    async def _append(self, session: str, fn: Callable[[Tx], list[Appended]]) -> list[Appended]:
-        done = await self._change(session, fn)
+    async def _append(
+        self, session: str, packed: Sequence[Packed], fn: Callable[[Tx], list[Appended]]
+    ) -> list[Appended]:
+        done = await self._change(session, fn, packed=packed)
         if self._appended is not None and done:
             self._appended(session, len(done))
         return done

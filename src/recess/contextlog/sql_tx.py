@@ -21,7 +21,7 @@ from recess.contextlog import lineage, rules
 from recess.contextlog.contract import Appended, Delta, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
-from recess.db import Row, Tx, UniqueViolation
+from recess.db import FOR_UPDATE, Query, Row, Tx, UniqueViolation
 from recess.errors import Conflict, Corrupt, NameInUse, NotFound
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SessionRow))
@@ -43,9 +43,18 @@ class SessionState:
         return lineage.ranges_of(self.row.id, self.inherited, self.row.fork_position, self.row.head)
 
 
+_LOAD = "SELECT * FROM log_session WHERE id = ?"
+
+
+def ahead(dialect: str, session: str, packed: Sequence[Packed] = ()) -> list[Query]:
+    """Return the queries that a write into a session begins with (see `Database.write`)."""
+    keys = _keys_query(session, packed)
+    return [(_LOAD + FOR_UPDATE[dialect], (session,)), *([keys] if keys else [])]
+
+
 def load(tx: Tx, session: str) -> SessionState:
     """Return a session by its exact id, held until the commit in a transaction that writes. Raises NotFound, Corrupt."""
-    row = tx.one(f"SELECT * FROM log_session WHERE id = ?{tx.for_update}", (session,))
+    row = tx.one(_LOAD + tx.for_update, (session,))
     if row is None:
         raise NotFound(f"no such session: {session[:200]}", hint="list them: recess session ls", kind="session",
                        ref=session[:200])  # fmt: skip
@@ -272,14 +281,16 @@ def _drop_deltas(tx: Tx, session: str, packed: Packed) -> None:
 
 def _known(tx: Tx, session: str, packed: Sequence[Packed]) -> dict[str, tuple[int, bytes]]:
     """Return position and digest of those keys that were used before."""
-    keys = [p.key for p in packed if p.key]
-    if not keys:
-        return {}
-    marks = ", ".join("?" * len(keys))
-    rows = tx.execute(
-        f"SELECT key, position, digest FROM log_key WHERE session = ? AND key IN ({marks})", (session, *keys)
-    )
+    query = _keys_query(session, packed)
+    rows = tx.execute(*query) if query else []
     return {str(row["key"]): (int(row["position"]), bytes(row["digest"])) for row in rows}
+
+
+def _keys_query(session: str, packed: Sequence[Packed]) -> Query | None:
+    keys = [p.key for p in packed if p.key]
+    marks = ", ".join("?" * len(keys))
+    sql = f"SELECT key, position, digest FROM log_key WHERE session = ? AND key IN ({marks})"
+    return (sql, (session, *keys)) if keys else None
 
 
 def _column(name: str, value: object) -> object:

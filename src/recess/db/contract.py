@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 SQLITE = "sqlite"
 POSTGRES = "postgres"
+FOR_UPDATE = {SQLITE: "", POSTGRES: " FOR UPDATE"}  # see `Tx.for_update`
+
+Query = tuple[str, Sequence[object]]  # SQL and its parameters
 
 
 class Row(Protocol):

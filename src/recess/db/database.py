@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recess.db.contract import Tx
+from recess.db.contract import Query, Tx
 from recess.db.migrations import RoomSchema
 from recess.errors import Unavailable
 
@@ -38,6 +38,7 @@ class Job:
     fn: Callable[[Tx], Any]
     durable: bool
     locks: Sequence[str]
+    ahead: Sequence[Query]
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
@@ -81,7 +82,14 @@ class Database(ABC):
 
         return SqliteDatabase.open_file(where, schemas, readers=readers)
 
-    async def write(self, fn: Callable[[Tx], T], *, durable: bool = True, locks: Sequence[str] = SHARED) -> T:
+    async def write(
+        self,
+        fn: Callable[[Tx], T],
+        *,
+        durable: bool = True,
+        locks: Sequence[str] = SHARED,
+        ahead: Sequence[Query] = (),
+    ) -> T:
         """Run `fn` in a transaction and return its value once that is durable.
 
         `fn` runs on the writer thread, must not block on anything else, and may run more than once (only the last run
@@ -90,9 +98,12 @@ class Database(ABC):
 
         `locks` names what this write must have for itself among all nodes: two writes that name the same word come one
         after the other, and the second sees what the first did. (A session's id; by default all share one word.)
+
+        `ahead` are queries that `fn` will begin with, of rows that nobody changes without one of these locks: a hint, by which an
+        engine on the other side of a socket may ask for many writes at once. `fn` asks as if there were none.
         """
         loop = asyncio.get_running_loop()
-        job = Job(fn, durable, locks, loop, loop.create_future())
+        job = Job(fn, durable, locks, ahead, loop, loop.create_future())
         with self._gate:
             if self._closed:
                 raise Unavailable("the database is closed")

@@ -3,7 +3,8 @@
 How a batch is written: one transaction on one connection. It first takes the locks that its writes name, sorted, as
 advisory locks: two nodes never wait for each other in a circle, and what is read under such a lock is still true when it is
 written (READ COMMITTED; each statement sees what was committed before it). Statements without rows are sent with the
-next one that has some (pipeline mode), the commit with the last of them, so that an append costs two round trips.
+next one that has some (pipeline mode), the commit with the last of them; what the writes of a batch ask for first is asked for
+together. So a batch of appends to different sessions costs two round trips, however many they are.
 
 A write that fails before it changed anything is simply left out. Any other failure undoes the batch, which is then
 repeated write by write: only the guilty one fails.
@@ -27,7 +28,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from recess.db.contract import POSTGRES, Row, Tx
+from recess.db.contract import FOR_UPDATE, POSTGRES, Row, Tx
 from recess.db.database import Database, Job, Outcome
 from recess.db.errors import UniqueViolation
 from recess.db.migrations import RoomSchema, migrate
@@ -61,21 +62,30 @@ def lock_key(schema: str, word: str) -> int:
     return int.from_bytes(blake2b(f"{schema}\x00{word}".encode(), digest_size=8).digest(), "big", signed=True)
 
 
+Asked = dict[tuple[str, tuple[object, ...]], "psycopg.Cursor[Any]"]  # queries that were sent ahead, answers at hand
+
+
 class PostgresTx(Tx):
     """A transaction on a session in pipeline mode."""
 
     dialect = POSTGRES
 
-    def __init__(self, conn: psycopg.Connection[Any], pipeline: psycopg.Pipeline, *, writes: bool) -> None:
+    def __init__(
+        self, conn: psycopg.Connection[Any], pipeline: psycopg.Pipeline, *, writes: bool, asked: Asked | None = None
+    ) -> None:
         super().__init__()
+        self._asked = asked or {}
         self._conn = conn
         self._pipeline = pipeline
-        self.for_update = " FOR UPDATE" if writes else ""
+        self.for_update = FOR_UPDATE[POSTGRES] if writes else ""
         self.skip_locked = " FOR UPDATE SKIP LOCKED" if writes else ""
         self.changed = False  # or may have: a statement that changes something was sent
 
     def execute(self, sql: str, params: Sequence[object] = ()) -> list[Row]:
         """Run one statement. One without rows is sent with the next that has some, and fails there."""
+        asked = self._asked.pop((sql, tuple(params)), None) if self._asked else None
+        if asked is not None:
+            return asked.fetchall()
         text, gives_rows, changes = in_postgres(sql)
         self.changed = self.changed or changes
         cursor = self._conn.execute(text, params)
@@ -216,8 +226,9 @@ class PostgresDatabase(Database):
             with conn.pipeline() as pipeline:
                 number = self._begin(conn, jobs)
                 notices: list[str] = []
-                for job in jobs:
-                    outcome, told = _one(conn, pipeline, job)
+                asked = _ask_ahead(conn, pipeline, jobs)
+                for job, answers in zip(jobs, asked, strict=True):
+                    outcome, told = _one(conn, pipeline, job, answers)
                     outcomes.append(outcome)
                     notices += told
                 xid = str(number.fetchall()[0][0])
@@ -266,9 +277,33 @@ class PostgresDatabase(Database):
         return "unknown"
 
 
-def _one(conn: psycopg.Connection[Any], pipeline: psycopg.Pipeline, job: Job) -> tuple[Outcome, list[str]]:
+def _ask_ahead(conn: psycopg.Connection[Any], pipeline: psycopg.Pipeline, jobs: list[Job]) -> list[Asked]:
+    """Send what the writes of a batch ask for first, all in one round trip; return each one's answers.
+
+    They are answered before any of the batch has written. So one that shares a lock with an earlier one asks by itself, and
+    so do all after one that names no lock, which may write anywhere.
+    """
+    out: list[Asked] = []
+    held: set[str] = set()
+    anywhere = False
+    for job in jobs:
+        own: Asked = {}
+        if not anywhere and held.isdisjoint(job.locks):
+            for sql, params in job.ahead:
+                own[sql, tuple(params)] = conn.execute(in_postgres(sql)[0], params)
+        out.append(own)
+        held.update(job.locks)
+        anywhere = anywhere or not job.locks
+    if any(out):
+        pipeline.sync()
+    return out
+
+
+def _one(
+    conn: psycopg.Connection[Any], pipeline: psycopg.Pipeline, job: Job, asked: Asked
+) -> tuple[Outcome, list[str]]:
     """Run one write. Raises what it raised if the transaction cannot simply go on without it."""
-    tx = PostgresTx(conn, pipeline, writes=True)
+    tx = PostgresTx(conn, pipeline, writes=True, asked=asked)
     try:
         value = job.fn(tx)
     except BaseException as exc:

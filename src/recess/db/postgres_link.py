@@ -53,7 +53,9 @@ class PgRow:
 
 
 def _rows(cursor: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], PgRow]:
-    index = {column.name: n for n, column in enumerate(cursor.description or ())}
+    result = cursor.pgresult  # not its description, which makes an object of each column
+    names = [result.fname(n) or b"" for n in range(result.nfields)] if result is not None else []
+    index = {name.decode(): n for n, name in enumerate(names)}
     return lambda values: PgRow(values, index)
 
 
