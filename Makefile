@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers hard
+.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers hard kvm-host
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the
 
 hard: setup ## other people's programs, frozen midway and forked, on each driver (its images take minutes to build)
 	@RECESS_HARD=1 $(VENV)/bin/pytest -q -s tests/hard $(HARD_ARGS)
+
+kvm-host: setup ## the Firecracker driver's tests in an emulated host with KVM (RECESS_FIRECRACKER_BIN, KVM_HOST_ARGS)
+	@$(PY) -m tests.kvm_host $(KVM_HOST_ARGS)
 
 soak: setup ## the long run on real machines
 	@tools/soak.sh
