@@ -104,6 +104,7 @@ class WarmPool:
         for member in self._waiting:
             if member.order.kind == order.kind and member.alive():
                 self._waiting.remove(member)
+                member.not_on_death(self._look)
                 self._taken += 1
                 return member
         self._missed += 1
@@ -118,8 +119,8 @@ class WarmPool:
         """Let at most this many wait from now on; returns when no more do. With 0 what was asked for is forgotten, too."""
         self._limit = limit
         if limit <= 0:
-            self._starts.clear()
-            self._orders.clear()
+            for known in (self._starts, self._orders, self._barred):
+                known.clear()
         self._look()
         await self.settled()
 

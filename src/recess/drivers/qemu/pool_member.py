@@ -126,6 +126,10 @@ class Member:
         """Have a function called when it ends, whyever."""
         self.begun.whole()[1].death.add_done_callback(told)
 
+    def not_on_death(self, told: Callable[[object], None]) -> None:
+        """Have it called no more: somebody else looks after this VM now."""
+        self.begun.whole()[1].death.remove_done_callback(told)
+
     async def become(self, layout: Layout, journal: Journal) -> None:
         """Become this machine's: its run folder (there, and empty) is now the VM's, its disk has its name.
 

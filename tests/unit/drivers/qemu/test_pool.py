@@ -37,6 +37,10 @@ class Waiting(Member):
     def on_death(self, told: Callable[[object], None]) -> None:
         self.told = told
 
+    def not_on_death(self, told: Callable[[object], None]) -> None:
+        assert told == self.told
+        self.told = lambda _what: None
+
     def die(self) -> None:
         self.dead = True
         self.told(None)
@@ -108,6 +112,7 @@ async def test_the_first_finds_none_and_the_next_one_finds_one(files: Path) -> N
     assert await world.settled() == 1
     assert await world.restore(order(files)) == [world.started[0]]
     assert await world.settled() == 1
+    world.started[0].die()  # it is somebody else's by now
     about = world.pool.about()
     assert (about.taken, about.missed, about.limit, about.memory_bytes) == (1, 1, 4, 30 * MIB)
     await world.pool.close()
