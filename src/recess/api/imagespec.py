@@ -11,7 +11,7 @@ from typing import Any
 
 from recess.errors import BadInput
 
-CWD = "/root"  # of images that say nothing, ours
+CWD = "/root"  # of root in images that say nothing, ours
 
 
 def with_image(spec: Mapping[str, Any], config: Mapping[str, Any], shell: Sequence[str] = ()) -> dict[str, Any]:
@@ -26,8 +26,9 @@ def with_image(spec: Mapping[str, Any], config: Mapping[str, Any], shell: Sequen
         first = entrypoint
     out["argv"] = [*first, *command] or list(shell)
     out["env"] = {**_pairs(config.get("Env")), **(out.get("env") or {})}
-    out["cwd"] = out.get("cwd") or config.get("WorkingDir") or ("/" if config else CWD)
     out["user"] = out.get("user") or config.get("User") or "root"
+    own = CWD if not config and out["user"] in ("root", "0") else "/"
+    out["cwd"] = out.get("cwd") or config.get("WorkingDir") or own
     return out
 
 

@@ -61,11 +61,12 @@ async def _open(link: GuestLink, first: dict[str, Any], spec: MachineSpec) -> Jo
     argv = field(first, "argv", list, [])
     if not argv or not all(isinstance(a, str) for a in argv):
         raise BadInput("argv: a non-empty list of strings is needed")
+    user = field(first, "user", str, "") or spec.user
     request = ExecRequest(
         argv=argv,
         env={str(k): str(v) for k, v in field(first, "env", dict, {}).items()},
-        cwd=field(first, "cwd", str, "") or spec.cwd,
-        user=field(first, "user", str, "") or spec.user,
+        cwd=field(first, "cwd", str, "") or (spec.cwd if user == spec.user else "/"),  # /root is root's alone
+        user=user,
         tty=field(first, "tty", bool, False),
         rows=field(first, "rows", int, 24),
         cols=field(first, "cols", int, 80),

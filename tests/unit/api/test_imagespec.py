@@ -40,6 +40,7 @@ def test_an_image_that_says_nothing():
     assert (out["argv"], out["cwd"], out["user"]) == (["/bin/sh"], "/root", "root")
     assert with_image({}, {"Cmd": ["a"]}, ["/bin/sh"])["argv"] == ["a"]
     assert with_image({}, {"Env": []})["cwd"] == "/"
+    assert with_image({"user": "nobody"}, {})["cwd"] == "/"  # who may not enter /root
 
 
 def test_nonsense_is_refused():

@@ -15,7 +15,7 @@ from recess.sdk.exec_stream import ExecStream
 @click.option("-t", "--tty", is_flag=True, help="Give it a terminal.")
 @click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Environment.")
 @click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file.")
-@click.option("-w", "--workdir", default="", help="Working folder; default: the machine's.")
+@click.option("-w", "--workdir", default="", help="Working folder; default: the machine's, of another user /.")
 @click.option("-u", "--user", default="", help="User, or uid[:gid]; default: the machine's.")
 @click.argument("machine")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
