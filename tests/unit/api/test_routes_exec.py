@@ -10,6 +10,7 @@ import pytest
 from recess.api.app import make_app
 from recess.api.wire import ProgressHub
 from recess.errors import IllegalState
+from recess.machines.service import MachineSpec
 
 
 class EndedJob:
@@ -46,7 +47,7 @@ class Client:
             return SimpleNamespace(exec=start)
 
         async def get(ref):
-            return SimpleNamespace(id="mch_1", session="")
+            return SimpleNamespace(id="mch_1", session="", spec=MachineSpec())
 
         machines = SimpleNamespace(get=get, link=link)
         sessions = SimpleNamespace(activity=lambda session, why: contextlib.nullcontext())
