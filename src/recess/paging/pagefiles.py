@@ -183,8 +183,9 @@ class PageFiles:
             with self._quietly("kept"):
                 try:
                     return self._extend(new, below) if below is not None else self._add_whole(new, None)
-                finally:
+                except Exception:
                     self._done()
+                    raise
             return False
 
     def adopt(self, key: str, ground: str, pages_total: int, pages: Numbers, file: int) -> bool:
@@ -202,16 +203,16 @@ class PageFiles:
                 try:
                     self._give_name(file, self._fresh)
                     return self._publish(new, [self._seal(file, self._fresh)], layout)
-                finally:
+                except Exception:
                     self._done()
+                    raise
             return False
 
     def _done(self) -> None:
-        """After a write, whatever came of it: a data file without a map goes."""
+        """After a write that failed: a data file without a map goes."""
         with self._lock:
-            if self._fresh:
-                self._fresh = ""
-                self._sweep()
+            self._fresh = ""
+            self._sweep()
 
     def _give_name(self, file: int, name: str) -> None:
         folder = os.open(self._folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -239,6 +239,7 @@ def test_a_crash_leaves_the_old_and_nothing_else(cache, point):
     cache.add("a", range(50), 1)
     with crashing(point):
         cache.add("b", range(20, 60), 2, parent="a")
+    assert len(cache.names(".pages")) == 2  # nobody cleans up after a crash but the next start
     cache.reopen()
     cache.check("a")
     assert not cache.files.has("b")

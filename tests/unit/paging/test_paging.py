@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from recess.errors import Corrupt
 from recess.paging import Facts, FaultServer, Piece, Segment, Uffd, choose, make_book
 from recess.paging.book import gaps_of, runs_of
+from recess.paging.uffd import ProcessGone
 
 PAGE = 4096
 PAGES = 64
@@ -186,3 +187,30 @@ def test_how_memory_is_brought_back(facts, way, word):
     choice = choose(facts)
     assert choice.way == way
     assert word in choice.why
+
+
+class GoesAway:
+    """The descriptor of a process that ends while its memory is being brought."""
+
+    def __init__(self, after):
+        self.fd, self.other = os.pipe()
+        self.left = after
+
+    def put(self, first, data):
+        if self.left == 0:
+            raise ProcessGone
+        self.left -= 1
+
+
+def test_a_process_that_ends_meanwhile_is_no_error_but_not_everything_came():
+    gone, kept = GoesAway(3), []
+    library = Library()
+    pages = np.arange(PAGES, dtype=np.uint32)
+    book = make_book(pages, (pages // PER_GROUP).astype(np.int32), PAGES // PER_GROUP)
+    server = FaultServer(gone, book, library, fill_after_s=0.0, keep=kept.append)
+    report = server.run()
+    assert (report.groups, book.groups) == (3, 16)
+    assert [piece.first for piece in kept] == [0, 4, 8]
+    assert library.ahead[0] == list(range(16))
+    os.close(gone.fd)
+    os.close(gone.other)
