@@ -159,13 +159,13 @@ async def measure(node: LocalNode, guest: Guest, scratch: Path, sample_mib: int)
         levels = await asyncio.to_thread(levels_of, pages, sample_mib)
         whole = archive_bytes(announce(blobs, snap.id, ""))
         await machines.keeping.remove(snap.id, force=True)  # so the next one stores everything anew
-        if not await drop_caches(link):
-            raise RuntimeError("the guest did not drop its caches")
-        again = await machines.snapshot(row.id)
+        # A busy host may be too slow for it: the rest of what was measured is not lost for that.
+        emptied = await drop_caches(link)
+        again = await machines.snapshot(row.id) if emptied else None
         return {
             "stored": snap.figures["new_bytes"], "pages_new": snap.figures["pages_new"], "raw_bytes": pages.nbytes,
             "pages_shared": dict(snap.figures["pages_shared"]), "levels": levels,
-            "matched_bytes": size_at(matched, node.config.zstd_level), "stored_after_drop_caches": again.figures["new_bytes"],
+            "matched_bytes": size_at(matched, node.config.zstd_level), "stored_after_drop_caches": again.figures["new_bytes"] if again is not None else None,
             "exported_bytes": whole,
         }  # fmt: skip
     finally:
@@ -260,12 +260,16 @@ def markdown(found: dict[str, Any], facts: dict[str, Any]) -> str:
         ("stored, all counted", [f"{one['stored'] / 1e6:.2f}" for one in measured.values()]),
         ("more without image and kernel blocks", [f"{one['matched_bytes'] / 1e6:.2f}" for one in measured.values()]),
         ("exported whole, template and all", [f"{one['exported_bytes'] / 1e6:.2f}" for one in measured.values()]),
-        ("stored after drop_caches", [f"{one['stored_after_drop_caches'] / 1e6:.2f}" for one in measured.values()]),
+        ("stored after drop_caches", [_megabytes(one["stored_after_drop_caches"]) for one in measured.values()]),
         ("captured pages that cost nothing", [_counts(one["pages_shared"]) for one in measured.values()]),
     ):
         out.append(f"| {title} | " + " | ".join(cells) + " |")
     out += ["", *(f"- {name}: {one}" for name, one in found.items() if isinstance(one, str))]
     return "\n".join(out)
+
+
+def _megabytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:.2f}"
 
 
 def _counts(shared: dict[str, int]) -> str:

@@ -41,4 +41,7 @@ def test_the_table_has_every_level_and_says_who_was_skipped():
     assert "| level, frame | Python agent |" in text
     assert "| exported whole, template and all | 14.00 |" in text
     assert text.count("| 1.00 (100, 500) |") == len(LEVELS)
+    assert "| stored after drop_caches | 3.70 |" in text
+    too_slow = markdown({"Python agent": {**one, "stored_after_drop_caches": None}}, FACTS)
+    assert "| stored after drop_caches | - |" in too_slow
     assert "- Node server: skipped: npm is not installed" in text
