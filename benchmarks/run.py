@@ -26,10 +26,12 @@ from benchmarks.figures import Figure, table
 from benchmarks.peers import start_work
 from benchmarks.workload import HEARTBEAT, WORK
 from recess.config import Config, load_config
+from recess.drivers.qemu import QemuDriver
 from recess.drivers.qemu.host import measure_tsc_khz
 from recess.guestlink.link import ExecRequest, GuestLink, Job
 from recess.images import clone_sparse, ensure_blank_disk
 from recess.machines import warmup
+from recess.machines.manager import Manager
 from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
 
@@ -106,13 +108,14 @@ async def snapshots(node: LocalNode, bare: Bare, repeats: int) -> list[Figure]:
         host.append(float(snap.figures["freezer_s"]))
         durable.append(float(snap.figures["durable_s"]))
         size.append(float(snap.figures["new_bytes"]))
-    restores = []
-    for i in range(repeats):
-        child, report = await machines.restore(snap.id, name=f"bench-r{i}")
-        restores.append(report.seconds)
-        await machines.remove(child.id, force=True)
+    pool = pool_of(node)
+    restores = await _restores(machines, snap.id, repeats, pool.pool_settled)
+    await pool.resize_pool(0)
+    unready = await _restores(machines, snap.id, repeats, pool.pool_settled)
+    await pool.resize_pool(node.config.warm_pool_max)
     forks = []
     for i in range(max(5, repeats // 2)):
+        await pool.pool_settled()
         children, seconds = await timed(machines.fork(row.id, 1, names=[f"bench-f{i}"]))
         forks.append(seconds)
         await machines.remove(children[0].id, force=True)
@@ -128,9 +131,31 @@ async def snapshots(node: LocalNode, bare: Bare, repeats: int) -> list[Figure]:
         Figure("snapshot durable", "ms", _scale(durable, ms), _scale(b["durable"], ms), 100),
         Figure("stored, first snapshot over a warm template", "MB", (first.figures["new_bytes"] * mb,), _scale(b["bytes"], mb), 4),
         Figure("stored, each later snapshot", "MB", _scale(size, mb)),
-        Figure("restore to guestd's reply", "ms", _scale(restores, ms), _scale(b["restore"], ms), 120),
+        Figure("restore to guestd's reply, a VM waits", "ms", _scale(restores, ms), _scale(b["restore"], ms), 70),
+        Figure("restore to guestd's reply, none waits", "ms", _scale(unready, ms), _scale(b["restore"], ms), 120),
         Figure("fork of a running machine to child's reply", "ms", _scale(forks, ms), _scale(b["fork"], ms), 150),
     ]  # fmt: skip
+
+
+async def _restores(
+    machines: Manager, snapshot: str, repeats: int, ready: Callable[[], Awaitable[None]]
+) -> list[float]:
+    """Restore again and again, each time when as many VMs wait as will; return what each took."""
+    out = []
+    for i in range(repeats):
+        await ready()
+        child, report = await machines.restore(snapshot, name=f"bench-r{i}")
+        out.append(report.seconds)
+        await machines.remove(child.id, force=True)
+    return out
+
+
+def pool_of(node: LocalNode) -> QemuDriver:
+    """Return the node's driver, whose warm pool these figures switch on and off."""
+    driver = node._chosen.driver
+    if not isinstance(driver, QemuDriver):
+        raise SystemExit(f"these figures are about QEMU, and this node runs {driver.name}")
+    return driver
 
 
 def _scale(samples: list[float], factor: float) -> tuple[float, ...]:
@@ -174,15 +199,10 @@ async def _output(*argv: str) -> int:
 
 async def template_forks(node: LocalNode, bare: Bare, repeats: int, seconds: float) -> list[Figure]:
     """Fork of a template, starts a minute at 2 in parallel, memory of 8 idle forks."""
-    machines = node.machines
-    ours, theirs = [], []
-    for i in range(repeats):  # interleaved: both see the same load
-        row, took = await timed(machines.create(SPEC, name=f"bench-t{i}"))
-        ours.append(took)
-        await machines.remove(row.id, force=True)
-        vm, took = await bare.fork()
-        theirs.append(took)
-        await vm.kill()
+    machines, pool = node.machines, pool_of(node)
+    ours, theirs = await _forks(node, bare, repeats)
+    await pool.resize_pool(0)
+    unready, theirs_then = await _forks(node, bare, repeats)
     count = iter(range(1_000_000))
 
     async def one() -> None:
@@ -194,10 +214,17 @@ async def template_forks(node: LocalNode, bare: Bare, repeats: int, seconds: flo
         vm, _ = await bare.fork()
         await vm.kill()
 
-    rate, rate_bare = [], []
+    rate, rate_unready, rate_bare = [], [], []
     for _ in range(3):
+        await pool.resize_pool(0)
+        rate_unready.append(await per_minute(one, seconds / 3))
+        await pool.resize_pool(node.config.warm_pool_max)
         rate.append(await per_minute(one, seconds / 3))
+        await pool.pool_settled()
         rate_bare.append(await per_minute(one_bare, seconds / 3))
+    (ready,) = (await node.kept_ready()).values()
+    held = [ready["memory_bytes"] / ready["waiting"]] if ready["waiting"] else []
+    await pool.resize_pool(0)  # what waits shares pages with what is measured now
     rows = [await machines.create(SPEC, name=f"bench-p{i}") for i in range(8)]
     await asyncio.sleep(1.0)
     pss = [float((await machines.stats(r.id))["pss_bytes"]) for r in rows]
@@ -208,11 +235,30 @@ async def template_forks(node: LocalNode, bare: Bare, repeats: int, seconds: flo
     pss_bare = [float(vm.pss_bytes()) for vm in vms]
     for vm in vms:
         await vm.kill()
+    await pool.resize_pool(node.config.warm_pool_max)
     return [
-        Figure("fork of a template to child's reply", "ms", _scale(ours, 1e3), _scale(theirs, 1e3), 90),
+        Figure("fork of a template to child's reply, a VM waits", "ms", _scale(ours, 1e3), _scale(theirs, 1e3), 90),
+        Figure("fork of a template to child's reply, none waits", "ms", _scale(unready, 1e3), _scale(theirs_then, 1e3), 90),
         Figure("starts a minute, 2 in parallel, each answered", "1/min", tuple(rate), tuple(rate_bare), 1400, more_is_better=True),
+        Figure("the same without a warm pool", "1/min", tuple(rate_unready), tuple(rate_bare), 1400, more_is_better=True),
+        Figure("memory of a VM that waits (PSS, keeper included)", "MB", _scale(held, 1e-6)),
         Figure("memory per idle fork, 8 of one template (PSS, keeper included)", "MB", _scale(pss, 1e-6), _scale(pss_bare, 1e-6), 55),
     ]  # fmt: skip
+
+
+async def _forks(node: LocalNode, bare: Bare, repeats: int) -> tuple[list[float], list[float]]:
+    """Return what forks of the template took, ours and bare, in turns: both see the same load."""
+    ours, theirs = [], []
+    for i in range(repeats):
+        await pool_of(node).pool_settled()
+        row, took = await timed(node.machines.create(SPEC, name=f"bench-t{i}"))
+        ours.append(took)
+        await node.machines.remove(row.id, force=True)
+        await pool_of(node).pool_settled()
+        vm, took = await bare.fork()
+        theirs.append(took)
+        await vm.kill()
+    return ours, theirs
 
 
 async def per_minute(one: Callable[[], Awaitable[None]], seconds: float) -> float:
