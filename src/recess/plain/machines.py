@@ -282,6 +282,7 @@ class PlainMachines:
             if found is None:
                 shutil.rmtree(path, ignore_errors=True)  # being made or removed when its server died
                 continue
+            _finish_put_back(path)
             machine = self._machines[found.id] = Plain(found, PlainLink(path, self._socket(found.id)))
             if found.state in ("running", "paused") and found.meta.get("boot") != self._boot:
                 self._save(machine, state="dead", status="the host was restarted")
@@ -344,7 +345,7 @@ class PlainMachines:
         await machine.link.processes.end_all()
 
     async def _put_back(self, machine: Plain, snapshot: str) -> None:
-        """Give a machine the files of a snapshot, by rename: a crash leaves the old ones or the new ones."""
+        """Give a machine the files of a snapshot, by two renames; a crash in between is mended when the next server loads it."""
         root, beside = self._home / machine.row.id / "root", self._home / machine.row.id / "root.new"
         await asyncio.to_thread(shutil.rmtree, beside, ignore_errors=True)
         await copy_tree(self._snapshots / snapshot / "root", beside)
@@ -363,6 +364,15 @@ class PlainMachines:
         mine = sorted((one for one in self._stored.values() if one.machine == machine_id), key=lambda one: one.created)
         for one in mine[:-KEEP]:
             self._drop(one.id)
+
+
+def _finish_put_back(folder: Path) -> None:
+    """Mend a machine whose server died between the two renames of `_put_back`: the copy was whole by then."""
+    root, beside = folder / "root", folder / "root.new"
+    if not root.exists() and beside.exists():
+        beside.rename(root)
+    for left in (beside, folder / "root.old"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 async def copy_tree(source: Path, target: Path) -> None:

@@ -70,10 +70,10 @@ class Machine:
     ) -> Machine:  # fmt: skip
         """Start a machine and return it when it answers.
 
-        `memory` and `disk` are bytes or "512M". `argv` is its main process, if it has one. `network`: broker (what
-        `allow` and `routes` let out), none or full. `user`, `cwd`, `env`: the image's own where you say nothing. `ports`: guest ports to publish on 127.0.0.1, {guest: host} or a list
-        (any free host port); `port()` tells them. `key`: the same key again is the same machine. Raises NotFound (image),
-        NameInUse, InvalidSpec, Unavailable.
+        `memory` and `disk` are bytes or "512M". `argv` is its main process, if it has one; `user`, `cwd` and `env` are the
+        image's own where you say nothing. `network`: broker (what `allow` and `routes` let out), none or full. `ports`:
+        guest ports to publish on 127.0.0.1, {guest: host} or a list (any free host port); `port()` tells them. `key`: the
+        same key again is the same machine. Raises NotFound (image), NameInUse, InvalidSpec, Unavailable.
         """
         spec: Json = {
             "image": image, "memory_bytes": memory, "cpus": cpus, "disk_bytes": disk, "argv": list(argv),

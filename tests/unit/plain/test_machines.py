@@ -109,6 +109,23 @@ async def test_the_next_server_finds_everything(open_machines, tmp_path):
     assert not (tmp_path / "plain" / "snapshots" / "snp_half").exists()
 
 
+async def test_a_server_that_died_while_it_put_files_back(open_machines, tmp_path):
+    machines = open_machines()
+    first, second = await machines.create(SPEC), await machines.create(SPEC)
+    for row, moved in ((first, True), (second, False)):
+        folder = tmp_path / "plain" / row.id
+        (folder / "root" / "a").write_text("old")
+        (folder / "root.new").mkdir()
+        (folder / "root.new" / "a").write_text("new")
+        if moved:
+            (folder / "root").rename(folder / "root.old")
+    later = open_machines()
+    assert await (await later.link(first.id)).read_file("/a") == b"new"
+    assert await (await later.link(second.id)).read_file("/a") == b"old"  # the copy may not have been whole
+    for row in (first, second):
+        assert not [one for one in (tmp_path / "plain" / row.id).iterdir() if one.name.startswith("root.")]
+
+
 async def test_after_a_restart_of_the_host_nothing_runs(open_machines, tmp_path):
     machines = open_machines()
     row = await machines.create(SPEC)
