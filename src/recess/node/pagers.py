@@ -25,6 +25,7 @@ from recess.errors import DriverFailed, Timeout, Unavailable
 from recess.machines.contract import PageSet
 from recess.machines.mapped import MEMORY
 from recess.node.pager import MESSAGE_MAX, TOUCHED_MAX
+from recess.node.stores import page_files_reserve
 from recess.paging.book import RUNS_MAX
 
 READY_S = 30.0
@@ -48,7 +49,7 @@ class Pagers:
         self._keep = keep if config.page_files_bytes and config.lazy_memory == "auto" else None
         self._room = {
             "folder": str(config.home / "pages"),
-            "max_bytes": config.page_files_bytes, "reserve_bytes": config.disk_reserve_bytes,
+            "max_bytes": config.page_files_bytes, "reserve_bytes": page_files_reserve(config),
         }  # fmt: skip
         self._sock: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None

@@ -95,8 +95,13 @@ def open_page_files(config: Config, free_bytes: Callable[[], int]) -> PageFiles:
     """Return the memories that this node keeps uncompressed; the disk's reserve is left alone."""
     return PageFiles(
         config.home / "pages", max_bytes=config.page_files_bytes, free_bytes=free_bytes,
-        reserve_bytes=config.disk_reserve_bytes,
+        reserve_bytes=page_files_reserve(config),
     )  # fmt: skip
+
+
+def page_files_reserve(config: Config) -> int:
+    """Return the bytes that page files leave free: more than the disk's reserve, for guests' disks grow on it, too."""
+    return config.disk_reserve_bytes + GIB
 
 
 def home_id(home: Path) -> str:
