@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
+from recess.errors import all_errors
 
 
 @pytest.fixture
@@ -277,3 +278,9 @@ def test_files_and_folders_are_copied_by_dockers_rules(recess, tmp_path):
     recess("cp", "dev:/none", str(tmp_path), expect=1)
     recess("cp", "dev:/root/deep/g", str(tmp_path / "no" / "g"), expect=2)
     assert b"srv/new/tree/deep/f" in recess("export", "dev").stdout
+
+
+def test_every_error_is_listed_without_a_server(recess, tmp_path):
+    listed = recess("errors", "-q").stdout.decode().split()
+    assert listed == [cls.code for cls in all_errors()]
+    assert not (tmp_path / "home" / "server.lock").exists()

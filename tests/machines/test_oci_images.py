@@ -132,7 +132,7 @@ def test_an_image_of_a_registry_runs_as_it_says_and_as_it_is_told(recess, regist
 @pytest.mark.timeout(400)
 def test_an_image_without_shell_or_libc_is_imported_from_an_archive_and_runs(recess, tmp_path):
     maker = ImageMaker(tmp_path / "tiny")
-    maker.finish([maker.manifest([tar(("hello", BUSYBOX.read_bytes()))], {"Entrypoint": ["/hello", "echo", "hi"]})])
+    maker.finish([maker.manifest([tar(("busybox", BUSYBOX.read_bytes()))], {"Entrypoint": ["/busybox", "echo", "hi"]})])
     saved = tmp_path / "saved.tar"
     # As `docker save` writes it.
     command = ["skopeo", "--insecure-policy", "copy", f"oci:{maker.folder}", f"docker-archive:{saved}:tiny:1"]

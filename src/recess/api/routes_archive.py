@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -43,10 +44,11 @@ async def read_archive(request: Request) -> Response:
     first = await anext(stream)  # what is wrong is said before the answer begins
 
     async def pieces() -> AsyncIterator[bytes]:
-        with node.sessions.activity(row.session, "files"):
-            yield first
-            async for piece in stream:
-                yield piece
+        async with aclosing(stream):  # a client that goes away ends the guest's reading, too
+            with node.sessions.activity(row.session, "files"):
+                yield first
+                async for piece in stream:
+                    yield piece
 
     return StreamingResponse(pieces(), media_type=_TAR)
 

@@ -70,6 +70,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "down": ("up", "down", "Stop the local server; machines keep running unless --all"),
     "df": ("prune", "df", "Show what takes space on this node"),
     "prune": ("prune", "prune", "Remove what nothing needs"),
+    "errors": ("errors", "errors", "List every error with its code and exit status"),
     "completion": ("completion", "completion", "Print a shell's completion script"),
     "version": ("version", "version", "Show versions"),
 }  # fmt: skip

@@ -8,7 +8,7 @@ This module must know nothing of frames: what guestd can do, and in which words,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from recess.errors import GuestFailed, RecessError, Timeout
@@ -145,7 +145,7 @@ class Link(Channel):
 
     async def get_tar(
         self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Yield a tar of a file or folder as it comes; see `TarReader`. GuestFailed when it breaks off."""
         stream = self.new_stream()
         try:

@@ -6,7 +6,7 @@ This room must know nothing of drivers, sessions, names or policies.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -209,7 +209,7 @@ class TarReader(Protocol):
 
     def get_tar(
         self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Yield a tar of a file or folder, called `name` in it (empty: only what is in the folder), without the paths in
         `skip`. Raises NotFound, BadInput (a file without a name), GuestFailed when it breaks off."""
         ...

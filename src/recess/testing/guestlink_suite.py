@@ -18,6 +18,7 @@ import pytest
 
 from recess.errors import BadInput, GuestFailed, IllegalState, NotFound, Unavailable
 from recess.guestlink import ByteStream, ExecRequest, GuestLink, Job, Thaw
+from recess.guestlink.link import TarReader
 from recess.testing.guestlink_process import GuestUnderTest
 
 BOUND_S = 30.0
@@ -276,6 +277,30 @@ class GuestLinkSuite:
             await guest.link.put_tar(f"{guest.scratch}/t", pieces(evil.getvalue()))
         with pytest.raises(BadInput, match="cut"):
             await guest.link.put_tar(f"{guest.scratch}/t", pieces(archive.getvalue()[:150_000]))
+
+    async def test_tar_of_a_folder(self, guest: GuestUnderTest) -> None:
+        link, root = guest.link, f"{guest.scratch}/read"
+        assert isinstance(link, TarReader)
+        content = os.urandom(300_000)
+        await link.write_file(f"{root}/deep/{'n' * 120}", content, 0o640)
+        await link.write_file(f"{root}/left/out", b"x")
+        data = b"".join([piece async for piece in link.get_tar(root, name="x", skip=[f"{root}/left"])])
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = {member.name: member for member in tar}
+            assert set(members) == {"x", "x/deep", f"x/deep/{'n' * 120}"}
+            file = members[f"x/deep/{'n' * 120}"]
+            inner = tar.extractfile(file)
+            assert inner is not None
+            assert inner.read() == content
+            assert file.mode == 0o640
+        with pytest.raises(NotFound):
+            await anext(link.get_tar(f"{root}/none", name="x"))
+        with pytest.raises(BadInput):
+            await anext(link.get_tar(f"{root}/left/out"))
+        begun = link.get_tar(root, name="x")
+        assert await anext(begun)
+        await begun.aclose()  # given up in the middle: the link goes on
+        assert await link.ping() >= 0
 
     async def test_dial(self, guest: GuestUnderTest) -> None:
         job = await guest.link.exec(ExecRequest(["python3", "-c", ECHO_SERVER]))

@@ -6,7 +6,7 @@ A link that is closed, or whose VM is stopped, fails as the real one does: Guest
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from recess.drivers.fake.guest import STDIN_BYTES_MAX, FakeGuest
@@ -204,7 +204,7 @@ class FakeLink:
 
     async def get_tar(
         self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """Yield a tar of a file or folder."""
         await self.answer()
         yield self.guest.files.pack(self.guest.files.clean(path), name, follow=follow, skip=skip)
