@@ -192,3 +192,31 @@ async def test_closing_waits_for_what_is_queued_and_refuses_what_comes_after(db)
     with pytest.raises(Unavailable):
         await db.read(ids)
     await db.close()
+
+
+async def test_what_is_asked_ahead_is_as_true_as_what_is_asked(db):
+    """Writes of one batch that share a lock see each other, whatever was asked for ahead; so does one after a write without."""
+    query = ("SELECT count(*) AS n FROM t WHERE id < ?", (100,))
+
+    def count_and_put(key):
+        def run(tx):
+            before = tx.execute(*query)[0]["n"]
+            quiet_put(key)(tx)
+            return before, tx.execute(*query)[0]["n"]
+
+        return run
+
+    gate = Gate()
+    first = asyncio.ensure_future(db.write(gate, locks=("gate",)))
+    await asyncio.to_thread(gate.entered.wait, 60)
+    jobs = [
+        asyncio.ensure_future(db.write(count_and_put(1), locks=("x",), ahead=[query])),
+        asyncio.ensure_future(db.write(count_and_put(2), locks=("x",), ahead=[query])),
+        asyncio.ensure_future(db.write(count_and_put(3), locks=())),
+        asyncio.ensure_future(db.write(count_and_put(4), locks=("y",), ahead=[query])),
+        asyncio.ensure_future(db.write(count_and_put(5), locks=("y",), ahead=[query, ("SELECT 1 AS x", ())])),
+    ]
+    await asyncio.sleep(0)
+    gate.open.set()
+    await first
+    assert await asyncio.gather(*jobs) == [(n, n + 1) for n in range(5)]

@@ -72,12 +72,16 @@ class PostgresServer:
             user = pwd.getpwnam("postgres")
             os.chown(self._folder, user.pw_uid, user.pw_gid)
         command = [str(self._bin / "initdb"), "-D", str(self._data), "-A", "trust", "-U", "postgres"]
-        made = subprocess.run(
-            [*self._as_user(), *command, "--no-locale", "-E", "UTF8", "--no-sync"], capture_output=True, text=True
-        )
-        if made.returncode:
-            raise Unavailable(f"initdb failed: {made.stderr.strip()[-500:]}")
-        self.start()
+        try:
+            made = subprocess.run(
+                [*self._as_user(), *command, "--no-locale", "-E", "UTF8", "--no-sync"], capture_output=True, text=True
+            )
+            if made.returncode:
+                raise Unavailable(f"initdb failed: {made.stderr.strip()[-500:]}")
+            self.start()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         return self
 
     def __exit__(
