@@ -26,7 +26,7 @@ FFMPEG = HardGuest(
     "FFmpeg in the middle of an encode",
     "hard",
     # One thread: the same frames in give the same bytes out, however often it was frozen.
-    begin="cd /root; nohup ffmpeg -nostdin -v error -progress progress -f lavfi -i testsrc2=size=320x240:rate=25:duration=24 "
+    begin="cd /root; nohup ffmpeg -nostdin -v error -progress progress -f lavfi -i testsrc2=size=320x240:rate=25:duration=12 "
     "-c:v libx264 -preset veryfast -threads 1 -fflags +bitexact -flags +bitexact out.mkv >log 2>&1 &",
     midway="cd /root; until grep -q '^frame=[1-9][0-9]' progress 2>/dev/null; do sleep 0.1; done; "
     "! grep -q progress=end progress",
@@ -45,7 +45,7 @@ POSTGRES = HardGuest(
     f"set -e; cd /tmp; set -- {_SQL}; PATH=$1:$PATH; initdb -D /root/db --no-sync >/tmp/init 2>&1; "
     'pg_ctl -D /root/db -w -t 120 -l /tmp/log -o "-c listen_addresses=" start >/dev/null; createdb bench; '
     "pgbench -i -q -s 1 bench >/dev/null 2>&1; "
-    "nohup pgbench -n -c 2 -t 400 -l --log-prefix=/tmp/acked bench >/tmp/result 2>&1 &'",
+    "nohup pgbench -n -c 2 -t 250 -l --log-prefix=/tmp/acked bench >/tmp/result 2>&1 &'",
     midway="until [ $(cat /tmp/acked.* 2>/dev/null | wc -l) -ge 20 ]; do sleep 0.1; done; pgrep -x pgbench >/dev/null",
     # Every transaction that a client was told of is a row, and the three tables agree.
     proof="while pgrep -x pgbench >/dev/null; do sleep 0.2; done; "
