@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The long run: twenty rounds of the crash matrix (agents as processes, both stores), two hundred naps of one real machine
-# (tools/naps.py), then the tests in tests/machines, tests/faults and tests/e2e on real machines, again and again.
+# (tools/naps.py), then the tests in tests/machines, tests/faults, tests/e2e and tests/hard on real machines, again and again.
 #
 #   tools/soak.sh [MINUTES]       default 60; stops at the first failure
 #
@@ -14,7 +14,8 @@ readonly minutes=${1:-60}
 	exit 2
 }
 folders=()
-for folder in machines faults e2e; do
+export RECESS_HARD=1
+for folder in machines faults e2e hard; do
 	compgen -G "tests/$folder/test_*.py" >/dev/null && folders+=("tests/$folder")
 done
 .venv/bin/python tools/crash_matrix.py 20
