@@ -1,7 +1,8 @@
 """Keeping the log's tables small: old rows are sealed into segments, and what no row names any more is removed.
 
 A session is looked at when it has grown by a segment's worth since it was looked at last, and once after each start. No lease is
-needed: entries never change, so who seals them does not matter; two at once make two blobs, of which one is named.
+needed: entries never change, so who seals them does not matter; two at once make two blobs, of which one is named. Each has a
+name of its own, so that a sweep of what was left never meets one that is about to be named.
 
 Crash safety: the segment's blob is durable before the one transaction that names it and removes the rows. A crash in
 between leaves a blob that no row names, which the sweep removes when it is older than the grace period; by then whoever
@@ -78,8 +79,11 @@ class LogKeeper:
 
     async def run(self) -> None:
         """Seal what is due, for ever. A failure (the store is down) is logged; the session is looked at again later."""
-        for session in await self.due():
-            self._due.put_nowait(session)
+        try:
+            for session in await self.due():
+                self._due.put_nowait(session)
+        except RecessError as exc:
+            log.warning("what is to be sealed was not looked for: %s", exc.message)
         while True:
             session = await self._due.get()
             try:

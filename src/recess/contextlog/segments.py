@@ -1,4 +1,4 @@
-"""Segments: runs of old entries in one seekable blob each, named by their hash. It must know no database.
+"""Segments: runs of old entries in one seekable blob each, proven by their hash. It must know no database.
 
 A segment is a file of `recess.frames`, kind "LOGS": frames of about 64 KiB of JSON lines, so that `zstd -d` prints it. A line
 is one entry, in the order of the columns of `log_entry`:
@@ -12,6 +12,7 @@ database's row; so a reader trusts no byte, and reads only the frames it wants.
 
 from __future__ import annotations
 
+import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def build(identity: str, session: str, rows: Sequence[Row], inbox_kinds: Iterabl
     first, last = int(rows[0]["position"]), int(rows[-1]["position"])
     extra = msgspec.json.encode(_Extra(VERSION, session, first, last, starts))
     file = build_seekable(KIND, len(frames), lambda i: b"".join(frames[i]), extra, level=LEVEL, pool=pool)
-    key = f"{FOLDER}/{identity}/{session}/{first}-{last}.{file.index_hash}"
+    # Never the name of one that a crash left: that may be swept at the very moment when this one is named.
+    key = f"{FOLDER}/{identity}/{session}/{first}-{last}.{file.index_hash}.{secrets.token_hex(4)}"
     kinds = frozenset(inbox_kinds)
     return Built(
         Segment(session, first, last, key, file.index_hash, file.size_bytes),
