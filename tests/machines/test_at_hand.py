@@ -32,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, images_dir: Path) -> Iterat
     (home / "images").symlink_to(images_dir)
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
     run_dir = base / f"recess-h-{secrets.token_hex(4)}"
-    yield load_config({}, home=str(home), run_dir=str(run_dir))
+    yield load_config({}, home=str(home), run_dir=str(run_dir), driver="qemu")
     left = left_processes(run_dir, home)
     for pid in left:
         os.kill(pid, signal.SIGKILL)

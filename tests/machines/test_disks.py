@@ -50,7 +50,7 @@ async def test_a_full_host_a_restart_and_a_killed_vm_lose_no_file(tmp_path, imag
     home.mkdir(mode=0o700)
     (home / "images").symlink_to(images_dir)
     run_dir = Path("/dev/shm") / f"recess-d-{secrets.token_hex(4)}"
-    config = load_config({}, home=str(home), run_dir=str(run_dir))
+    config = load_config({}, home=str(home), run_dir=str(run_dir), driver="qemu")
     with small_disk(config.machines_dir, 160 * MIB):
         lines: list[str] = []
         node = await LocalNode.open(config, progress=lines.append)

@@ -41,7 +41,7 @@ def config(tmp_path_factory, images_dir):
     (home / "images").symlink_to(images_dir)
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
     run_dir = base / f"recess-m-{secrets.token_hex(4)}"
-    yield load_config({}, home=str(home), run_dir=str(run_dir))
+    yield load_config({}, home=str(home), run_dir=str(run_dir), driver="qemu")
     left = left_processes(run_dir, home)
     folders = list((run_dir / "m").glob("*"))
     for pid in left:
@@ -220,7 +220,7 @@ from recess.machines.service import MachineSpec
 from recess.node.local import LocalNode
 from recess.testing.scan import blobs_that_hold, files_that_hold, process_holds
 async def main():
-    node = await LocalNode.open(load_config({}, home=sys.argv[1], run_dir=sys.argv[2]))
+    node = await LocalNode.open(load_config({}, home=sys.argv[1], run_dir=sys.argv[2], driver="qemu"))
     row = await node.machines.create(MachineSpec(memory_bytes=384 << 20, disk_bytes=1 << 30), name="orphan")
     print(row.id, flush=True)
     await asyncio.Event().wait()

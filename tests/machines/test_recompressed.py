@@ -30,7 +30,7 @@ async def node(tmp_path, images_dir):
     run_dir = base / f"recess-r-{secrets.token_hex(4)}"
     how = {"recompress_after_s": 0.001, "recompress_level": 9, "recompress_frame_bytes": 131072}
     how["page_files_bytes"] = 0  # nothing is at hand: every restore reads the layers
-    opened = await LocalNode.open(load_config({}, home=str(home), run_dir=str(run_dir), **how))
+    opened = await LocalNode.open(load_config({}, home=str(home), run_dir=str(run_dir), **{"driver": "qemu", **how}))
     yield opened
     for row in await opened.machines.list_machines(everything=True):
         await opened.machines.remove(row.id, force=True)

@@ -31,7 +31,9 @@ def config(tmp_path_factory, images_dir):
     (home / "images").symlink_to(images_dir)
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
     run_dir = base / f"recess-s-{secrets.token_hex(4)}"
-    yield load_config({}, home=str(home), run_dir=str(run_dir), snapshot_keep=1, snapshot_retention_s=0.0)
+    yield load_config(
+        {}, home=str(home), run_dir=str(run_dir), driver="qemu", snapshot_keep=1, snapshot_retention_s=0.0
+    )
     left = left_processes(run_dir, home)
     for pid in left:
         os.kill(pid, signal.SIGKILL)

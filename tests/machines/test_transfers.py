@@ -47,7 +47,7 @@ def home(tmp_path, images_dir):
         base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
         run_dir = base / f"recess-x-{secrets.token_hex(4)}"
         places.append((run_dir, folder))
-        return load_config({}, home=str(folder), run_dir=str(run_dir), **overrides)
+        return load_config({}, home=str(folder), run_dir=str(run_dir), **{"driver": "qemu", **overrides})
 
     yield make
     left = {}
