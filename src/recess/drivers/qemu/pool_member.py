@@ -36,7 +36,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu.argv import Qemu, command
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.capture import track_disk
-from recess.drivers.qemu.handles import in_thread
+from recess.drivers.qemu.handles import all_of, in_thread
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, write_journal
 from recess.drivers.qemu.keeper import Process, read_pids
@@ -137,7 +137,7 @@ class Member:
         """
         _, keeper, qmp = self.begun.whole()
         layout.directory.mkdir(parents=True, exist_ok=True)
-        _, status = await asyncio.gather(keeper.move(layout), qmp.execute("query-status"))
+        _, status = await all_of(keeper.move(layout), qmp.execute("query-status"))
         if status["status"] != _WAITS:
             raise DriverFailed(f"a VM that waited is in the state {status['status']}")
         await in_thread(self._rename, layout, journal)
@@ -192,7 +192,9 @@ async def start_member(order: Order) -> Member:
     watched, tether = os.pipe()
     disk_fd = -1
     try:
-        disk_fd = await in_thread(_prepare, order, folder)
+        folder.mkdir(parents=True, mode=0o700)
+        disk_fd = os.open(order.disks, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        await in_thread(_prepare, order, folder, disk_fd)
         begun.listen(order.hello_timeout_s)
         kind = order.kind
         argv = command(
@@ -213,19 +215,12 @@ async def start_member(order: Order) -> Member:
         os.close(watched)
 
 
-def _prepare(order: Order, folder: Path) -> int:
-    """Make the folder and the disk; return the latter, open."""
-    folder.mkdir(parents=True, mode=0o700)
+def _prepare(order: Order, folder: Path, disk_fd: int) -> None:
+    """Fill the disk, and give it a name that QEMU can open."""
     with space_errors(str(order.disks)):
-        fd = os.open(order.disks, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        os.truncate(fd, order.kind.spec.disk_bytes)
-        disk.copy_data(order.template.disk, fd)
-        (folder / _DISK_LINK).symlink_to(f"/proc/{os.getpid()}/fd/{fd}")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+        os.truncate(disk_fd, order.kind.spec.disk_bytes)
+        disk.copy_data(order.template.disk, disk_fd)
+        (folder / _DISK_LINK).symlink_to(f"/proc/{os.getpid()}/fd/{disk_fd}")
 
 
 def _name_file(fd: int, path: Path) -> None:
