@@ -3,13 +3,12 @@ line (which every process of the host can read), and is never shown again."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 import click
 
-from recess.cli.common import Invocation, verb
+from recess.cli.common import Invocation, callers_env, verb
 from recess.errors import BadInput, NotFound
 
 VALUE_BYTES_MAX = 64 * 1024
@@ -39,9 +38,10 @@ def set_(inv: Invocation, name: str, path: Path | None, variable: str, source: s
 
 def _value(name: str, path: Path | None, variable: str) -> str:
     if variable:
-        if variable not in os.environ:
+        known = callers_env()
+        if variable not in known:
             raise NotFound(f"no variable {variable} in this environment", kind="variable", ref=variable)
-        return os.environ[variable]
+        return known[variable]
     if path is not None:
         try:
             return path.read_bytes()[:VALUE_BYTES_MAX].decode("latin-1")
