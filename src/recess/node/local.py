@@ -47,8 +47,10 @@ from recess.node.transfers import Transfers
 from recess.node.usage import usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
+from recess.sessions.callbacks import Callbacks
 from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
+from recess.sessions.signing import root_key
 from recess.snapshots.recompression import Recompression
 from recess.units import PAGE_BYTES
 
@@ -185,6 +187,8 @@ class LocalNode:
         stack.push_async_callback(plain.close)
         backends = Backends(machines, plain)
         sessions = Sessions(Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings))
+        root = await asyncio.to_thread(root_key, config.token, config.home)
+        sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
@@ -245,7 +249,8 @@ class LocalNode:
 
     async def usage(self) -> dict[str, Any]:
         """Return what takes space on this node."""
-        return await usage(self.config, self.machines, self.images, await self.images.used())
+        in_use = await self.images.used()
+        return await usage(self.config, self.machines, self.images, in_use, await self.kept_ready())
 
     async def list_images(self) -> list[dict[str, Any]]:
         """Return all images."""

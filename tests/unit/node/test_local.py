@@ -34,7 +34,7 @@ async def test_open_create_exec_close(config):
     row = await node.machines.create(SMALL, name="dev")
     job = await (await node.machines.link(row.id)).exec(ExecRequest(argv=["echo", "hi"]))
     assert [data async for _, data in job.output()] == [b"hi\n"]
-    assert node.egress(row.id) == []
+    assert node.egress(row.id)["decisions"] == []
     assert lines
     await node.close(detach=False)
     await node.close()
