@@ -102,4 +102,6 @@ async def test_naps_stay_small_and_keep_everything(node):
     assert naps.compared == [NAPS // 2, NAPS]
     assert max(naps.layers) <= FILES_MAX
     assert naps.growth < 1.5
-    assert len([row for row in await node.machines.list_snapshots() if row.why == "suspend"]) == 2  # the first is named, the last is the last
+    assert (
+        len([row for row in await node.machines.list_snapshots() if row.why == "suspend"]) == 2
+    )  # the first is named, the last is the last
