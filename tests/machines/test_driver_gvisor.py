@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import codecs
 import dataclasses
 import io
-import os
-import secrets
-import shutil
 import tarfile
-import tempfile
-import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recess.config import Config, load_config
-from recess.drivers.gvisor import GvisorDriver
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor.journal import write_journal
-from recess.drivers.gvisor.runsc import find_runsc
 from recess.errors import DriverFailed, GuestFailed
 from recess.guestlink.link import ExecRequest
-from recess.machines.contract import DISK_NAME, PageSet, VmSpec
+from recess.machines.contract import PageSet
 from recess.testing.driver_suite import new_thaw, quiet_capture, shell
 from recess.testing.gvisor_rig import GvisorHome, GvisorRig, has_runsc, machine_processes
-from tests.machines.test_driver_qemu import NOBODY, nobodys_story, readable_spec
+from tests.machines.ordinary_user import play_as_nobody
 
 BLOB_PAGES = (32 << 20) // 4096
 
@@ -191,60 +181,7 @@ def test_an_ordinary_user_can_do_all_of_it(images_dir: Path) -> None:
     """The story of `test_driver_qemu`, as a user without rights, which root becomes for it. Inside there are all users."""
     if not has_runsc():
         pytest.skip("runsc is not installed")
-    place = Path(tempfile.mkdtemp(prefix="recess-nobody-"))
-    run_dir = Path("/dev/shm") / f"recess-nobody-{secrets.token_hex(4)}"
-    runsc = find_runsc(load_config())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            os._exit(run_as_nobody(images_dir, place, run_dir, runsc))
-        _, status = os.waitpid(child, 0)
-        assert status == 0, (place / "error").read_text()
-        assert not list((run_dir / "m").iterdir())
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def run_as_nobody(images_dir: Path, place: Path, run_dir: Path, runsc: Path) -> int:
-    """In a child process: copy what the user must read, become that user (if still root), play the story."""
-    try:
-        spec = readable_spec(images_dir, place)
-        own = shutil.copy(runsc, place / "bin" / "runsc")
-        config = load_config(
-            home=str(place / "home"), run_dir=str(run_dir), bin_dir=str(place / "bin"), runsc_bin=str(own)
-        )
-        (place / "error").touch()
-        codecs.lookup("cp437")  # what zip files need; this Python's library may be closed to that user
-        if os.getuid() == 0:
-            for path in (place, *place.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        asyncio.run(gvisors_story(config, spec, place))
-    except BaseException:
-        (place / "error").write_text(traceback.format_exc())
-        return 1
-    return 0
-
-
-async def gvisors_story(config: Config, spec: VmSpec, place: Path) -> None:
-    await nobodys_story(GvisorDriver(config), GvisorDriver(config), spec, place)
-    vm = await GvisorDriver(config).boot("users", spec, blank(place / "users", spec))
-    await vm.link.thaw(new_thaw())
-    assert await shell(vm.link, "touch /root/x; chown 33:33 /root/x; stat -c %u:%g /root/x") == "33:33"
-    assert await shell(vm.link, "setpriv --reuid 1000 --regid 1000 --clear-groups id -u") == "1000"
-    await vm.kill()
-
-
-def blank(directory: Path, spec: VmSpec) -> Path:
-    directory.mkdir()
-    with (directory / DISK_NAME).open("wb") as disk:
-        disk.truncate(spec.disk_bytes)
-    return directory
+    play_as_nobody("gvisor", images_dir)
 
 
 async def test_probe_runs_a_program(rig):

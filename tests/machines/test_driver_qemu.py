@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
-import traceback
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from recess.config import load_config
-from recess.drivers.qemu import QemuDriver, QemuVm, disk
+from recess.drivers.qemu import QemuVm, disk
 from recess.drivers.qemu.keeper import read_pids
 from recess.errors import DriverFailed, InvalidSpec, Unsupported
-from recess.machines.contract import DISK_NAME, BootFiles, RestoreParts, VmSpec
-from recess.testing.driver_suite import NO_PAGES, lines, new_thaw, quiet_capture, shell
-from recess.testing.qemu_rig import DISK_BYTES, MEMORY_BYTES, QemuHome, QemuRig
+from recess.machines.contract import DISK_NAME, RestoreParts
+from recess.testing.driver_suite import NO_PAGES, lines, quiet_capture, shell
+from recess.testing.qemu_rig import QemuHome, QemuRig
 from recess.units import PAGE_BYTES
+from tests.machines.ordinary_user import play_as_nobody
 
 NOBODY = 65534
 
@@ -204,73 +199,4 @@ async def test_what_cannot_be_started(rig: QemuRig, tmp_path: Path) -> None:
 
 def test_an_ordinary_user_can_do_all_of_it(images_dir: Path) -> None:
     """Boot, export, fork, capture, restore and adopt as a user without rights, which root becomes for it."""
-    place = Path(tempfile.mkdtemp(prefix="recess-nobody-"))
-    run_dir = Path("/dev/shm") / f"recess-nobody-{secrets.token_hex(4)}"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            child = os.fork()
-        if child == 0:
-            os._exit(run_as_nobody(images_dir, place, run_dir))
-        _, status = os.waitpid(child, 0)
-        assert status == 0, (place / "error").read_text()
-        assert not list((run_dir / "m").iterdir())
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def run_as_nobody(images_dir: Path, place: Path, run_dir: Path) -> int:
-    """In a child process: copy what the user must read, become that user (if still root), play the story."""
-    try:
-        spec = readable_spec(images_dir, place)
-        config = load_config(home=str(place / "home"), run_dir=str(run_dir), bin_dir=str(place / "bin"))
-        (place / "error").touch()
-        if os.getuid() == 0:
-            for path in (place, *place.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-        asyncio.run(nobodys_story(QemuDriver(config), QemuDriver(config), spec, place))
-    except BaseException:
-        (place / "error").write_text(traceback.format_exc())
-        return 1
-    return 0
-
-
-def readable_spec(images_dir: Path, place: Path) -> VmSpec:
-    home = QemuHome.shared(images_dir)
-    (place / "bin").mkdir()
-    (place / "m").mkdir()
-    shutil.copy(home.config.bin_dir / "keeper", place / "bin" / "keeper")
-    boot = home.spec.boot
-    copies = {}
-    for name in ("kernel", "initrd", "root"):
-        copies[name] = Path(shutil.copy(getattr(boot, name), place / name))
-    home.blank_disk(place / "m")
-    files = BootFiles(copies["kernel"], "k", copies["initrd"], "i", copies["root"], "r")
-    return VmSpec(memory_bytes=MEMORY_BYTES, cpus=1, disk_bytes=DISK_BYTES, boot=files)
-
-
-async def nobodys_story(driver: QemuDriver, second: QemuDriver, spec: VmSpec, place: Path) -> None:
-    assert os.getuid() != 0
-    vm = await driver.boot("template", spec, place / "m", for_template=True)
-    await vm.link.thaw(new_thaw())
-    await vm.link.freeze(sync=True)
-    ref = await vm.export_template(driver._config.run_dir / "template")
-    fork = await driver.restore("f", spec, RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes()), place / "f")
-    await fork.link.thaw(new_thaw())
-    await shell(fork.link, "echo mine > /dev/shm/word")
-    await fork.detach()
-    adopted = await second.adopt("f", place / "f")
-    assert adopted is not None
-    assert (await adopted.stats()).pss_bytes > 0
-    capture = await quiet_capture(adopted, resume=True)
-    parts = RestoreParts(ref, capture.memory, capture.disk, capture.vmstate)
-    child = await second.restore("r", spec, parts, place / "r")
-    await child.link.thaw(new_thaw())
-    assert await shell(child.link, "cat /dev/shm/word") == "mine"
-    capture.close()
-    await adopted.kill()
-    await child.kill()
+    play_as_nobody("qemu", images_dir)
