@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
+import importlib
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,8 +41,16 @@ def play_as_nobody(driver: str, images_dir: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert not list((run_dir / "m").iterdir())
     finally:
+        _end_what_is_left(run_dir)
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _end_what_is_left(run_dir: Path) -> None:
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit() and os.fsencode(run_dir) in (folder / "cmdline").read_bytes():
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def main(driver: str, images_dir: Path, place: Path, run_dir: Path) -> None:
@@ -49,6 +60,7 @@ def main(driver: str, images_dir: Path, place: Path, run_dir: Path) -> None:
     config = load_config(home=str(place / "home"), run_dir=str(run_dir), bin_dir=str(place / "bin"), **own)
     codecs.lookup("cp437")  # what zip files need; this Python's library may be closed to that user
     codecs.lookup("idna")
+    importlib.import_module("numpy.ma")  # numpy imports it when it first needs it
     if os.getuid() == 0:
         for path in (place, *place.rglob("*")):
             os.chown(path, NOBODY, NOBODY)
