@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import sys
 import tempfile
@@ -52,6 +53,8 @@ def _into(inv: Invocation, source: str, machine: str, path: str, follow: bool, s
         _send(inv, machine, path, spool)
         return
     here, contents = Path(source), source.endswith("/.") or source == "."
+    if not os.path.lexists(here):  # before the machine is asked, maybe woken
+        raise BadInput(f"{source}: no such file or folder")
     if _is_folder(inv, machine, path):
         folder, name = path, "" if contents else here.absolute().name
     elif path.endswith("/") and not here.is_dir():
