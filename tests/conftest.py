@@ -24,6 +24,7 @@ import pytest
 
 from recess.config import Config, load_config
 from recess.crashpoints import Crashed
+from recess.drivers.qemu.cgroup import Groups
 from recess.images import ImageStore, ensure_boot_files
 from recess.testing.firecracker_rig import why_no_firecracker
 from recess.testing.guestlink_process import writable_cgroup
@@ -198,6 +199,7 @@ _CONDITIONS: dict[str, Callable[[], bool]] = {
     "no-firecracker": lambda: bool(why_no_firecracker()),
     "no-firecracker-binary": lambda: not load_config().firecracker_bin,
     "no-cgroup": lambda: writable_cgroup() is None,
+    "no-groups": lambda: Groups.find().top is None,
     "no-namespaces": lambda: not may_mount() and not has_namespaces(),
 }
 

@@ -1,6 +1,6 @@
 """Run tests in a host with KVM: `python -m tests.kvm_host [--user] [PYTEST ARGUMENT...]`.
 
-Without arguments: the driver suite on Firecracker. RECESS_FIRECRACKER_BIN names the binary. With RECESS_KVM_HOST_KERNEL
+Without arguments: the driver suite on Firecracker, and what is particular to that. RECESS_FIRECRACKER_BIN names the binary. With RECESS_KVM_HOST_KERNEL
 the guests there start from that kernel (`trimmed`: the one that `make kernel` built) instead of Debian's.
 """
 
@@ -16,6 +16,8 @@ from tests.kvm_host.host import REPOSITORY, make_host, make_work, pytest_command
 
 FOLDER = REPOSITORY / "build" / "kvm_host"
 SUITE = "tests/conformance/test_driver_firecracker.py"
+PARTICULAR = "tests/machines/test_firecracker.py"
+PATIENCE = ["-q", "--timeout", "1800"]  # a guest in a guest in software
 
 
 async def main(arguments: list[str]) -> int:
@@ -31,7 +33,7 @@ async def main(arguments: list[str]) -> int:
     try:
         make_work(host, config.images_dir, Path(binary) if binary else None, work)
         async with host.running(work) as link:
-            return await run(link, pytest_command(arguments or [SUITE], **environment))
+            return await run(link, pytest_command([*PATIENCE, *(arguments or [SUITE, PARTICULAR])], **environment))
     finally:
         work.unlink(missing_ok=True)
 

@@ -4,7 +4,7 @@ QEMU's TCG emulates AMD's nested virtualisation, so the kernel modules kvm and k
 such a machine, and real VMMs run real guests in it, at the speed of emulation twice over. The host is made of Debian
 packages by the image builder, starts guestd as its first process, and is spoken to as any machine is.
 
-    DIR/kernel DIR/initrd DIR/root.erofs    the host; kept, made again when what it is made of has changed (DIR/made-of)
+    DIR/kernel DIR/initrd DIR/root.erofs    the host; kept, made again when what it is made of has changed (DIR/*.made-of)
     DIR/work.ext4                           this repository, its Python packages, images, the binary under test; per run
 
 The work disk is mounted at this repository's own path, read-write, and thrown away.
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,23 +130,37 @@ async def run(link: Link, script: str) -> int:
 
 
 def make_host(folder: Path, guestd: Path) -> KvmHost:
-    """Return the host, made now if it must be (some minutes, with network). Raises as `recess.images` does."""
-    recipe = repr((_RECIPE, _PACKAGES, _MODULES, hashlib.sha256(guestd.read_bytes()).hexdigest()))
-    stamp = folder / "made-of"
-    if stamp.is_file() and stamp.read_text() == recipe:
-        return KvmHost(folder)
+    """Return the host, made now where it must be (some minutes, with network). Raises as `recess.images` does.
+
+    Its root comes of Debian packages alone, and is not made again for another guestd.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    stamp.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temp:
-        _make_kernel(folder, guestd, Path(temp))
-        work = Path(temp) / "root"
-        work.mkdir()
-        debian.build_root(_PACKAGES, work, _say).replace(folder / "root.erofs")
-    # The guests' own kernel, with the modules that this version of the set-up keeps.
-    (folder / "images").mkdir(exist_ok=True)
-    kernel_debian.fetch_kernel(folder / "images", _say)
-    stamp.write_text(recipe)
+    with _unless_made(folder / "root.made-of", repr((_RECIPE, _PACKAGES))) as making:
+        if making:
+            with tempfile.TemporaryDirectory(dir=folder) as temp:
+                work = Path(temp) / "root"
+                work.mkdir()
+                debian.build_root(_PACKAGES, work, _say).replace(folder / "root.erofs")
+    recipe = repr((_RECIPE, _MODULES, hashlib.sha256(guestd.read_bytes()).hexdigest()))
+    with _unless_made(folder / "kernel.made-of", recipe) as making:
+        if making:
+            with tempfile.TemporaryDirectory(dir=folder) as temp:
+                _make_kernel(folder, guestd, Path(temp))
+            # The guests' own kernel, with the modules that this version of the set-up keeps.
+            (folder / "images").mkdir(exist_ok=True)
+            kernel_debian.fetch_kernel(folder / "images", _say)
     return KvmHost(folder)
+
+
+@contextlib.contextmanager
+def _unless_made(stamp: Path, recipe: str) -> Iterator[bool]:
+    """Yield whether something must be made, because this stamp does not say that it was made of this; then it says so."""
+    if stamp.is_file() and stamp.read_text() == recipe:
+        yield False
+        return
+    stamp.unlink(missing_ok=True)
+    yield True
+    stamp.write_text(recipe)
 
 
 def _make_kernel(folder: Path, guestd: Path, temp: Path) -> None:

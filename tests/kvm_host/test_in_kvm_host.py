@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
-from tests.kvm_host.__main__ import FOLDER, SUITE
+from tests.kvm_host.__main__ import FOLDER, PARTICULAR, PATIENCE, SUITE
 from tests.kvm_host.host import REPOSITORY, KvmHost, make_host, make_work, pytest_command, run
 
 pytestmark = [pytest.mark.machines, pytest.mark.timeout(4 * 3600)]
-
-PATIENCE = ["-q", "--timeout", "1800"]  # a guest in a guest in software
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +31,8 @@ def work(host: KvmHost, images_dir: Path, tmp_path: Path) -> Path:
 async def test_the_driver_suite_on_firecracker(host: KvmHost, work: Path) -> None:
     async with host.running(work) as link:
         environment = {"RECESS_FIRECRACKER_BIN": f"{REPOSITORY}/bin/firecracker"}
-        assert (
-            await run(link, pytest_command([*PATIENCE, SUITE, "tests/machines/test_firecracker.py"], **environment))
-            == 0
-        )
+        tests = [SUITE, PARTICULAR, "tests/machines/test_moves.py::test_a_disk_of_qemu_boots_under_firecracker"]
+        assert await run(link, pytest_command([*PATIENCE, *tests], **environment)) == 0
 
 
 async def test_qemu_on_kvm_tracked_and_lazy_also_for_an_ordinary_user_under_yama(host: KvmHost, work: Path) -> None:
@@ -46,5 +42,7 @@ async def test_qemu_on_kvm_tracked_and_lazy_also_for_an_ordinary_user_under_yama
             "tests/machines/test_paging.py",
             "tests/machines/test_lazy.py",
             "tests/machines/test_driver_qemu.py::test_an_ordinary_user_can_do_all_of_it",
+            "tests/machines/test_driver_qemu.py::test_it_runs_within_its_limits",
+            "tests/unit/drivers/qemu/test_cgroup.py",
         ]
         assert await run(link, pytest_command([*PATIENCE, *tests], RECESS_ACCELERATOR="kvm")) == 0

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from recess.drivers.qemu import QemuVm, disk
+from recess.drivers.qemu.cgroup import Groups, Limits
 from recess.drivers.qemu.keeper import read_pids
 from recess.errors import DriverFailed, InvalidSpec, Unsupported
 from recess.machines.contract import DISK_NAME, RestoreParts
 from recess.testing.driver_suite import NO_PAGES, lines, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
-from recess.units import PAGE_BYTES
+from recess.units import MIB, PAGE_BYTES
 from tests.machines.ordinary_user import play_as_nobody
 
 NOBODY = 65534
@@ -165,6 +166,30 @@ async def test_its_system_calls_are_filtered(rig: QemuRig) -> None:
             assert (said["Seccomp"], said["NoNewPrivs"]) == ("2", "1"), status
     finally:
         await vm.kill()
+
+
+async def test_it_runs_within_its_limits(rig: QemuRig) -> None:
+    """A fork's QEMU, with all of its threads, is in a control group of its own, which ends with it."""
+    groups = Groups.find()
+    if groups.top is None:
+        pytest.skip(groups.why)
+    vm = await rig.fork(rig.make_driver())
+    try:
+        assert isinstance(vm, QemuVm)
+        pid = read_pids(vm._handles.layout)["vmm"].pid
+        (own,) = [path for path in groups.top.iterdir() if path.is_dir() and _members(path) == [str(pid)]]
+        limits = Limits.of(rig.spec, 32 * MIB)
+        assert (own / "memory.max").read_text().strip() == str(limits.memory_bytes)
+        assert (own / "pids.max").read_text().strip() == str(limits.processes)
+        assert 0 < int((own / "memory.peak").read_text()) < limits.memory_bytes // 2
+    finally:
+        await vm.kill()
+    assert not own.exists()
+    assert rig.leftovers() == []
+
+
+def _members(group: Path) -> list[str]:
+    return (group / "cgroup.procs").read_text().split()
 
 
 async def test_the_budgets_are_in_reach(rig: QemuRig) -> None:

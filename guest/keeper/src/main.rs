@@ -9,6 +9,7 @@
 
 mod bitmap;
 mod buffer;
+mod group;
 mod memory;
 mod remap;
 mod remote;
@@ -29,15 +30,18 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use group::Group;
 use memory::Ram;
 use serve::{Guarded, Keeper};
 use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
 const USAGE: &str = "\
-usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--tether] -- PROGRAM ARGUMENT...
+usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--cgroup DIR] [--tether]
+                  -- PROGRAM ARGUMENT...
        keeper tsc-khz
        keeper --version
+--cgroup: the control group that the program is put into, and that is removed at its end
 --tether: standard input is a pipe; if it closes before a word was said there, the program is ended";
 /// Greatest size of the console's and the log's file in bytes.
 const TAIL_LIMIT: u64 = 1 << 20;
@@ -49,6 +53,7 @@ struct Options {
     ram: PathBuf,
     console: PathBuf,
     record: Option<PathBuf>,
+    cgroup: Option<PathBuf>,
     tether: bool,
     argv: Vec<String>,
 }
@@ -74,6 +79,7 @@ fn parse_options(words: &[String]) -> Result<Options, String> {
             "--ram" => out.ram = value,
             "--console" => out.console = value,
             "--record" => out.record = Some(value),
+            "--cgroup" => out.cgroup = Some(value),
             _ => return Err(format!("no such option: {word}")),
         }
     }
@@ -202,6 +208,7 @@ fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
     let log_tail = Tail::new(log_pipe, &options.dir.join(serve::LOG), TAIL_LIMIT)?;
     let console_tail = Tail::new(console_pipe, &options.console, TAIL_LIMIT)?;
     let timer = sys::timer()?;
+    let group = options.cgroup.as_deref().map(Group::open).transpose()?;
     let vmm = Vmm::start(
         &options.argv,
         ChildFds {
@@ -209,6 +216,7 @@ fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
             monitor,
             console,
         },
+        group.as_ref(),
     )?;
     let ram = Ram::new(vmm.pid, &options.ram)?;
     let me = std::process::id() as libc::pid_t;
@@ -221,6 +229,7 @@ fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
     serve::write_whole(&options.dir.join(serve::PIDS), pids.as_bytes())?;
     Ok(Keeper {
         record: options.record,
+        group,
         listener,
         sigterm,
         timer,
@@ -253,11 +262,12 @@ mod tests {
     #[test]
     fn options_are_parsed_and_missing_ones_told() {
         let options = parse_options(&words(
-            "--dir /d --ram /r --console /c --record /x -- /q -m 1",
+            "--dir /d --ram /r --console /c --record /x --cgroup /g -- /q -m 1",
         ))
         .unwrap();
         assert_eq!(options.argv, words("/q -m 1"));
         assert_eq!(options.record, Some(PathBuf::from("/x")));
+        assert_eq!(options.cgroup, Some(PathBuf::from("/g")));
         assert!(!options.tether);
         let tethered = words("--dir /d --ram /r --tether --console /c -- /q");
         assert!(parse_options(&tethered).unwrap().tether);

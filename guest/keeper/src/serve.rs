@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::buffer::Buffer;
+use crate::group::Group;
 use crate::memory::Ram;
 use crate::remap;
 use crate::request::{self, Request, REQUEST_LIMIT};
@@ -20,6 +21,9 @@ use crate::vmm::{End, Vmm};
 const CLIENTS: usize = 8;
 /// Bytes of the VMM's output that go with the event of its death.
 const LAST_WORDS: usize = 3072;
+
+/// Why a VMM was ended by the kernel, when its control group says so.
+const RAN_OUT: &str = "it wanted more memory than its limit";
 
 /// Names in the run folder, which the keeper owns: it is the working directory, and it is removed at the end.
 pub const SOCKET: &str = "keeper.sock";
@@ -39,6 +43,7 @@ pub enum Guarded {
 pub struct Keeper {
     /// Where the VMM's end is recorded, outside the run folder.
     pub record: Option<PathBuf>,
+    pub group: Option<Group>,
     pub listener: OwnedFd,
     pub sigterm: OwnedFd,
     pub timer: OwnedFd,
@@ -398,6 +403,12 @@ impl Keeper {
         self.log.drain();
         if let Some(console) = self.console.as_mut() {
             console.drain();
+        }
+        if let Some(group) = &self.group {
+            if group.ran_out() {
+                self.reason.get_or_insert(RAN_OUT);
+            }
+            group.remove();
         }
         self.welcome_all();
         let words = self.log.last(LAST_WORDS).unwrap_or_default();

@@ -7,6 +7,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use crate::group::Group;
 use crate::sys;
 
 /// The environment that reaches the VMM: what a program loader needs and nothing that could be a secret.
@@ -63,8 +64,9 @@ fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
 }
 
 impl Vmm {
-    /// Start `argv` (absolute program path). Returns when exec succeeded; a failed exec is an error here.
-    pub fn start(argv: &[String], fds: ChildFds) -> io::Result<Vmm> {
+    /// Start `argv` (absolute program path), in a control group if there is one. Returns when exec succeeded; what failed
+    /// before it is an error here.
+    pub fn start(argv: &[String], fds: ChildFds, group: Option<&Group>) -> io::Result<Vmm> {
         let argv: Vec<CString> = argv
             .iter()
             .map(|a| sys::cstring(a))
@@ -82,10 +84,20 @@ impl Vmm {
             (fds.monitor.as_raw_fd(), 3),
             (fds.console.as_raw_fd(), 4),
         ];
+        let procs = group.map(Group::procs);
         // SAFETY: the keeper has one thread; the child only makes async-signal-safe calls and then execs or exits.
         let pid = sys::check(unsafe { libc::fork() })?;
         if pid == 0 {
-            unsafe { child(&argv, &environment, &wanted, parent, report.as_raw_fd()) }
+            unsafe {
+                child(
+                    &argv,
+                    &environment,
+                    &wanted,
+                    procs,
+                    parent,
+                    report.as_raw_fd(),
+                )
+            }
         }
         drop(report);
         let mut code = [0u8; 4];
@@ -126,6 +138,7 @@ unsafe fn child(
     argv: &[*const libc::c_char],
     environment: &[*const libc::c_char],
     wanted: &[(RawFd, RawFd)],
+    procs: Option<RawFd>,
     parent: libc::pid_t,
     report: RawFd,
 ) -> ! {
@@ -133,6 +146,9 @@ unsafe fn child(
     libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
     if libc::getppid() != parent {
         libc::_exit(126); // the keeper died before the signal was set
+    }
+    if procs.is_some_and(|procs| libc::write(procs, b"0".as_ptr().cast(), 1) != 1) {
+        fail(report);
     }
     let mut empty: libc::sigset_t = std::mem::zeroed();
     libc::sigemptyset(&raw mut empty);
@@ -153,6 +169,11 @@ unsafe fn child(
         libc::CLOSE_RANGE_CLOEXEC as libc::c_int,
     );
     libc::execve(argv[0], argv.as_ptr(), environment.as_ptr());
+    fail(report)
+}
+
+/// Tell the keeper what the last call failed with, and end.
+unsafe fn fail(report: RawFd) -> ! {
     let code = (*libc::__errno_location()).to_ne_bytes();
     libc::write(report, code.as_ptr().cast(), code.len());
     libc::_exit(127)
@@ -188,7 +209,7 @@ mod tests {
     fn the_child_has_its_descriptors_and_its_end_is_seen() {
         let (mut log, mut console, fds) = fds();
         let script = "echo out; echo err >&2; echo con >&4; ls /proc/self/fd | wc -l; exit 3";
-        let vmm = Vmm::start(&words(&["/bin/sh", "-c", script]), fds).unwrap();
+        let vmm = Vmm::start(&words(&["/bin/sh", "-c", script]), fds, None).unwrap();
         let (mut said, mut shown) = (String::new(), String::new());
         log.read_to_string(&mut said).unwrap();
         console.read_to_string(&mut shown).unwrap();
@@ -204,7 +225,7 @@ mod tests {
     #[test]
     fn a_program_that_is_not_there_is_an_error() {
         let (_log, _console, fds) = fds();
-        let error = Vmm::start(&words(&["/nonexistent/qemu"]), fds)
+        let error = Vmm::start(&words(&["/nonexistent/qemu"]), fds, None)
             .err()
             .unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
@@ -213,7 +234,7 @@ mod tests {
     #[test]
     fn kill_ends_it() {
         let (_log, _console, fds) = fds();
-        let vmm = Vmm::start(&words(&["/bin/sleep", "60"]), fds).unwrap();
+        let vmm = Vmm::start(&words(&["/bin/sleep", "60"]), fds, None).unwrap();
         assert!(vmm.start > 0);
         vmm.kill();
         assert_eq!(vmm.reap(), End::Signal(9));

@@ -20,7 +20,7 @@ from typing import Any
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import Corrupt, Incompatible, NotFound, Unsupported
+from recess.errors import Corrupt, Incompatible, MissingTool, NotFound, Unsupported
 from recess.machines import keptdisk
 from recess.machines.contract import DISK_NAME, BootFiles, Driver, VmSpec
 from recess.machines.fleet import Fleet
@@ -50,7 +50,7 @@ class ColdBoot:
 
     async def own(self, record: MachineRecord, *, epoch: int, why: str) -> tuple[MachineRecord, ResumeReport]:
         """Boot from the disk that its last VM left. Raises NotFound, Corrupt, Incompatible, Unavailable, OutOfSpace."""
-        driver, moved = self._driver(record.driver)
+        driver, moved = await self._driver(record.driver)
         spec = spec_from_json(record.spec, f"machine {record.id}")
         directory = self._parts.directory(record.id)
         if keptdisk.size_of(directory) != spec.disk_bytes:
@@ -88,7 +88,7 @@ class ColdBoot:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         manifest = await asyncio.to_thread(self._parts.store.manifest, row.id)
         vm = manifest_vm(manifest)
-        driver, moved = self._driver(str(vm["driver"]))
+        driver, moved = await self._driver(str(vm["driver"]))
         if vm.get("disk_bytes") != spec.disk_bytes:
             raise Incompatible(f"snapshot {row.id[:16]}: its disk has another size", reasons=["disk size"])
         boot, note = await self._boot_files(spec, vm)
@@ -103,19 +103,29 @@ class ColdBoot:
         record, report = await self._boot(record, vm_spec(spec, boot, driver.name), epoch=epoch, why=why)
         return record, replace(report, snapshot=row.id, log_position=row.log_position)
 
-    def _driver(self, before: str) -> tuple[Driver, str]:
+    async def _driver(self, before: str) -> tuple[Driver, str]:
         """Return the driver to boot a disk with that a machine of the driver `before` left, and what is to be said of a
-        change: any that has disks can boot it. Raises Unsupported."""
+        change: any that has disks, and works here, can boot it. Raises Unsupported."""
         parts = self._parts
         known = {one.name: one for one in (parts.driver, *parts.others.values())}
-        if before in known:
-            if not known[before].capabilities.own_disk:
-                raise Unsupported(f"the {before} driver keeps files in memory: there is no disk to boot from")
-            return known[before], ""
-        for driver in known.values():
-            if driver.capabilities.own_disk:
-                return driver, f"under the driver {driver.name}, since {before} is not on this node"
+        if before in known and not known[before].capabilities.own_disk:
+            raise Unsupported(f"the {before} driver keeps files in memory: there is no disk to boot from")
+        for driver in sorted(known.values(), key=lambda one: one.name != before):
+            if driver.capabilities.own_disk and await self._is_here(driver):
+                changed = driver.name != before
+                return driver, f"under the driver {driver.name}, since {before} is not on this node" if changed else ""
         raise Unsupported(f"no driver of this node boots from a disk: it has {', '.join(known)}")
+
+    async def _is_here(self, driver: Driver) -> bool:
+        """Tell whether a driver's tools are on this node. Its own count as there: they can be put back, and a machine waits
+        for that; those of another driver may never come."""
+        if driver is self._parts.driver:
+            return True
+        try:
+            await driver.probe()
+        except (Unsupported, MissingTool):
+            return False
+        return True
 
     async def _unpack(self, snapshot_id: str, template_id: str, vm: Mapping[str, Any], directory: Path) -> None:
         """Write a snapshot's disk as a file. Its template's memory is not needed, and may be damaged."""

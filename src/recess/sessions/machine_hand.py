@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from recess.crashpoints import crash_point
-from recess.errors import Corrupt, IllegalState, Incompatible, NotFound, OutOfSpace, RecessError, Unavailable
+from recess.errors import (
+    Corrupt,
+    IllegalState,
+    Incompatible,
+    NotFound,
+    OutOfSpace,
+    RecessError,
+    Unavailable,
+    Unsupported,
+)
 from recess.guestlink.link import IncomingHandler
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport
 from recess.sessions.decisions import Rung, WakePlan, keeper_deadline_s
@@ -78,7 +87,7 @@ class MachineHand:
         for rung, snapshot in plan.steps:
             try:
                 report = await self._patiently(rung, snapshot, row, spec, lease.epoch, plan)
-            except (Incompatible, Corrupt, NotFound, IllegalState) as exc:
+            except (Incompatible, Unsupported, Corrupt, NotFound, IllegalState) as exc:
                 failure = exc
                 reasons.append(f"{rung} failed: {exc.message}")
                 continue

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from recess.drivers.fake import FakeDriver
-from recess.errors import Incompatible, Unsupported
+from recess.errors import Incompatible, MissingTool, Unsupported
 from recess.machines.manager import Manager
 from recess.testing.machine_room import SMALL, Room, machine_room
 
@@ -104,6 +104,34 @@ async def test_without_its_driver_the_memory_is_lost_aloud_and_the_disk_boots(ro
     assert "under the driver fake, since other is not on this node" in report.why
     assert (await room.manager.get(asked.id)).driver == "fake"
     assert await room.sh(asked.id, "cat /root/file; test -e /dev/shm/word || echo lost") == "kept\nlost\n"
+
+
+class Uninstalled(FakeDriver):
+    """A driver whose tools are not there."""
+
+    async def probe(self, *, fresh=False):
+        raise MissingTool("it is not installed")
+
+    async def fingerprint(self, spec):
+        raise MissingTool("it is not installed")
+
+
+async def test_a_driver_without_its_tools_is_as_good_as_none(room):
+    """Its machines' disks boot under one that works; with none that boots disks the ladder is at its end."""
+    asked = await room.manager.create(OTHER)
+    await room.sh(asked.id, "echo kept > /root/file; sync")
+    await room.manager.suspend(asked.id)
+    await room.manager.close(detach=True)
+    with_drivers(room, Uninstalled(name="other"))
+    await room.manager.recover()
+    room.parts.driver.capabilities = replace(room.parts.driver.capabilities, own_disk=False)
+    with pytest.raises(Incompatible, match="it is not installed"):
+        await room.manager.bring_back(asked.id)
+    room.parts.driver.capabilities = replace(room.parts.driver.capabilities, own_disk=True)
+    report = await room.manager.bring_back(asked.id)
+    assert report.rung == 4
+    assert "under the driver fake, since other is not on this node" in report.why
+    assert await room.sh(asked.id, "cat /root/file") == "kept\n"
 
 
 async def test_a_driver_without_disks_leaves_none_to_boot(room):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recess.drivers.qemu import keeper as keepers
+from recess.drivers.qemu.cgroup import Groups, Limits, remove
 from recess.drivers.qemu.handles import in_thread, unless_dead
 from recess.drivers.qemu.keeper import Keeper, end_vm
 from recess.drivers.qemu.layout import Layout
@@ -29,9 +30,12 @@ class Begun:
         """Open the link's socket; to be done before QEMU starts."""
         self.port = LinkPort.open(self.layout, hello_timeout_s=hello_timeout_s)
 
-    async def start(self, binary: Path, ram: Path, argv: Sequence[str], *, tether: int | None = None) -> None:
-        """Start keeper and QEMU and connect to both. Raises DriverFailed, Timeout."""
-        await in_thread(keepers.launch, binary, self.layout, ram, argv, tether=tether)
+    async def start(
+        self, binary: Path, ram: Path, argv: Sequence[str], *, limits: Limits | None, tether: int | None = None
+    ) -> None:
+        """Start keeper and QEMU, within these limits where control groups are to be had, and connect to both. Raises
+        DriverFailed, Timeout, and OSError for a group that cannot be made."""
+        await in_thread(_launch, binary, self.layout, ram, argv, limits, tether)
         await self.find("start")
 
     async def find(self, what: str) -> None:
@@ -58,3 +62,15 @@ class Begun:
             self.layout.disk_base.unlink(missing_ok=True)
         else:
             self.layout.remove_disks()
+
+
+def _launch(
+    binary: Path, layout: Layout, ram: Path, argv: Sequence[str], limits: Limits | None, tether: int | None
+) -> None:
+    group = None if limits is None else Groups.find().make(limits)
+    try:
+        keepers.launch(binary, layout, ram, argv, tether=tether, group=group)
+    except BaseException:
+        if group is not None:
+            remove(group)
+        raise

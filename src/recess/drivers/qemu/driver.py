@@ -11,6 +11,7 @@ from typing import Any
 from recess.config import Config
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
+from recess.drivers.qemu.cgroup import Groups
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.keeper import end_vm
@@ -80,6 +81,7 @@ class QemuDriver:
             "why": facts.why,
             "device_state": "command" if facts.qemu.devices_command else "migration",
             "tsc_khz": facts.tsc_khz,
+            "limits": await asyncio.to_thread(self._limits),
         }
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
@@ -108,6 +110,13 @@ class QemuDriver:
         handles = await start.adopt(await self._place(vm_id, journal.spec, directory))
         return None if handles is None else QemuVm(handles)
 
+    def _limits(self) -> str:
+        """Say what a VMM may take of the host, and by what."""
+        if self._config.vmm_limits == "off":
+            return "none (vmm_limits = off)"
+        groups = Groups.find()
+        return f"none ({groups.why})" if groups.top is None else f"{', '.join(groups.controllers)} ({groups.top})"
+
     def list_leftovers(self) -> Sequence[str]:
         """Return the ids that have a run folder; one whose start did not get as far as a journal is of this driver."""
         return vms_in(self._config.run_dir, {self.name, ""})
@@ -133,6 +142,7 @@ class QemuDriver:
         async with self._inspecting:
             if self._pool is None:
                 await asyncio.to_thread(sweep, self._config.run_dir)
+                await asyncio.to_thread(lambda: Groups.find().sweep())
                 self._pool = WarmPool(self._config.warm_pool_max, start_member)
             return self._pool
 
@@ -165,4 +175,5 @@ class QemuDriver:
             fingerprint=self._fingerprint(facts, spec),
             hello_timeout_s=self._boot_timeout_s,
             page_tracking=self._config.page_tracking,
+            limited=self._config.vmm_limits != "off",
         )

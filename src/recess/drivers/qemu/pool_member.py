@@ -36,6 +36,7 @@ from recess.drivers.qemu import disk
 from recess.drivers.qemu.argv import Qemu, command
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.capture import track_disk
+from recess.drivers.qemu.cgroup import Limits
 from recess.drivers.qemu.handles import all_of, in_thread
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, write_journal
@@ -76,6 +77,7 @@ class Order:
     hello_timeout_s: float
     run_dir: Path
     disks: Path
+    limits: Limits | None
 
     def is_current(self) -> bool:
         """Tell whether the files are still those that the kind names."""
@@ -86,7 +88,13 @@ class Order:
 
 
 def order_for(
-    layout: Layout, spec: VmSpec, template: TemplateRef, host: HostFacts, keeper_binary: Path, hello_timeout_s: float
+    layout: Layout,
+    spec: VmSpec,
+    template: TemplateRef,
+    host: HostFacts,
+    keeper_binary: Path,
+    hello_timeout_s: float,
+    limits: Limits | None = None,
 ) -> Order | None:
     """Return the order that a restore of this machine could be served by; None if a file is missing: then no VM can wait
     for it (the restore itself will say what is wrong)."""
@@ -98,7 +106,7 @@ def order_for(
     except OSError:
         return None
     kind = Kind(template.id, spec, host.qemu, files, device)
-    return Order(kind, template, host, keeper_binary, hello_timeout_s, layout.run.parent.parent, disks)
+    return Order(kind, template, host, keeper_binary, hello_timeout_s, layout.run.parent.parent, disks, limits)
 
 
 def _identities(template: TemplateRef, spec: VmSpec, qemu: Qemu, keeper_binary: Path) -> tuple[FileId, ...]:
@@ -200,7 +208,7 @@ async def start_member(order: Order) -> Member:
         argv = command(
             kind.qemu, kind.spec, begun.layout, ram=order.template.ram, share=False, boot=None, disk=Path(_DISK_LINK)
         )
-        await begun.start(order.keeper_binary, order.template.ram, argv, tether=watched)
+        await begun.start(order.keeper_binary, order.template.ram, argv, limits=order.limits, tether=watched)
         member = Member(order, begun, disk_fd, tether)
         await track_disk(begun.whole()[2])
         member.bytes = (await in_thread(process_stats, list(read_pids(begun.layout).values()))).pss_bytes

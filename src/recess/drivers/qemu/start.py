@@ -24,6 +24,7 @@ from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.bringing import bring_memory
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
+from recess.drivers.qemu.cgroup import Limits
 from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
@@ -36,6 +37,7 @@ from recess.drivers.qemu.state import load_state
 from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError, Unsupported
 from recess.images.disk import clone_sparse
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
+from recess.units import MIB
 
 _ADOPTION_HELLO_S = 30.0  # guestd runs already; QEMU 7.2 takes up to a second to connect again
 
@@ -52,6 +54,11 @@ class Place:
     fingerprint: Fingerprint
     hello_timeout_s: float
     page_tracking: str = "auto"  # auto | user | private (memory.py)
+    limited: bool = True  # the VMM gets a control group where there may be one (cgroup.py)
+
+    def limits(self, spec: VmSpec) -> Limits | None:
+        """Return what the VMM may take of the host."""
+        return Limits.of(spec, self.host.qemu.tb_mib * MIB) if self.limited else None
 
 
 def check_spec(spec: VmSpec) -> None:
@@ -145,7 +152,9 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPoo
     )
     order = None
     if template is not None and not own_ram:
-        order = order_for(layout, spec, template, place.host, place.keeper_binary, place.hello_timeout_s)
+        order = order_for(
+            layout, spec, template, place.host, place.keeper_binary, place.hello_timeout_s, place.limits(spec)
+        )
     steps = Steps()
     with pool.under_way(order):
         async with _starting(place, journal, keep_disk=False) as begin:
@@ -308,7 +317,9 @@ class _Begin:
         return True
 
     async def __call__(self, argv: Sequence[str]) -> Handles:
-        await self.begun.start(self.place.keeper_binary, Path(self.journal.ram), argv)
+        place, journal = self.place, self.journal
+        limits = place.limits(journal.spec)
+        await self.begun.start(place.keeper_binary, Path(journal.ram), argv, limits=limits)
         return self.handles()
 
     def handles(self) -> Handles:
