@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from recess_agent.cancelling import CANCELLED, CUT_SHORT, Stop, TurnCancelled
+from recess_agent.signs import Watch, disk_full
 from recess_agent.stream import ToolCall
 from recess_agent.tools import Call, Tool, render
 from recess_agent.waiting import IN_CALL, Waits
@@ -82,7 +83,7 @@ class Runs:
         return "not run: a human denied it" if answer == DENY else "not run: nobody approved it in time"
 
     async def _call(self, tool: Tool, call: Call) -> str:
-        within = IN_CALL.set(call.id)
+        within, watch = IN_CALL.set(call.id), Watch()
         running = asyncio.ensure_future(tool.run(call))  # it takes a copy of the context along
         IN_CALL.reset(within)
         try:
@@ -91,13 +92,14 @@ class Runs:
         except TurnCancelled:
             output, error = CUT_SHORT, True
         except Exception as exc:  # the tool's failure is the model's to handle
-            output, error = f"{type(exc).__name__}: {exc}", True
-        return await self._result(call.id, output, error=error)
+            output, error = f"{type(exc).__name__}: {exc}{disk_full(exc)}", True
+        return await self._result(call.id, output, error=error, told=watch.told())
 
-    async def _result(self, call_id: str, output: str, *, error: bool = False) -> str:
+    async def _result(self, call_id: str, output: str, *, error: bool = False, told: str = "") -> str:
         if len(output) > OUTPUT_CHARS_MAX:
             dropped = len(output) - OUTPUT_CHARS_MAX
             output = output[:OUTPUT_CHARS_MAX] + f"\n[recess] {dropped} more characters were dropped"
+        output += told
         body: Json = {"output": output}
         if error:
             body["error"] = True

@@ -141,6 +141,7 @@ class Session:
         pump = self._pumps[part] = DeltaPump(self._wire.post, turn.number, part)
         self._at_model(1)
         try:
+            turn.stop.check()  # a model that answers without a pause would win every race
             await turn.stop.race(_consume(source, collector, pump))
         except BaseException as exc:
             if collector.text and isinstance(exc, Exception):

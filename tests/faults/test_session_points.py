@@ -31,6 +31,7 @@ REWIND = ["session.after_rewind"]
 WAITING = ["session.after_ask", "session.after_timer"]
 CHILDREN = ["session.after_spawn", "session.before_report", "session.after_report"]
 CANCEL = ["session.before_cancel"]
+REBOOT = ["session.after_reboot"]
 WAITER = """
 import asyncio, os, pathlib
 from recess_agent import agent
@@ -55,9 +56,9 @@ async def me(s):
 
 
 def test_every_point_is_tried():
-    assert sorted(LIFE + UPGRADE + RECOVERY + FORK + REWIND + WAITING + CHILDREN + CANCEL) == known_crash_points(
-        "session."
-    )
+    assert sorted(
+        LIFE + UPGRADE + RECOVERY + FORK + REWIND + WAITING + CHILDREN + CANCEL + REBOOT
+    ) == known_crash_points("session.")
 
 
 @pytest.fixture(autouse=True)
@@ -242,3 +243,40 @@ async def test_a_crash_right_after_a_cancelled_turn_does_not_cancel_the_next(tmp
         assert [e.body["status"] for e in log if e.kind == "turn.end"] == ["done", "cancelled", "done", "done"]
         said = [e.body["text"] for e in log if e.kind == "assistant"]
         assert said == ["I am here", "I am next", "I am last"]  # the steering message is not begun a second time
+
+
+@pytest.mark.parametrize("vm", ["lives", "dies"])
+async def test_a_crash_while_a_machine_boots_another_image(tmp_path, vm):
+    async with coder_world(tmp_path, idle_timeout_s=60.0) as (w, s):
+        await w.say(s, "one", turn=1)
+        machine = await machine_of(w, s)
+        await (await w.machines.link(machine)).write_file("/root/kept", b"file")
+        await deploy_coder(w, tmp_path, "2", image="other")
+        crashpoints.arm("session.after_reboot")
+        await w.sessions.send(s, "two", key="m2")
+        await crash_at(w, "session.after_reboot", kill_machine=machine if vm == "dies" else "")
+        await w.sessions.recover()
+        await w.until(s, "turn.end", count=2)
+        assert await machine_of(w, s) == machine
+        assert (await w.machines.get(machine)).spec.image == "other"
+        assert await (await w.machines.link(machine)).read_file("/root/kept") == b"file"
+        assert notes(await w.entries(s))[-1]["version"] == "2"
+
+
+async def test_a_crash_while_a_machine_gets_more_memory(tmp_path):
+    async with coder_world(tmp_path, idle_timeout_s=60.0) as (w, s):
+        await w.say(s, "one", turn=1)
+        machine = await machine_of(w, s)
+        before = (await w.machines.get(machine)).spec.memory_bytes
+        crashpoints.arm("session.after_reboot")
+        await w.sessions.send(s, "work a", key="m2")
+        await appears(tmp_path / "work-a")
+        link = await w.machines.link(machine)
+        await link.write_file("/oom-kills", b"x")
+        link.signal_all(9)
+        await crash_at(w, "session.after_reboot")
+        (tmp_path / "go-a").touch()
+        await w.sessions.recover()
+        end = await w.until(s, "turn.end", count=2)
+        assert end.body["status"] == "done", "cut with less memory than it has now: once more, in this one"
+        assert (await w.machines.get(machine)).spec.memory_bytes == 2 * before

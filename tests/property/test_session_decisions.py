@@ -30,6 +30,8 @@ VIEWS = st.builds(
     policy=st.sampled_from(["pin", "turn", "now"]), cancel=st.booleans(), cancel_told=st.booleans(), cancel_s=SECONDS,
     resting=st.booleans(), ready=st.booleans(), due_s=st.one_of(st.none(), st.sampled_from([0.001, 30.0, 900.0])),
     rest_s=SECONDS, due_near_s=SECONDS, snapshot_in_s=st.one_of(st.none(), SECONDS),
+    by_hand=st.booleans(), oom=st.booleans(), may_grow=st.booleans(),
+    limit_in_s=st.one_of(st.none(), st.sampled_from([0.001, 30.0])),
 )  # fmt: skip
 
 
@@ -42,7 +44,7 @@ def test_decide_keeps_its_promises(view):
         assert move.act is Act.RECOVER
         return
     if move.act in (Act.FREEZE, Act.PARK):
-        assert not view.inbox or view.turn_open, "a message must never be frozen over"
+        assert not view.inbox or view.turn_open or view.by_hand, "a message must never be frozen over"
         assert not view.cancel
         assert not (view.holds and not view.suspend_wanted)
         if view.turn_open and view.state == "running":
@@ -81,8 +83,17 @@ def test_decide_keeps_its_promises(view):
         assert not view.turn_open
     if move.act is Act.WAIT and move.seconds is not None:
         assert move.seconds > 0, "a wait of nothing would spin"
-    if (view.inbox or view.turn_open or view.cancel) and view.state == "parked":
+    if ((view.inbox and not view.by_hand) or view.turn_open or view.cancel) and view.state == "parked":
         assert move.act is Act.UNPARK
+    if move.act is Act.GROW:
+        assert view.turn_open
+        assert view.turn_cut
+        assert view.oom
+        assert view.may_grow
+    if view.by_hand and not view.turn_open and not view.cancel:
+        assert move.act not in (Act.START_TURN, Act.RESTART_AGENT, Act.UPGRADE), "the session is a human's now"
+    if view.oom and not view.may_grow and view.turn_open and view.turn_cut:
+        assert move.act is not Act.RESTART_AGENT, "the same once more would end the same"
 
 
 @given(

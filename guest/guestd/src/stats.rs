@@ -12,6 +12,14 @@ pub fn meminfo(text: &str, key: &str) -> i64 {
         .map_or(0, |kib| kib * 1024)
 }
 
+/// How many processes the kernel has ended for want of memory since it booted (proc/vmstat, since Linux 4.13).
+pub fn oom_kills(vmstat: &str) -> i64 {
+    vmstat
+        .lines()
+        .find_map(|l| l.strip_prefix("oom_kill ")?.trim().parse().ok())
+        .unwrap_or(0)
+}
+
 /// Seconds since boot.
 pub fn uptime_s() -> f64 {
     let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
@@ -42,6 +50,7 @@ fn own_rss() -> i64 {
 
 pub fn snapshot(running_jobs: usize) -> Value {
     let mem = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let vmstat = fs::read_to_string("/proc/vmstat").unwrap_or_default();
     let load = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let words: Vec<&str> = load.split_ascii_whitespace().collect();
     let load_at = |i: usize| {
@@ -69,6 +78,7 @@ pub fn snapshot(running_jobs: usize) -> Value {
         ("threads", processes.into()),
         ("uptime_s", uptime_s().into()),
         ("jobs_running", (running_jobs as i64).into()),
+        ("oom_kills", oom_kills(&vmstat).into()),
         ("guestd_rss_bytes", own_rss().into()),
     ])
 }
@@ -88,6 +98,8 @@ mod tests {
             ),
             (102_400, 7168, 0)
         );
+        assert_eq!(oom_kills("oom_kil 9\npgfault 1\noom_kill 3\n"), 3);
+        assert_eq!(oom_kills(""), 0);
         assert!(uptime_s() > 0.0);
         assert!(
             snapshot(1)

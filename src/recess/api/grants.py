@@ -28,7 +28,7 @@ PROJECT = "project"  # the label of a session that says which project it belongs
 _SESSION = re.compile(r"/v1/sessions/(?P<ref>[^/]+)(?P<rest>/.*)?")
 _READ = frozenset({"", "/log", "/events", "/poll", "/questions", "/snapshots"})
 _WRITE = frozenset({"/messages", "/answers", "/cancel"})
-_MANAGE = frozenset({"/suspend", "/resume", "/close"})  # a project's own
+_MANAGE = frozenset({"/suspend", "/resume", "/close", "/take", "/hand-back"})  # a project's own
 
 
 @dataclass(frozen=True)

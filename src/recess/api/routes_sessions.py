@@ -172,6 +172,25 @@ async def act_on_session(request: Request) -> Response:
     return JSONResponse(session_json(await acts[verb](_ref(request))))
 
 
+async def take(request: Request) -> Response:
+    """POST /v1/sessions/REF/take: a human takes the session over; answered when no turn is open."""
+    body = await read_json(request)
+    reject_unknown(body, {"why"}, "body")
+    return JSONResponse(
+        session_json(await context_of(request).node.sessions.take(_ref(request), why=field(body, "why", str, "")))
+    )
+
+
+async def hand_back(request: Request) -> Response:
+    """POST /v1/sessions/REF/hand-back: the agent goes on, with `text` as a message to it."""
+    body = await read_json(request)
+    reject_unknown(body, {"text"}, "body")
+    row = await context_of(request).node.sessions.hand_back(
+        _ref(request), text=field(body, "text", str, ""), key=request.headers.get("idempotency-key", "")
+    )
+    return JSONResponse(session_json(row))
+
+
 async def fork(request: Request) -> Response:
     """POST /v1/sessions/REF/fork."""
     ctx, body = context_of(request), await read_json(request)
@@ -212,5 +231,7 @@ ROUTES = [
     Route("/v1/sessions/{ref}/diff", diff, methods=["GET"]),
     Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),
     Route("/v1/sessions/{ref}/rewind", rewind, methods=["POST"]),
+    Route("/v1/sessions/{ref}/take", take, methods=["POST"]),
+    Route("/v1/sessions/{ref}/hand-back", hand_back, methods=["POST"]),
     Route("/v1/sessions/{ref}/{verb}", act_on_session, methods=["POST"]),
 ]

@@ -12,14 +12,14 @@ from typing import Final
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import BadInput, IllegalState, NotFound, RecessError
+from recess.errors import BadInput, IllegalState, NotFound, RecessError, Unsupported
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
 from recess.machines.fleet import Fleet
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.parts import Parts
-from recess.machines.records import check_spec, machine_row, spec_from_json, vm_spec
+from recess.machines.records import check_spec, machine_row, spec_from_json, spec_to_json, vm_spec
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
@@ -99,6 +99,33 @@ class Acts:
         await self._fleet.end(record.id, "it is started again")
         await self._fresh(record, FRESH_WHY)
         return ResumeReport(FRESH_RUNG, FRESH_WHY, self._parts.clock.monotonic_s() - began)
+
+    async def reboot(self, ref: str, *, image: str, memory_bytes: int, epoch: int) -> ResumeReport:
+        """See `Machines.reboot`. State and spec change in one write before the VM is ended: a server that dies after it finds
+        a machine that has exited, whose disk boots as its row says; one that dies before, a machine that runs as it was."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            next_state(record.state, "use", f"machine {record.name}")
+            can = self._parts.driver_of(record.driver).capabilities
+            if not can.own_disk:
+                raise Unsupported(f"the {record.driver} driver keeps files in memory: a reboot would lose them")
+            was = spec_from_json(record.spec, f"machine {record.id}")
+            spec = replace(was, image=image or was.image, memory_bytes=memory_bytes or was.memory_bytes)
+            check_spec(spec, can)
+            await self._parts.images.boot_files(spec.image)  # there is such an image
+            live, meta = self._fleet.need(record.id), record.meta
+            if spec.image != was.image:
+                meta = {**meta, "vm": {**meta.get("vm", {}), "root": ""}}  # else the root it has would be booted
+            live.stopping = True
+            await self._fleet.settle(live)
+            record = await self._parts.catalog.machines.update(
+                record.id, state=EXITED, exit_code=0, status="rebooted", spec=spec_to_json(spec), meta=meta
+            )
+            crash_point("machines.reboot_noted")
+            self._parts.tell("stop", record.id, record.name, exit_code=0)
+            await self._fleet.end(record.id, "rebooted", keep_disk=True)
+            return await self._climber.climb(record, snapshots=(), rungs=(4,), own_disk=True, epoch=epoch)
 
     async def wait(self, ref: str) -> int:
         """Return the exit code of the main process once the machine's run is over (137: it was killed, or lost); at once

@@ -325,6 +325,10 @@ class Manager:
             record = await self._record(record.id)
             return await self._climber.climb(record, snapshots=snapshots, rungs=rungs, own_disk=own_disk, epoch=epoch)
 
+    async def reboot(self, ref: str, *, image: str = "", memory_bytes: int = 0, epoch: int = 0) -> ResumeReport:
+        """Boot a running machine's own disk again, with another image or more memory; see `Acts.reboot`."""
+        return await self.acts.reboot(ref, image=image, memory_bytes=memory_bytes, epoch=epoch)
+
     async def restore(
         self,
         snapshot: str,

@@ -189,6 +189,12 @@ class Machines(Protocol):
         """
         ...
 
+    async def reboot(self, ref: str, *, image: str = "", memory_bytes: int = 0, epoch: int = 0) -> ResumeReport:
+        """End a running machine's VM and boot its own disk again (rung 4) with another image, more memory, or both ("" and 0:
+        as before). What cannot be is refused before anything is touched: NotFound (no such image), InvalidSpec, Unsupported
+        (its driver keeps files in memory), IllegalState. After any other error it has exited, as what it was to be."""
+        ...
+
     async def restore(
         self,
         snapshot: str,

@@ -77,6 +77,10 @@ class Backends:
         """See `Machines`."""
         return await self._of(ref).bring_back(ref, **more)
 
+    async def reboot(self, ref: str, **more: Any) -> ResumeReport:
+        """See `Machines`."""
+        return await self._of(ref).reboot(ref, **more)
+
     async def restore(self, snapshot: str, **more: Any) -> tuple[MachineRow, ResumeReport]:
         """See `Machines`."""
         where: Machines = self._plain if self._plain.has_snapshot(snapshot) else self._vms

@@ -6,6 +6,7 @@ Links in it are followed as the process that made them would follow them: this i
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import posixpath
 import shutil
@@ -14,7 +15,7 @@ import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from recess.errors import BadInput, NotFound
+from recess.errors import BadInput, GuestFailed, NotFound, OutOfSpace
 from recess.guestlink.link import FileStat
 from recess.ids import new_id
 
@@ -94,6 +95,15 @@ class FolderFiles:
 
 
 def _unpack(target: Path, data: bytes) -> None:
+    try:
+        _unpack_members(target, data)
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfSpace(f"no room for files of the machine: {exc.strerror}", guest_kind="no_space") from exc
+        raise GuestFailed(f"cannot write files of the machine: {exc}") from exc
+
+
+def _unpack_members(target: Path, data: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()  # `filter=` is younger than the oldest Python we support
         for member in members:

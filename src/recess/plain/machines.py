@@ -192,6 +192,10 @@ class PlainMachines:
         why = f"{NO_MEMORY}: its files are kept, a new process reads the log"
         return ResumeReport(4, why, self._clock.monotonic_s() - began, source, position)
 
+    async def reboot(self, ref: str, *, image: str = "", memory_bytes: int = 0, epoch: int = 0) -> ResumeReport:
+        """Not offered: there is no VM that could boot."""
+        raise Unsupported("a plain process has this host's memory and files: it cannot be given others")
+
     async def restore(
         self, snapshot: str, *, name: str = "", session: str = "", epoch: int = 0, machine_id: str = "",
         disk_only: bool = False,

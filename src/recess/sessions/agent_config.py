@@ -14,6 +14,7 @@ from recess.errors import BadInput
 from recess.machines.service import MachineSpec
 from recess.sessions.cron import parse_cron
 from recess.sessions.decisions import POLICIES
+from recess.sessions.limits import Limits, parse_limits
 from recess.units import parse_duration, parse_size
 
 ENTRY = "agent.py"
@@ -38,6 +39,8 @@ _KEYS = frozenset(
         "snapshot",
         "cron",
         "backend",
+        "limits",
+        "memory_most",
     }
 )
 
@@ -56,12 +59,19 @@ class AgentConfig:
     snapshot_s: float = 0.0
     cron: Mapping[str, str] = field(default_factory=dict)  # expression -> the message that comes at that time
     memory_bytes: int = 512 << 20
+    memory_most_bytes: int = 0  # how large a machine may be made that ran out of memory; 0: twice `memory_bytes`
+    limits: Limits = field(default_factory=Limits)  # of one turn
     cpus: int = 1
     disk_bytes: int = 4 << 30
     network: str = "broker"
     allow: tuple[str, ...] = ()
     routes: Mapping[str, str] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+
+    def larger_bytes(self, memory_bytes: int) -> int:
+        """Return how much memory a machine that ran out of this much gets, 0 if it is as large as it may be."""
+        most = self.memory_most_bytes or 2 * self.memory_bytes
+        return min(2 * memory_bytes, most) if memory_bytes < most and self.backend == "machine" else 0
 
     def machine_spec(self, session: str) -> MachineSpec:
         """Return the machine a session of this agent runs in."""
@@ -132,6 +142,8 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         snapshot_s=snapshot_s,
         cron=_crons(config.get("cron") or {}),
         memory_bytes=parse_size(config["memory"]) if config.get("memory") else default.memory_bytes,
+        memory_most_bytes=parse_size(config["memory_most"]) if config.get("memory_most") else 0,
+        limits=parse_limits(config.get("limits")),
         cpus=_count(config.get("cpus", default.cpus)),
         disk_bytes=parse_size(config["disk"]) if config.get("disk") else default.disk_bytes,
         network=str(config.get("network") or default.network),

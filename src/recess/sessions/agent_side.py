@@ -198,7 +198,7 @@ class AgentSide:
                 written = await desk.agent_append(request)
                 await channel.catch_up(to=written.position - 1)
                 channel.seen = max(channel.seen, written.position)
-                if self.watched:
+                if self.watched or desk.excess():
                     self._ring()
                 result = {"position": written.position, "ts": written.ts, "key": written.key}
                 return result if written.body is None else {**result, "body": dict(written.body)}
@@ -231,3 +231,5 @@ class AgentSide:
             case DeltaLine() if self.desk is not None:
                 with contextlib.suppress(RecessError):
                     await self.desk.delta(line)
+                if self.desk.excess():
+                    self._ring()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FORKS_MAX = 64  # of one turn, by its agent
 
 # What a row's meta says of its machine and of what waits for it; a fork and a rewound session begin without.
-MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due")
+MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due", "worked", "by_hand")
 
 
 async def fork_live(sup: Supervisor, name: str) -> SessionRow:

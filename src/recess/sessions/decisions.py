@@ -33,6 +33,7 @@ class Act(StrEnum):
     CANCEL_TURN = "cancel_turn"  # end the open turn without waiting for the agent any longer
     SNAPSHOT = "snapshot"  # by the agent's policy; the machine goes on
     ANSWER = "answer"  # what the resting agent waits for is there
+    GROW = "grow"  # the turn was cut for want of memory: the machine gets more, once
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class View:
     upgrade_to: str  # a deployed version that is not ours, or ""
     policy: str
     cancel: bool = False  # the open turn (or, if none is, the next) is to be stopped
+    by_hand: bool = False  # a human works in the machine: no turn is begun, no process started
+    oom: bool = False  # the open turn's newest attempt was cut because this very machine ran out of memory
+    may_grow: bool = False  # and it may be made larger
+    limit_in_s: float | None = None  # when the open turn will have been at work for too long
     cancel_told: bool = False  # the agent knows
     cancel_s: float = 0.0  # how long it may take yet to stop by itself
     resting: bool = False  # the agent waits in its turn for what the host will tell it
@@ -88,6 +93,8 @@ def decide(view: View) -> Move:
         return _parked(view)
     if view.cancel:
         return _cancel(view)
+    if view.by_hand and not view.turn_open:
+        return _idle(view)
     if view.upgrade_to and view.policy == "now" and view.turn_open and not view.turn_cut:
         return Move(Act.CUT_FOR_UPGRADE, "policy now")
     if view.upgrade_to and view.policy == "now" and not view.turn_open:
@@ -119,6 +126,8 @@ def _at_work(view: View) -> Move:
     if _snapshot_due(view):
         return Move(Act.SNAPSHOT, "by the agent's policy")
     left = None if view.snapshot_in_s is None else max(view.snapshot_in_s, view.freeze_blocked_s)
+    if view.limit_in_s is not None:
+        left = view.limit_in_s if left is None else min(left, view.limit_in_s)
     return Move(Act.WAIT, "the agent is at work", left)
 
 
@@ -155,6 +164,9 @@ def _resting(view: View) -> Move:
 
 
 def _without_agent(view: View) -> Move:
+    if view.turn_open and view.turn_cut and view.oom:
+        # The same again in the same machine would end the same: a larger one, or a human.
+        return Move(Act.GROW, "out of memory") if view.may_grow else Move(Act.FAIL_TURN, "out of memory")
     if view.turn_open and view.cuts >= ATTEMPTS_MAX:
         return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
     if view.inbox and not view.turn_open and view.upgrade_to and view.policy == "turn":
@@ -170,7 +182,7 @@ def _without_agent(view: View) -> Move:
 
 
 def _parked(view: View) -> Move:
-    if view.inbox or view.turn_open or view.holds or view.cancel:
+    if (view.inbox and not view.by_hand) or view.turn_open or view.holds or view.cancel:
         return Move(Act.UNPARK, "there is work")
     left = max(view.idle_timeout_s + view.park_s - view.idle_s, view.freeze_blocked_s)
     if view.suspend_wanted or left <= 0:

@@ -22,6 +22,7 @@ from recess.errors import IllegalState
 from recess.sessions.facts import SPAWN, OpenCall, TurnFacts, fold, is_work, observe
 from recess.sessions.inbox import Inbox, arrive, begun, ended, restored
 from recess.sessions.keys import call_key, end_key, entry_key, start_key
+from recess.sessions.limits import GRACE_BYTES, Limits, excess
 from recess.sessions.protocol import DeltaLine, Request
 from recess.sessions.recovery import settle
 
@@ -51,6 +52,9 @@ class Desk:
         self.facts = TurnFacts()
         self.snapshotted = row.snapshot_position  # the newest snapshot's position
         self.inbox = Inbox(seen=row.consumed)
+        self.limits = Limits()
+        self.stopping = False  # the open turn is to be stopped: by a human, by a limit
+        self.streamed: dict[int, int] = {}  # bytes of replies of the open turn that have no entry yet, by part
         self.shown = 0  # how far the open turn's model has read, as its agent said last
         self.lock = asyncio.Lock()
 
@@ -110,8 +114,12 @@ class Desk:
             # Begun by an earlier attempt. Whether a call may run again was decided before this turn went on; a question
             # is not asked twice, and a time that was set stays as it was set.
             return Written(known, self._clock.wall_s(), secret)
-        if request.kind == "tool.start" and self.inbox.cancel:
+        if request.kind == "tool.start" and (self.inbox.cancel or self.stopping or self.excess()):
             raise IllegalState("the turn is being cancelled: no new call is begun")
+        if request.turn and self.facts.output_bytes > self.limits.output_bytes + GRACE_BYTES:
+            raise IllegalState("the turn is over its limit of output: nothing more of it is written")
+        if request.kind == "assistant":
+            self.streamed.pop(int(request.body.get("part", 0)), None)
         draft = self._draft(request, key)
         (position,) = await self.append([draft])
         return Written(position, self._clock.wall_s(), secret, None if draft.body is request.body else draft.body)
@@ -136,9 +144,15 @@ class Desk:
         """Record a child session. Idempotent by `ref`."""
         await self.append([Draft(SPAWN, body, turn=turn, ref=ref, key=f"t{turn}/spawn/{ref}")])
 
+    def excess(self, worked_s: float = 0.0) -> str:
+        """Return which of its limits the open turn is over, "" for none."""
+        return excess(self.limits, self.facts, worked_s=worked_s, streamed_bytes=sum(self.streamed.values()))
+
     async def delta(self, line: DeltaLine) -> None:
-        """Keep a piece of a reply; one for a turn that is not at work is dropped."""
-        if self.facts.open and line.turn == self.facts.turn:
+        """Keep a piece of a reply; one for a turn that is not at work, or says too much, is dropped."""
+        if self.facts.open and line.turn == self.facts.turn and not self.excess():
+            before = self.streamed.get(line.part, 0) if line.n else 0
+            self.streamed[line.part] = before + len(line.text)
             await self._log.put_delta(self.session, self.epoch, Delta(line.turn, line.part, line.n, line.text))
 
     # -- turns -----------------------------------------------------------------------------------------------------
@@ -151,14 +165,15 @@ class Desk:
         if self.inbox.cancel:
             drafts.append(self._end(turn, "cancelled", self.inbox.why, shown=0))
         await self.append(drafts)
-        self.inbox, self.shown = begun(self.inbox), 0
+        self.inbox, self.shown, self.streamed = begun(self.inbox), 0, {}
         if not self.facts.open:
             self.inbox = ended(self.inbox, shown=0)
         await self._keep_inbox(turn=turn, attempts=1)
 
-    async def keep_waits(self, due: float | None) -> None:
-        """Write down what a session that is put away still has to do: the messages that wait, and when to wake."""
-        await self.save_meta(queued=list(self.inbox.queue) or "", due="" if due is None else due)
+    async def keep_waits(self, due: float | None, worked: list[Any] | str = "") -> None:
+        """Write down what a session that is put away still has to do: the messages that wait, when to wake, and how long its
+        open turn has been at work."""
+        await self.save_meta(queued=list(self.inbox.queue) or "", due="" if due is None else due, worked=worked)
 
     async def sleep_on(self, before: SessionRow) -> None:
         """Let a frozen session be: note the messages that wait, give the lease back. `before`: its row before the claim. What
@@ -184,7 +199,7 @@ class Desk:
     async def next_attempt(self) -> None:
         """Begin the open turn anew after a cut."""
         facts = self.facts
-        attempt = facts.attempt + 1
+        attempt, self.streamed = facts.attempt + 1, {}
         body = {"inbox": facts.inbox, "attempt": attempt}
         await self.append([Draft("turn.start", body, turn=facts.turn, key=start_key(facts.turn, attempt))])
         await self._log.update(self.session, self.epoch, attempts=attempt)
@@ -206,13 +221,15 @@ class Desk:
             body |= {"dealt": self.inbox.seen, "shown": min(shown, self.inbox.seen)}
         return Draft("turn.end", body, turn=turn, key=end_key(turn))
 
-    async def settle(self, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0) -> None:
+    async def settle(
+        self, *, cause: str, detail: str, machine_lives: bool, machine_position: int = 0, memory_bytes: int = 0
+    ) -> None:
         """Settle what the open turn left open, in one transaction (see `recovery.settle`)."""
         deltas = await self._log.deltas(self.session)
         await self.append(
             settle(
                 self.facts, deltas, cause=cause, detail=detail, machine_lives=machine_lives,
-                machine_position=machine_position,
+                machine_position=machine_position, memory_bytes=memory_bytes,
             )
         )  # fmt: skip
 

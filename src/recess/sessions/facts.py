@@ -11,6 +11,7 @@ from typing import Any
 
 from recess.contextlog.contract import INBOX_KINDS, Entry
 
+OOM = "oom"  # the cause of a turn.cut: the process was ended for want of memory
 SPAWN = "x.spawn"  # a child session was started; its report comes as the answer of the same ref
 
 # Entries after which a machine that was captured before them is behind the log: something happened that it has not seen.
@@ -70,10 +71,14 @@ class TurnFacts:
     answers: Mapping[str, Answer] = field(default_factory=dict)  # of this turn: ref -> what came in
     dealt: int = 0  # the turn that ended last had obeyed every stop up to here
     shown: int = 0  # and its model had seen every steering message up to here
+    steps: int = 0  # of this turn, all attempts: model replies and tool calls
+    output_bytes: int = 0  # of this turn, all attempts: what the agent said and its tools returned
+    oom_bytes: int = 0  # memory of the machine in which the newest attempt was cut by want of it; 0: it was not
 
 
 _NOTHING_OPEN: dict[str, Any] = {
     "open": False, "cut": False, "calls": {}, "asks": {}, "spawned": frozenset(), "timers": {}, "answers": {},
+    "steps": 0, "output_bytes": 0, "oom_bytes": 0,
 }  # fmt: skip
 
 
@@ -83,11 +88,15 @@ def observe(facts: TurnFacts, entry: Entry) -> TurnFacts:
         facts = replace(facts, keys={**facts.keys, entry.key: entry.position})
     if is_work(entry.kind):
         facts = replace(facts, last_work=entry.position)
+    if facts.open and entry.turn == facts.turn and _is_said(entry.kind):
+        steps = facts.steps + (entry.kind in ("assistant", "tool.start"))
+        facts = replace(facts, steps=steps, output_bytes=facts.output_bytes + _size(entry.body))
     match entry.kind:
         case "turn.start":
             return _started(facts, entry)
         case "turn.cut":
-            return replace(facts, cut=True, cuts=facts.cuts + 1)
+            oom = entry.body.get("memory_bytes") if entry.body.get("cause") == OOM else 0
+            return replace(facts, cut=True, cuts=facts.cuts + 1, oom_bytes=oom if isinstance(oom, int) else 0)
         case "turn.end":
             dealt, shown = int(entry.body.get("dealt", 0)), int(entry.body.get("shown", 0))
             return replace(facts, **{**_NOTHING_OPEN, "dealt": dealt, "shown": shown})
@@ -119,7 +128,7 @@ def _started(facts: TurnFacts, entry: Entry) -> TurnFacts:
         "started": entry.position,
     }  # fmt: skip
     if facts.turn == entry.turn:
-        return replace(facts, **{**began, "open": True, "cut": False})
+        return replace(facts, **{**began, "open": True, "cut": False, "oom_bytes": 0})
     keys = {entry.key: entry.position} if entry.key else {}
     return replace(facts, **{**_NOTHING_OPEN, **began, "open": True, "cuts": 0, "keys": keys})
 
@@ -127,6 +136,24 @@ def _started(facts: TurnFacts, entry: Entry) -> TurnFacts:
 def _due(entry: Entry) -> float:
     due = entry.body.get("due")
     return float(due) if isinstance(due, int | float) else 0.0
+
+
+def _is_said(kind: str) -> bool:
+    """Tell whether an entry of this kind is the agent's own saying or doing."""
+    return kind in ("assistant", "tool.start", "tool.result", "tool.settled", "note", "compact", "ask") or (
+        kind.startswith("x.") and kind != SPAWN
+    )
+
+
+def _size(body: Mapping[str, Any]) -> int:
+    """Return about how many bytes a body takes. Cheap: only its texts count, two levels deep."""
+    total = 0
+    for value in body.values():
+        if isinstance(value, str):
+            total += len(value)
+        elif isinstance(value, Mapping | list):
+            total += len(str(value))
+    return total
 
 
 def fold(entries: Iterable[Entry], facts: TurnFacts | None = None) -> TurnFacts:

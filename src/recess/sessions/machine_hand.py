@@ -15,6 +15,7 @@ from recess.errors import (
     Corrupt,
     IllegalState,
     Incompatible,
+    InvalidSpec,
     NotFound,
     OutOfSpace,
     RecessError,
@@ -145,6 +146,23 @@ class MachineHand:
                     with contextlib.suppress(RecessError):
                         await machines.remove(old, force=True)
                 return ResumeReport(rung=5, why="fresh machine", seconds=self._deps.clock.monotonic_s() - started)
+
+    async def reboot(self, *, image: str = "", memory_bytes: int = 0) -> ResumeReport:
+        """Boot the machine again from its own disk, with another image or more memory. After NotFound, Unsupported and
+        InvalidSpec it runs on; after any other error it is not held any more."""
+        lease = self._lease
+        if lease is None or not self.alive:
+            raise IllegalState(f"session {self._session} holds no machine")
+        await self.let_go()
+        try:
+            report = await self._deps.machines.reboot(
+                self.machine_id, image=image, memory_bytes=memory_bytes, epoch=lease.epoch
+            )
+        except (NotFound, Unsupported, InvalidSpec):
+            await self._take(lease, self._epochs)
+            raise
+        await self._take(lease, {lease.epoch})
+        return report
 
     async def _take(self, lease: Lease, epochs: set[int]) -> None:
         self._lease, self._epochs, self.alive = lease, epochs, True

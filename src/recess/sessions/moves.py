@@ -8,9 +8,12 @@ from recess.contextlog.contract import Draft
 from recess.crashpoints import crash_point
 from recess.errors import Fenced, RecessError, Unavailable
 from recess.sessions.agent_config import check_config
+from recess.sessions.agent_job import Ended
 from recess.sessions.children import report
 from recess.sessions.decisions import Act
+from recess.sessions.facts import OOM
 from recess.sessions.freezing import freeze, snapshot_running
+from recess.sessions.rebooting import fit_image, make_larger, oom_detail, oom_kills, out_of_memory, ran_out
 from recess.sessions.states import next_state
 from recess.sessions.waits import next_due, outcome
 
@@ -18,6 +21,12 @@ if TYPE_CHECKING:
     from recess.sessions.supervisor import Supervisor
 
 RECOVERIES_MAX = 3
+REFUSED_INSIDE = (
+    "no_space",
+    "no_program",
+    "not_executable",
+    "not_found",
+)  # guestd's words for what will not pass by itself
 
 
 async def deliver(sup: Supervisor, act: Act) -> None:
@@ -43,18 +52,19 @@ async def deliver(sup: Supervisor, act: Act) -> None:
 
 async def fail_turn(sup: Supervisor, why: str) -> None:
     """End the open turn as failed, with what the agent said last; the session waits for a human."""
-    await sup.held_desk.end_turn("failed", f"{why}: {end_detail(sup)}")
+    facts = sup.held_desk.facts
+    await sup.held_desk.end_turn("failed", out_of_memory(facts) if facts.oom_bytes else f"{why}: {end_detail(sup)}")
     sup.agent.crash_detail, sup.agent_failed = "", False
     await report(sup)
 
 
 async def end_turn(sup: Supervisor) -> None:
     """The agent asks for the next turn: this one is done, or was stopped because we asked."""
-    desk = sup.held_desk
-    if desk.inbox.cancel and sup.cancel_told == desk.facts.turn:
-        await desk.end_turn("cancelled", desk.inbox.why)
+    status, why = sup.stop
+    if status and sup.cancel_told == sup.held_desk.facts.turn:
+        await sup.held_desk.end_turn(status, why)
     else:
-        await desk.end_turn("done")
+        await sup.held_desk.end_turn("done")
     await report(sup)
 
 
@@ -62,15 +72,16 @@ async def tell_cancel(sup: Supervisor) -> None:
     """Ask the agent to stop by itself, which keeps its memory."""
     desk = sup.held_desk
     sup.cancel_told = desk.facts.turn
-    await sup.agent.tell_cancel(desk.facts.turn, desk.inbox.why)
+    await sup.agent.tell_cancel(desk.facts.turn, sup.stop[1])
 
 
 async def cancel_turn(sup: Supervisor) -> None:
     """End the open turn without the agent. A process that is at it is ended, the machine runs on.
 
-    Crash safety: the cancel is passed in the inbox only by the turn's end, so a crash before it cancels once more.
+    Crash safety: the cancel is passed in the inbox only by the turn's end, so a crash before it cancels once more; a limit that
+    the log counts is found again, and so is a human's wish.
     """
-    desk, why = sup.held_desk, sup.held_desk.inbox.why
+    desk, (status, why) = sup.held_desk, sup.stop
     if sup.job.alive and not sup.agent.waiting:
         await sup.agent.shut("its turn was cancelled")
         await sup.job.stop(term_s=sup.deps.settings.term_s)
@@ -78,7 +89,7 @@ async def cancel_turn(sup: Supervisor) -> None:
     crash_point("session.before_cancel")
     if not desk.facts.cut:
         await desk.settle(cause="cancel", detail=why, machine_lives=True)
-    await desk.end_turn("cancelled", why)
+    await desk.end_turn(status, why)
     await report(sup)
 
 
@@ -91,6 +102,15 @@ async def answer(sup: Supervisor) -> None:
             await sup.agent.end_wait(number, found)
 
 
+async def grow(sup: Supervisor) -> None:
+    """The turn was cut for want of memory: the machine gets more, and the next look begins the turn anew. One that cannot have
+    more ends it, and a human decides."""
+    refused = await make_larger(sup)
+    if refused:
+        await sup.held_desk.end_turn("failed", refused)
+        await report(sup)
+
+
 async def restart_agent(sup: Supervisor) -> None:
     """Settle what the dead process left open; if nothing is open (any more), start a process."""
     desk = sup.held_desk
@@ -98,7 +118,10 @@ async def restart_agent(sup: Supervisor) -> None:
         return  # the process ended because the machine did: look again
     if desk.facts.open and not desk.facts.cut:
         await sup.agent.shut()
-        await desk.settle(cause="crash", detail=end_detail(sup), machine_lives=True)
+        if await ran_out(sup):
+            await desk.settle(cause=OOM, detail=oom_detail(sup), machine_lives=True, memory_bytes=sup.memory_bytes)
+        else:
+            await desk.settle(cause="crash", detail=end_detail(sup), machine_lives=True)
         return  # look again: the attempts may be used up
     if desk.facts.open:
         # Counted when its process starts, not when it asks: code that never gets so far uses its attempts up too.
@@ -119,14 +142,23 @@ async def start_agent(sup: Supervisor) -> None:
     """Start a process of the session's version in the machine; an older one's connection is dropped. The job's id is in
     the row before the process exists, so that whoever comes next knows which process to look for."""
     desk, row = sup.held_desk, sup.held_row
+    await fit_image(sup)
     await sup.agent.shut("a newer process takes over")
     sup.agent.untold = [one for one in sup.agent.untold if one[0] == "upgrade"]
     sup.job_count += 1
     sup.ended_job, sup.agent_failed = None, False
     job_id = f"agent-{desk.code_version}-{desk.epoch}-{sup.job_count}"
     await sup.save_meta(job=job_id)
+    sup.oom_kills = await oom_kills(sup)
     sup.agent.expect(job_id)
-    await sup.job.start(sup.hand.machine_id, job_id, agent=row.agent, version=desk.code_version, config=sup.config)
+    try:
+        await sup.job.start(sup.hand.machine_id, job_id, agent=row.agent, version=desk.code_version, config=sup.config)
+    except RecessError as exc:
+        if exc.details.get("guest_kind") not in REFUSED_INSIDE:
+            raise
+        # The machine itself says no (its disk is full, it has no Python): an attempt that failed, like code that dies at once.
+        sup.agent.crash_detail = f"the agent cannot be started in its machine: {exc.message}"
+        sup.ended_job, sup.agent_failed = Ended(job_id, None, ""), True
 
 
 async def upgrade(sup: Supervisor, act: Act) -> None:
@@ -177,7 +209,8 @@ async def put_away(sup: Supervisor) -> None:
     why = "suspend" if sup.suspend_wanted else "wait" if desk.facts.open else "idle"
     try:
         await desk.keep_waits(
-            next_due(desk.facts, [one.refs for one in sup.agent.waits().values()]) if desk.facts.open else None
+            next_due(desk.facts, [one.refs for one in sup.agent.waits().values()]) if desk.facts.open else None,
+            worked=sup.watch.saved() if desk.facts.open else "",
         )
         frozen = await freeze(
             deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why=why, paused=paused,

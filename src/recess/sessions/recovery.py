@@ -20,16 +20,26 @@ GAP = " [a piece of this reply was lost] "
 
 
 def settle(
-    facts: TurnFacts, deltas: Sequence[Delta], *, cause: str, detail: str, machine_lives: bool, machine_position: int
+    facts: TurnFacts,
+    deltas: Sequence[Delta],
+    *,
+    cause: str,
+    detail: str,
+    machine_lives: bool,
+    machine_position: int,
+    memory_bytes: int = 0,
 ) -> list[Draft]:
     """Return what to append. `machine_position`: the log position the machine's memory and disk are of (ignored when
-    the machine lived on); a local call that began after it is lost, an earlier one was interrupted."""
+    the machine lived on); a local call that began after it is lost, an earlier one was interrupted. `memory_bytes`:
+    of a machine that ran out of it."""
     if not facts.open or facts.cut:
         return []
     drafts = _partial_replies(facts.turn, deltas)
     for call in sorted(facts.calls.values(), key=lambda one: one.position):
         drafts.extend(_settle_call(facts.turn, call, machine_lives or call.position <= machine_position))
-    body = {"cause": cause, "detail": detail}
+    body: dict[str, Any] = {"cause": cause, "detail": detail}
+    if memory_bytes:
+        body["memory_bytes"] = memory_bytes
     drafts.append(Draft("turn.cut", body, turn=facts.turn, key=f"t{facts.turn}/cut/{facts.attempt}"))
     return drafts
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from recess.catalog import AgentVersion
@@ -17,7 +18,7 @@ from recess.contextlog.contract import Appended, Entry, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.machines.retention import Holds
-from recess.sessions import branching, ledger, talking
+from recess.sessions import branching, byhand, ledger, talking
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.alarms import Alarms
 from recess.sessions.callbacks import LABEL, Callbacks, check_url
@@ -179,6 +180,32 @@ class Sessions:
     async def resume(self, ref: str) -> SessionRow:
         """Bring a session's machine up, also without a message; returns when the machine answers. One that is just
         being put away is put away and brought back. Raises why it could not be."""
+        return await self._in_actor(ref, lambda supervisor: supervisor.answering())
+
+    async def take(self, ref: str, *, why: str = "") -> SessionRow:
+        """Take a session over by hand: the turn at work is stopped, no other begins, the machine is brought up and is the
+        human's until `hand_back`. Returns when no turn is open. What is sent meanwhile waits."""
+        row = await self._in_actor(ref, lambda supervisor: byhand.take(supervisor, why))
+        try:
+            async with asyncio.timeout(SUSPEND_S):
+                while (await talking.facts_of(self._deps.log, row)).open:
+                    await self._deps.log.wait(row.id, row.head, FOLLOW_S)
+                    row = await self._deps.log.get(row.id)
+        except TimeoutError as exc:
+            raise Timeout(
+                f"session {row.id}: its turn did not end within {SUSPEND_S:.0f} s", hint="it is yours"
+            ) from exc
+        return row
+
+    async def hand_back(self, ref: str, *, text: str = "", key: str = "") -> SessionRow:
+        """Give a session back to its agent. `text`: a message to it, behind those that wait already. Raises IllegalState if nobody has taken it."""
+        row = await self._in_actor(ref, byhand.hand_back)
+        if text:
+            await self.send(row.id, text, key=key)
+        return await self._deps.log.get(row.id)
+
+    async def _in_actor(self, ref: str, work: Callable[[Supervisor], Awaitable[None]]) -> SessionRow:
+        """Bring a session's machine up and run `work` in its actor. Raises why it could not be."""
         row = await self._deps.log.get(ref)
         if row.state == "closed":
             raise IllegalState(f"session {row.id} is closed")
@@ -188,7 +215,7 @@ class Sessions:
             if supervisor is None:
                 break
             try:
-                await supervisor.command(supervisor.answering)
+                await supervisor.command(partial(work, supervisor))
                 return await self._deps.log.get(row.id)
             except Unavailable as exc:
                 failure = exc  # the actor sees that the machine is gone, and brings it back or puts the session away

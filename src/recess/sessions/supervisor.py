@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from recess.contextlog.contract import SessionRow
 from recess.errors import Fenced, IllegalState, RecessError, Timeout, Unavailable
-from recess.sessions import moves
+from recess.sessions import byhand, moves
 from recess.sessions.agent_config import AgentConfig, check_config
 from recess.sessions.agent_job import AgentJob, Ended
 from recess.sessions.agent_side import AgentSide
@@ -25,8 +25,10 @@ from recess.sessions.desk import Desk
 from recess.sessions.facts import TurnFacts
 from recess.sessions.inbox import nothing_new
 from recess.sessions.lease import Lease, LeaseGate, wait_event
+from recess.sessions.limits import Stopwatch, stopwatch_of
 from recess.sessions.machine_hand import MachineHand
 from recess.sessions.protocol import Request
+from recess.sessions.rebooting import oom_kills
 from recess.sessions.states import next_state
 from recess.sessions.waits import next_due, outcome
 from recess.sessions.waking import Woken, wake
@@ -63,8 +65,14 @@ class Supervisor:
         self.recoveries = 0  # since a turn was last delivered
         self.gone = asyncio.Event()  # set by the service once this one serves no more and its place is free or taken
         self._active_s = deps.clock.monotonic_s()
+        self.watch = Stopwatch()  # how long the open turn has been at work
+        self.memory_bytes = 0  # of the machine; 0 before there is one
+        self.oom_kills = 0  # of the machine's kernel, when the agent's process was started
+        self.image_refused = ""  # an image that the machine could not be given
+        self.by_hand = ""  # why a human has taken the session over, "" if none has
+        self.stop: tuple[str, str] = ("", "")  # how and why the open turn is to be ended: (status, why)
         self.cancel_told = 0  # the turn that the agent was asked to stop
-        self._cancel_seen = (0, 0.0)  # position of the cancel at hand, and when we saw it
+        self._cancel_seen = (0, 0.0)  # what is to stop the turn (a position; below 0: no message), and since when
         self._refused: asyncio.Future[None] | None = None
         self._commands: list[tuple[Callable[[], Awaitable[Any]], asyncio.Future[Any]]] = []
         self._over = False
@@ -132,6 +140,8 @@ class Supervisor:
         self.row, self.state = old, old.state
         self.desk = self.agent.desk = Desk(log, row, clock)
         await self.desk.load(row)
+        self.watch = stopwatch_of(row.meta.get("worked"), clock.monotonic_s())
+        self.by_hand = str(row.meta.get(byhand.META, ""))
         self.hand.machine_id = str(row.meta.get("machine", ""))
         self._renewer = asyncio.create_task(self._keep_lease(self.lease), name=f"lease-{self.session}")
 
@@ -140,6 +150,8 @@ class Supervisor:
         desk, row = self.held_desk, self.held_row
         if row.state != "frozen" or self._commands:
             return False
+        if self.by_hand and not desk.inbox.cancel:
+            return True  # what came waits until the human hands the session back
         due = row.meta.get("due")
         return nothing_new(
             desk.inbox, desk.facts, consumed=row.consumed, due=due if isinstance(due, int | float) else None,
@@ -180,8 +192,14 @@ class Supervisor:
         self.config = check_config((await self.deps.agents.get(row.agent, desk.code_version)).config)
         self.woken = await wake(self)
         self.death, self.ended_job = "", None
+        self.oom_kills = await oom_kills(self)
+        await self.look_at_machine()
         await report(self)  # of a turn that ended just before a crash
         self.touch()
+
+    async def look_at_machine(self) -> None:
+        """Note what the machine is by now."""
+        self.memory_bytes = (await self.deps.machines.get(self.hand.machine_id)).spec.memory_bytes
 
     async def _step(self) -> None:
         self._bell.clear()
@@ -220,6 +238,8 @@ class Supervisor:
                 await moves.keep_snapshot(self)
             case Act.RECOVER:
                 await moves.recover(self)
+            case Act.GROW:
+                await moves.grow(self)
 
     async def _view(self) -> View:
         desk, settings = self.held_desk, self.deps.settings
@@ -228,8 +248,7 @@ class Supervisor:
         if desk.inbox.steers and channel is not None and channel.seen < desk.inbox.steers[-1]:
             await self.agent.catch_up()
         now = self.deps.clock.monotonic_s()
-        if desk.inbox.cancel != self._cancel_seen[0]:
-            self._cancel_seen = (desk.inbox.cancel, now)
+        self._look_for_stop(now)
         deployed = await self.deps.agents.current(self.held_row.agent)
         policy = check_config(deployed.config).policy
         self.agent.watched = self.config.snapshot in ("tool", "seconds")
@@ -254,7 +273,11 @@ class Supervisor:
             freeze_blocked_s=max(0.0, self.no_freeze_before_s - now),
             upgrade_to=upgrade_target(desk.code_version, deployed.version, policy),
             policy=policy,
-            cancel=bool(desk.inbox.cancel),
+            cancel=bool(self.stop[0]),
+            by_hand=bool(self.by_hand),
+            oom=0 < facts.oom_bytes == self.memory_bytes,
+            may_grow=self.config.larger_bytes(self.memory_bytes) > 0,
+            limit_in_s=self._limit_in_s(),
             cancel_told=channel is None or channel.cancelled == facts.turn,
             cancel_s=max(0.0, settings.cancel_s - (now - self._cancel_seen[1])),
             rest_s=settings.rest_s,
@@ -270,6 +293,30 @@ class Supervisor:
             ),
             **self._rest(facts),
         )
+
+    def _look_for_stop(self, now: float) -> None:
+        """See whether the open turn is to be ended, by whom, and since when that is so."""
+        desk = self.held_desk
+        facts, at_work = desk.facts, self.job.alive and not self.agent.resting and not self.agent.waiting
+        self.watch = self.watch.tick(now, turn=facts.turn, at_work=facts.open and at_work)
+        desk.limits = self.config.limits
+        over = desk.excess(self.watch.seconds)
+        cause = desk.inbox.cancel
+        if cause:
+            self.stop = ("cancelled", desk.inbox.why)
+        elif facts.open and self.by_hand:
+            self.stop, cause = ("cancelled", f"a human took over: {self.by_hand}"), -2 * facts.turn
+        elif over:
+            self.stop, cause = ("failed", over), -2 * facts.turn - 1
+        else:
+            self.stop = ("", "")
+        desk.stopping = facts.open and bool(self.stop[0])
+        if cause != self._cancel_seen[0]:
+            self._cancel_seen = (cause, now)
+
+    def _limit_in_s(self) -> float | None:
+        wall_s = self.config.limits.wall_s
+        return None if wall_s is None or not self.held_desk.facts.open else max(0.001, wall_s - self.watch.seconds)
 
     def _rest(self, facts: TurnFacts) -> dict[str, Any]:
         """The part of the view that is about an agent that waits in its turn."""

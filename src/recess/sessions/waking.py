@@ -103,7 +103,7 @@ async def wake(sup: Supervisor) -> Woken:
     if desk.facts.open and not desk.facts.cut and not goes_on:
         detail = "the machine runs on, the agent process was gone" if in_place else "the machine was gone"
         await desk.settle(cause="crash", detail=detail, machine_lives=in_place, machine_position=woken.position)
-    await desk.append([_restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
+    await desk.append([restore_draft(woken, desk.facts.last_work, (await deps.log.get(sup.session)).head)])
     await sup.save_meta(**known_as_ours)
     await sup.set_state("wake")
     if woken.agent_kept:
@@ -149,7 +149,8 @@ async def _end_agents(sup: Supervisor, rung: Rung) -> None:
             await end_job(link, job.job_id, 0.0)
 
 
-def _restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
+def restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
+    """Return the entry that says how a machine came back and what that has cost."""
     body: dict[str, Any] = {
         "rung": woken.rung, "why": woken.why, "snapshot": woken.snapshot, "position": woken.position, "head": head,
         "stale": woken.stale, "seconds": round(woken.seconds, 6), "agent_kept": woken.agent_kept,

@@ -153,12 +153,18 @@ class ModelServer(LoopbackServer):
         except ValueError:
             return _error(400, "We could not parse the JSON body of your request.", None, None)
         self.requests.append(body)
-        reply = reply_to(messages, tools)
+        reply = self.reply(messages, tools)
+        if isinstance(reply, HttpResponse):
+            return reply
         if not body.get("stream"):
             return json_response(completion(body, reply))
         options = body.get("stream_options") or {}
         chunks = completion_chunks(body, reply, usage=bool(options.get("include_usage")))
         return HttpResponse(200, self._stream(chunks), "text/event-stream; charset=utf-8")
+
+    def reply(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> Answer | HttpResponse:
+        """Return what the model says to a checked transcript, or another answer than the model's. The script's, here."""
+        return reply_to(messages, tools)
 
     async def _stream(self, chunks: Sequence[Mapping[str, Any]]) -> AsyncIterator[bytes]:
         for chunk in chunks:

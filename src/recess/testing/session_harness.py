@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ class ProcessMachine:
 
 
 class ProcessMachines:
-    """Implements `recess.machines.service.Machines` over folders below `root` (keep it short: unix sockets live there)."""
+    """Implements `recess.machines.service.Machines` over folders below `root` (keep it short: unix sockets live there).
+    `link` makes what runs a machine's programs."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, link: Callable[[Path], ProcessLink] = ProcessLink) -> None:
         self.root = root
+        self._link = link
         self.machines: dict[str, ProcessMachine] = {}
         self.snapshots: dict[str, SnapshotRow] = {}
         self.deadlines: dict[str, float | None] = {}
@@ -202,6 +204,15 @@ class ProcessMachines:
         self._set(made, snapshot=row.snapshot, name=row.name)
         return ResumeReport(rung=4, why="booted cold: files are kept, memory and processes are gone", seconds=0.0)
 
+    async def reboot(self, ref: str, *, image: str = "", memory_bytes: int = 0, epoch: int = 0) -> ResumeReport:
+        machine = self._find(ref)
+        self._note("reboot", machine.row.id)
+        spec = machine.row.spec
+        spec = replace(spec, image=image or spec.image, memory_bytes=memory_bytes or spec.memory_bytes)
+        await self.kill(ref, why="rebooted")
+        self._set(machine, spec=spec)
+        return await self._boot(machine, machine.folder / "root", epoch)
+
     async def restore(
         self,
         snapshot: str,
@@ -328,7 +339,7 @@ class ProcessMachines:
             id=ident, name=ident, state="running", spec=spec, driver="process", template="", snapshot="",
             session=session, created=0.0, exit_code=None, status="",
         )  # fmt: skip
-        machine = ProcessMachine(row, folder, ProcessLink(folder), epoch=epoch)
+        machine = ProcessMachine(row, folder, self._link(folder), epoch=epoch)
         old = self.machines.get(ident)
         if old is not None:
             machine.handlers = old.handlers

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from recess.errors import NotFound, Unsupported
-from recess.guestlink.link import ExecRequest, IncomingHandler, JobInfo, Thaw
+from recess.guestlink.link import ExecRequest, IncomingHandler, Job, JobInfo, Thaw
 from recess.ids import new_id
 from recess.plain.door import SocketStream
 from recess.plain.folder import FolderFiles
@@ -111,7 +111,7 @@ class ProcessLink(FolderFiles):
         """Return a little."""
         return {"version": "process", "hostname": self._folder.name}
 
-    async def exec(self, request: ExecRequest) -> ProcessJob:
+    async def exec(self, request: ExecRequest) -> Job:
         """Start a process group; a known job id returns that job."""
         job_id = request.job_id or new_id("job")
         if job_id in self._jobs:
@@ -146,7 +146,7 @@ class ProcessLink(FolderFiles):
             one.ended = True
             one.changed.notify_all()
 
-    async def attach(self, job_id: str) -> ProcessJob:
+    async def attach(self, job_id: str) -> Job:
         """Return a job that exists."""
         if job_id not in self._jobs:
             raise NotFound(f"no such job: {job_id}")
@@ -186,8 +186,10 @@ class ProcessLink(FolderFiles):
         """The harness routes streams itself."""
 
     async def stats(self) -> Mapping[str, Any]:
-        """Nothing to say."""
-        return {}
+        """Return how many processes the kernel ended for want of memory: as many as the bytes of the file `oom-kills` that
+        they left in the machine, since a folder has no kernel of its own."""
+        there = self.path("/oom-kills")
+        return {"oom_kills": there.stat().st_size if there.exists() else 0}
 
     async def close(self) -> None:
         """Nothing to cut."""

@@ -42,8 +42,9 @@ UPGRADE = ("session.after_code", "session.before_upgrade", "session.after_upgrad
 FORK = ("session.after_live_snapshot", "session.after_fork")
 WAIT = ("session.after_ask", "session.after_timer")
 CHILD = ("session.after_spawn", "session.before_report", "session.after_report")
+REBOOT = ("session.after_reboot",)
 OTHER = ("session.after_settle", "session.after_rewind", "session.before_cancel")
-HOST_POINTS = (*LIFE, *UPGRADE, *FORK, *WAIT, *CHILD, *OTHER)
+HOST_POINTS = (*LIFE, *UPGRADE, *FORK, *WAIT, *CHILD, *REBOOT, *OTHER)
 
 GUEST_POINTS = ("model.before", "model.middle", "model.after", "tool.before", "tool.after")
 VICTIMS = ("agent", "guestd", "machine", "server", "server+machine")
@@ -151,6 +152,7 @@ class Round:
         self.session = ""
         self._count = 0
         self._version = 1
+        self._image = "base"
 
     async def strike_all(self) -> Account:
         """Every point once, in the seed's order."""
@@ -180,6 +182,7 @@ class Round:
         steps = {
             **dict.fromkeys(UPGRADE, self._upgrade), **dict.fromkeys(FORK, self._fork),
             **dict.fromkeys(WAIT, self._ask), **dict.fromkeys(CHILD, self._spawn),
+            **dict.fromkeys(REBOOT, self._reimage),
             "session.after_settle": self._settle, "session.after_rewind": self._rewind,
             "session.before_cancel": self._cancel,
         }  # fmt: skip
@@ -201,6 +204,12 @@ class Round:
         position = await self._say("look")
         await self._crash_at(point)
         await self._ended(position)
+
+    async def _reimage(self, point: str) -> None:
+        self._image = f"image-{self._version}"
+        await self._upgrade(point)
+        machine = await self.w.machines.get(await machine_of(self.w, self.session))
+        assert machine.spec.image == self._image, "newer code asked for another image"
 
     async def _ask(self, point: str) -> None:
         crashpoints.arm(point)
@@ -328,7 +337,8 @@ class Round:
     async def _deploy(self) -> None:
         self._version += 1
         env = {"SHARED": str(self.shared), "PAY": self.pay.url}
-        await self.w.sessions.deploy("me", {"agent.py": matrix_agent(str(self._version))}, {"env": env})
+        config = {"env": env, "image": self._image}
+        await self.w.sessions.deploy("me", {"agent.py": matrix_agent(str(self._version))}, config)
 
     async def _say(self, word: str) -> int:
         """Send a message; from its acknowledgement on it must not be lost. Sent twice, as a client that lost the answer does."""

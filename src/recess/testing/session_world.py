@@ -20,6 +20,7 @@ from recess.sessions.deps import Deps, Settings
 from recess.sessions.service import Sessions
 from recess.testing.session_agents import coder
 from recess.testing.session_harness import ProcessMachines
+from recess.testing.session_link import ProcessLink
 
 AGENT_PACKAGE = Path(__file__).resolve().parents[1] / "_agent"
 
@@ -161,14 +162,18 @@ class World:
 
 @asynccontextmanager
 async def world(
-    *, log: ContextLog | None = None, reopen: Callable[[], Awaitable[ContextLog]] | None = None, **settings: Any
+    *,
+    log: ContextLog | None = None,
+    reopen: Callable[[], Awaitable[ContextLog]] | None = None,
+    link: Callable[[Path], ProcessLink] = ProcessLink,
+    **settings: Any,
 ) -> AsyncIterator[World]:
     """Make a world in a temporary folder with a short path; everything it started is ended. `log`: memory by default."""
     with tempfile.TemporaryDirectory(prefix="rcs", ignore_cleanup_errors=True) as folder:
         base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0,
                         rest_s=0.2, cancel_s=2.0)  # fmt: skip
         made = World(
-            ProcessMachines(Path(folder)), log or MemoryLog(), MemoryAgents(), replace(base, **settings), reopen
+            ProcessMachines(Path(folder), link), log or MemoryLog(), MemoryAgents(), replace(base, **settings), reopen
         )
         try:
             yield made

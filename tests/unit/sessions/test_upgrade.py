@@ -1,5 +1,7 @@
 """New code takes the next turn; the machine stays; rollback is the same move."""
 
+from recess.contextlog.transcript import messages
+from recess.errors import NotFound
 from recess.testing.session_world import appears, coder_world, deploy_coder, kinds, machine_of, notes
 
 
@@ -64,3 +66,37 @@ async def test_code_that_does_not_import_fails_the_turn_and_rollback_heals(tmp_p
         await w.sessions.deploy("coder", good, {"env": {"SHARED": str(tmp_path)}})
         await w.sessions.send(s, "three", key="3")
         assert (await w.until(s, "turn.end", count=3)).body["status"] == "done"
+
+
+async def test_another_image_keeps_the_disk_and_says_that_memory_is_gone(tmp_path):
+    async with coder_world(tmp_path, idle_timeout_s=60.0) as (w, s):
+        await w.say(s, "one", turn=1)
+        machine = await machine_of(w, s)
+        await (await w.machines.link(machine)).write_file("/root/repo/file", b"kept")
+        await deploy_coder(w, tmp_path, "2", image="python:3.12")
+        log = await w.say(s, "two", turn=2)
+        assert await machine_of(w, s) == machine
+        assert (await w.machines.get(machine)).spec.image == "python:3.12"
+        assert await (await w.machines.link(machine)).read_file("/root/repo/file") == b"kept"
+        back = [e for e in log if e.kind == "machine.restore"][-1].body
+        assert back["rung"] == 4
+        assert back["why"].startswith("its image was base and is python:3.12 now")
+        assert back["lost"] == "processes and memory of before; no file"
+        told = [m["text"] for m in messages(log) if m.get("note")]
+        assert any("python:3.12" in text and "files are kept" in text for text in told), told
+        assert (notes(log)[-1]["version"], notes(log)[-1]["cache"]) == ("2", [2])
+        calls = len(w.machines.calls)
+        await w.say(s, "three", turn=3)
+        assert "reboot" not in [name for name, _ in w.machines.calls[calls:]], "once is enough"
+
+
+async def test_an_image_that_is_not_there_leaves_the_machine_as_it_is_and_says_so(tmp_path):
+    async with coder_world(tmp_path, idle_timeout_s=60.0) as (w, s):
+        await w.say(s, "one", turn=1)
+        w.machines.fail_next["reboot"] = NotFound("no such image: nix")
+        await deploy_coder(w, tmp_path, "2", image="nix")
+        log = await w.say(s, "two", turn=2)
+        assert notes(log)[-1]["version"] == "2", "the code is new, the machine is not"
+        (kept,) = [dict(e.body) for e in log if e.kind == "x.image_kept"]
+        assert kept == {"image": "nix", "kept": "base", "why": "no such image: nix"}
+        assert (await w.machines.get(await machine_of(w, s))).state == "running"

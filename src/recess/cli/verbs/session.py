@@ -1,4 +1,4 @@
-"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|fork|rewind|snapshots|diff|close`."""
+"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|take|hand-back|fork|rewind|snapshots|diff|close`."""
 
 from __future__ import annotations
 
@@ -192,6 +192,26 @@ def suspend(inv: Invocation, ref: str) -> None:
 def resume(inv: Invocation, ref: str) -> None:
     """Thaw a session without a message."""
     _say(inv, inv.server.call("POST", f"/v1/sessions/{ref}/resume", {}))
+
+
+@session.command("take")
+@click.option("--why", default="", help="Why, for the log and the model.")
+@click.argument("ref")
+@verb
+def take(inv: Invocation, ref: str, why: str) -> None:
+    """Take a session over: its turn is stopped, its machine is yours (`recess exec`), messages wait until `hand-back`."""
+    row = inv.server.call("POST", f"/v1/sessions/{ref}/take", {"why": why})
+    inv.out.progress(f"its machine is {row['machine']}: recess exec -it {row['machine']} sh")
+    _say(inv, row)
+
+
+@session.command("hand-back")
+@click.argument("ref")
+@click.argument("text", default="")
+@verb
+def hand_back(inv: Invocation, ref: str, text: str) -> None:
+    """Give a session that was taken over back to its agent, with TEXT as a message to it."""
+    _say(inv, inv.server.call("POST", f"/v1/sessions/{ref}/hand-back", {"text": text}, key=new_key()))
 
 
 @session.command("fork")
