@@ -284,3 +284,28 @@ def test_every_error_is_listed_without_a_server(recess, tmp_path):
     listed = recess("errors", "-q").stdout.decode().split()
     assert listed == [cls.code for cls in all_errors()]
     assert not (tmp_path / "home" / "server.lock").exists()
+
+
+def test_volumes(recess, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "in").write_text("hello")
+    script = "cat /w/in; echo made > /w/out; echo kept > /c/x"
+    args = ("--rm", "-v", f"{folder}:/w", "--mount", "type=volume,src=cache,dst=/c", "base", "sh", "-c", script)
+    assert recess("run", *args).stdout == b"hello"
+    assert (folder / "out").read_text() == "made\n"
+    recess("run", "-d", "--name", "dev", "-v", "cache:/c", "base")
+    assert recess("exec", "dev", "cat", "/c/x").stdout == b"kept\n"
+    assert envelope(recess("volume", "inspect", "cache", "--json"))["data"]["machines"] == ["dev"]
+    recess("volume", "rm", "cache", expect=1)
+    recess("exec", "dev", "sh", "-c", "echo more > /c/y")
+    (done,) = envelope(recess("sync", "dev", "--json"))["data"]
+    assert done["result"]["volumes"][0]["copied_out"] == 1
+    recess("rm", "-f", "dev")
+    assert recess("volume", "ls", "-q").stdout == b"cache\n"
+    recess("volume", "prune", "-f")
+    assert recess("volume", "ls", "-q").stdout == b""
+    for bad in ("/only", "a:b:c:d", f"{folder}:/w:what"):
+        assert envelope(recess("run", "--json", "-v", bad, "base", expect=2))["error"]["code"] == "bad_input"
+    missing = envelope(recess("run", "--json", "-v", f"{folder}/none:/w", "base", "true", expect=125))
+    assert missing["error"]["hint"].startswith("mkdir")

@@ -22,6 +22,12 @@ docker cp web:/root/file.txt copy.txt
 diff file.txt copy.txt
 mkdir -p tree/deep && cp file.txt tree/deep/f && docker cp tree web:/srv
 docker cp web:/srv/tree - | tar -t
+docker volume create data
+docker run --rm -v "$PWD/tree":/in:ro -v data:/data -w /in base sh -c 'cat deep/f > /data/copied; touch mine'
+docker run --rm -v data:/data base cat /data/copied
+docker volume ls -q
+test ! -e tree/mine
+docker volume rm data
 docker top web
 docker stats --no-stream web
 docker logs web

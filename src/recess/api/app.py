@@ -37,6 +37,7 @@ from recess.api import (
     routes_sessions_events,
     routes_snapshots,
     routes_transfer,
+    routes_volumes,
 )
 from recess.api.access import Access
 from recess.api.context import Context
@@ -83,7 +84,7 @@ def make_app(
     """Return the application over an open node. `end` is what a call to shut down does, `key` the root of tokens and
     signatures (default: one that nobody knows)."""
     routes: list[BaseRoute] = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES, *routes_images.ROUTES]
-    routes += routes_archive.ROUTES
+    routes += [*routes_archive.ROUTES, *routes_volumes.ROUTES]
     routes += [*routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(

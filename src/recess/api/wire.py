@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from recess.errors import BadInput, RecessError
-from recess.machines.service import Changes, MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.service import Changes, MachineRow, MachineSpec, Mount, ResumeReport, SnapshotRow
 from recess.units import MIB, parse_size
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,20 @@ def _ports(value: Any) -> tuple[tuple[str, int, int], ...]:
     return tuple(out)
 
 
+def _volumes(value: Any) -> tuple[Mount, ...]:
+    out = []
+    for item in value if isinstance(value, list) else [None]:
+        if not isinstance(item, dict):
+            raise BadInput("spec.volumes: expected a list of {source, target, readonly, size_bytes}")
+        reject_unknown(item, {"source", "target", "readonly", "size_bytes"}, "spec.volumes")
+        source, target = field(item, "source", str, ""), field(item, "target", str, "")
+        size = parse_size(field(item, "size_bytes", str if isinstance(item.get("size_bytes"), str) else int, 1 << 30))
+        if not source or not target:
+            raise BadInput("spec.volumes: source and target are needed")
+        out.append(Mount(source, target, field(item, "readonly", bool, False), size))
+    return tuple(out)
+
+
 def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
     """Return a machine spec from JSON; sizes may be written "512M". Raises BadInput."""
     known = {f.name for f in fields(MachineSpec)}
@@ -131,6 +145,8 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
             out[name] = _str_map(value, name)
         elif name == "ports":
             out[name] = _ports(value)
+        elif name == "volumes":
+            out[name] = _volumes(value)
         else:
             kind = {"cpus": int, "tty": bool, "stdin": bool, "remove_on_exit": bool}.get(name, str)
             out[name] = field(data, name, kind, None)

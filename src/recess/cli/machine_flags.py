@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from recess.cli.common import callers_env, parse_env, parse_pairs, parse_port
+from recess.cli.volume_flags import parse_mount, parse_volume
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,6 +26,10 @@ _OPTIONS = (
     click.option("--cpus", default=1, help="Virtual CPUs."),
     click.option("--driver", default="", help="What it runs on: qemu, gvisor, ...; default: the node's choice."),
     click.option("--disk", default="4G", help="Size of the writable disk."),
+    click.option(
+        "-v", "--volume", "volume", multiple=True, metavar="HOST:GUEST[:ro]", help="A folder of the host, or a volume by its name."
+    ),
+    click.option("--mount", multiple=True, metavar="KEY=VALUE,...", help="The same: type, source, target, readonly, size."),
     click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST", help="Publish a port on 127.0.0.1."),
     click.option(
         "--net", "--network", "network", default="broker", type=click.Choice(["broker", "none", "full"]), help="Network."
@@ -81,4 +86,5 @@ def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict
         "labels": parse_labels(flags["label"]),
         "restart": restart,
         "secrets": list(flags["secret"]),
+        "volumes": [*map(parse_volume, flags["volume"]), *map(parse_mount, flags["mount"])],
     }

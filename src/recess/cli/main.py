@@ -42,6 +42,8 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "suspend": ("lifecycle", "suspend", "Put a machine away: snapshot stored, memory given back"),
     "resume": ("lifecycle", "resume", "Bring a suspended machine back"),
     "cp": ("cp", "cp", "Copy files and folders to or from a machine"),
+    "volume": ("volume", "volume", "Named volumes: create, ls, inspect, rm, prune"),
+    "sync": ("volume", "sync", "Exchange a machine's volumes with the host now"),
     "export": ("cp", "export", "Write all files of a machine as a tar"),
     "commit": ("cp", "commit", "Make an image of a machine's files"),
     "snapshot": ("snapshot", "snapshot", "Take a snapshot of a machine"),

@@ -7,6 +7,7 @@ so that a server that dies in between leaves it suspended as it was; a start tha
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Final
 
@@ -15,6 +16,7 @@ from recess.crashpoints import crash_point
 from recess.errors import BadInput, IllegalState, NotFound, RecessError, Unsupported
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
+from recess.machines.exchange import Report
 from recess.machines.fleet import Fleet
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
@@ -57,7 +59,7 @@ class Acts:
         """Check a spec and claim a name for it, state created; nothing is started. Raises as `Machines.create`."""
         driver = self._parts.driver_of(spec.driver)
         check_spec(spec, driver.capabilities)
-        spec = with_authority(spec)
+        spec = with_authority(await asyncio.to_thread(self._fleet.mounting.check, spec))
         await self._parts.images.boot_files(spec.image)  # there is such an image
         return machine_row(
             await self._launcher.claim(
@@ -167,6 +169,15 @@ class Acts:
             raise IllegalState(f"machine {record.name} has no main process", hint="recess kill ends the machine")
         await live.main.job.signal(number)
         self._parts.tell("signal", record.id, record.name, signal=number)
+
+    async def sync(self, ref: str) -> list[Report]:
+        """Exchange a running machine's volumes with the host now, those too that it has from its parent. Raises
+        IllegalState without any."""
+        record = await self._record(ref)
+        async with self._fleet.lock(record.id):
+            record = await self._record(record.id)
+            next_state(record.state, "use", f"machine {record.name}")
+            return await self._fleet.mounting.sync(self._fleet.need(record.id), record)
 
     async def rewind(self, ref: str, snapshot: str = "") -> tuple[SnapshotRow | None, ResumeReport]:
         """Take a machine back to one of its snapshots (default: its newest) under its own identity.

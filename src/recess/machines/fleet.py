@@ -21,6 +21,7 @@ from recess.machines.contract import Vm
 from recess.machines.incoming import Incoming
 from recess.machines.leavings import Leavings
 from recess.machines.live import Live
+from recess.machines.mounting import Mounting
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import is_sound, spec_from_json, vm_of
 from recess.machines.restarting import Restarts
@@ -64,6 +65,7 @@ class Fleet:
         self.incoming = Incoming()
         self.leavings = Leavings(parts)
         self.stalls = Stalls(parts)
+        self.mounting = Mounting(parts)
         self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
         self.linger_s = LINGER_S
         self._restarts = Restarts(parts, self.starter, lambda live: self._live.get(live.id) is live)
@@ -190,6 +192,7 @@ class Fleet:
                 return
             again = self._restarts.due(live, code)
             if again is None:
+                await self.mounting.give_back(live, at_rest=not live.spec.remove_on_exit)
                 row = await self._parts.catalog.machines.change(machine_id, decide)
                 self._parts.tell("die", machine_id, row.name, exit_code=code)
         if again is not None:

@@ -35,7 +35,10 @@ def child_spec(spec: MachineSpec, changes: Changes | None = None) -> MachineSpec
     """Return the spec of a new machine made from an older one: published ports move to free host ports."""
     changes = changes or Changes()
     moved = tuple((ip, 0, guest) for ip, _, guest in spec.ports) if changes.ports is None else changes.ports
-    return replace(spec, ports=moved, env={**spec.env, **changes.env}, labels={**spec.labels, **changes.labels})
+    held = tuple(replace(mount, held=True) for mount in spec.volumes)  # the parent's: a child's copy is its own
+    return replace(
+        spec, ports=moved, env={**spec.env, **changes.env}, labels={**spec.labels, **changes.labels}, volumes=held
+    )
 
 
 class Launcher:
@@ -99,6 +102,11 @@ class Launcher:
             self._fleet.admit(live)
             meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
             meta |= {"vm": vm_json(origin.template.spec)} | dict(note or {})  # what a cold boot needs of it
+            if fresh:
+                await self._fleet.mounting.lay(live, record)
+            else:
+                said = await self._fleet.mounting.meet(live, record, cold=origin.cold)
+                status = "; ".join(word for word in (status, said) if word)
             if fresh or origin.cold:
                 await self._fleet.starter.start_main(live)
             record = await self._parts.catalog.machines.update(

@@ -137,7 +137,7 @@ class Manager:
         """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either."""
         driver = self._parts.driver_of(spec.driver)
         check_spec(spec, driver.capabilities)
-        spec = with_authority(spec)
+        spec = with_authority(await asyncio.to_thread(self.fleet.mounting.check, spec))
         boot = await self._parts.images.boot_files(spec.image)
         record = await self._launcher.claim(
             spec, name=name, session=session, driver=driver.name, driver_why=self._parts.why_driver(spec.driver)
@@ -210,8 +210,11 @@ class Manager:
                 self._parts.tell("stop", record.id, record.name, exit_code=code)
             elif record.state != after:
                 await self._parts.catalog.machines.update(record.id, state=after, status="stopped while suspended")
-            if live is not None and not live.spec.remove_on_exit and self.fleet.find(record.id) is live:
-                await self.fleet.settle(live)
+            if live is not None and self.fleet.find(record.id) is live:
+                if record.state == RUNNING:
+                    await self.fleet.mounting.give_back(live, at_rest=not live.spec.remove_on_exit)
+                if not live.spec.remove_on_exit:
+                    await self.fleet.settle(live)
             await self.fleet.end(record.id, "stopped", keep_disk=True)
             if live is not None and live.spec.remove_on_exit:
                 await self.fleet.forget(record.id)
@@ -250,6 +253,7 @@ class Manager:
             return await self.fleet.give_up(await self._parts.catalog.machines.locate(ref), force=force)
         if force and record.state in (RUNNING, PAUSED):
             await self.fleet.note_removal(record.id)
+            await self._last_exchange(record.id)
             await self.fleet.end(record.id, "removed")  # without the lock: what holds it fails quickly now
             crash_point("machines.remove_ended")
         async with self.fleet.lock(record.id):
@@ -259,6 +263,13 @@ class Manager:
             await self.fleet.end(record.id, "removed")
             await self.fleet.forget(record.id)
         return ""
+
+    async def _last_exchange(self, machine_id: str) -> None:
+        """What a machine has made in its volumes goes back before it is removed by force."""
+        live = self.fleet.find(machine_id)
+        if live is not None and any(not mount.held for mount in live.spec.volumes):
+            async with self.fleet.lock(machine_id):
+                await self.fleet.mounting.give_back(live)
 
     # --- snapshots ---------------------------------------------------------------------------------------------
 

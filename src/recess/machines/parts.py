@@ -19,6 +19,7 @@ from recess.machines.contract import BootFiles, Driver, LazyMemory, PageSet
 from recess.machines.events import Events
 from recess.machines.retention import Keeping
 from recess.snapshots.contract import PageSource, SnapshotStore
+from recess.volumes import NamedVolumes
 
 Progress = Callable[[str], None]
 ReadAll = Callable[[], Awaitable[PageSet]]
@@ -106,6 +107,7 @@ class Parts:
     drop_caches: bool = False  # of a guest that is put away
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
     events: Events = field(default_factory=Events)
+    volumes: NamedVolumes | None = None  # None: machines have volumes by path only
 
     def tell(self, action: str, machine_id: str, name: str, **details: Any) -> None:
         """Tell who watches what has happened to a machine, once its row says so."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import posixpath
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -14,7 +16,7 @@ from recess.catalog.snapshots import SnapshotRecord
 from recess.errors import Corrupt, InvalidSpec, Unsupported
 from recess.machines.contract import BootFiles, Capabilities, VmSpec
 from recess.machines.restartpolicy import parse_policy
-from recess.machines.service import MachineRow, MachineSpec, SnapshotRow
+from recess.machines.service import MachineRow, MachineSpec, Mount, SnapshotRow
 from recess.machines.states import DAMAGED, STATES
 from recess.units import MIB, PAGE_BYTES
 
@@ -25,6 +27,9 @@ DISK_BYTES_MIN = 64 * MIB
 DISK_BYTES_MAX = 1 << 40
 CPUS_MAX = 64
 PORTS_MAX = 64
+VOLUMES_MAX = 16
+VOLUME_BYTES_MAX = 64 << 30
+LOST_FOLDERS = ("proc", "sys", "dev", "run", "tmp")
 
 
 def spec_to_json(spec: MachineSpec) -> dict[str, Any]:
@@ -141,6 +146,28 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         raise InvalidSpec("argv, env and cwd must not hold NUL bytes")
     if not spec.cwd.startswith("/"):
         raise InvalidSpec(f"cwd: an absolute path is needed, got {spec.cwd!r}")
+    _check_volumes(spec.volumes)
+
+
+def _check_volumes(volumes: Sequence[Mount]) -> None:
+    if len(volumes) > VOLUMES_MAX:
+        raise InvalidSpec(f"volumes: at most {VOLUMES_MAX}")
+    for mount in volumes:
+        target = mount.target
+        if not target.startswith("/") or posixpath.normpath(target) != target or target == "/" or "\0" in target:
+            raise InvalidSpec(f"volume {mount.source}: an absolute path in the machine is needed, got {target!r}")
+        if target.split("/")[1] in LOST_FOLDERS:
+            raise InvalidSpec(
+                f"volume {mount.source}: {target} is lost whenever the machine boots", hint="choose another place in it"
+            )
+        if not 1 <= mount.size_bytes <= VOLUME_BYTES_MAX:
+            raise InvalidSpec(f"volume {mount.source}: its size is at most {VOLUME_BYTES_MAX} bytes")
+    targets = sorted(mount.target for mount in volumes)
+    for outer, inner in pairwise(targets):
+        if inner == outer or inner.startswith(outer + "/"):
+            raise InvalidSpec(
+                f"volumes: {inner} lies in {outer}", hint="one folder of the machine belongs to one volume"
+            )
 
 
 def _between(what: str, value: int, low: int, high: int) -> None:

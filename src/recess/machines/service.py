@@ -14,6 +14,18 @@ from recess.guestlink.link import GuestLink, IncomingHandler
 
 
 @dataclass(frozen=True)
+class Mount:
+    """A volume of a machine: a folder (or file) of this host, by its absolute path, or a named one, that the machine has a
+    copy of at `target`. `held`: it came along from the machine this one was made of, and moves only when somebody asks."""
+
+    source: str
+    target: str
+    readonly: bool = False
+    size_bytes: int = 1 << 30  # of what is in it, at most
+    held: bool = False
+
+
+@dataclass(frozen=True)
 class MachineSpec:
     """What a user asks for. Sizes in bytes. `argv` is the main process (empty: none, the machine just runs)."""
 
@@ -37,6 +49,7 @@ class MachineSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     restart: str = ""  # of the main process: no | on-failure[:TIMES] | always | unless-stopped
     driver: str = ""  # "": the node's own choice
+    volumes: tuple[Mount, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -209,8 +209,10 @@ class SnapshotTaker:
         keptdisk.drop(self._parts.directory(record.id))  # of an earlier end: the snapshot has it all
 
     async def suspend(self, record: MachineRecord, why: str) -> SnapshotRow:
-        """Snapshot and evict."""
+        """Snapshot and evict, the machine's volumes exchanged before."""
         next_state(record.state, "suspend", f"machine {record.name}")
+        if record.state == RUNNING:
+            await self._fleet.mounting.give_back(self._fleet.need(record.id))
         row = await self.snapshot(record, name="", why=why, log_position=0, epoch=0, resume=False)
         await self.evict(await self._parts.catalog.machines.get(record.id), row.id)
         return row

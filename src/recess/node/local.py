@@ -53,6 +53,7 @@ from recess.sessions.service import Sessions
 from recess.sessions.signing import root_key
 from recess.snapshots.recompression import Recompression
 from recess.units import PAGE_BYTES
+from recess.volumes import NamedVolumes
 
 
 def _silent(_line: str) -> None:
@@ -122,6 +123,7 @@ class LocalNode:
         self._opened = opened
         self.recovered: dict[str, Any] = {}
         self.secrets = SecretStore()
+        self.volumes = NamedVolumes(config.home / "volumes")
         self.detach_on_close = True
         self._stack = stack
         self._chosen = chosen
@@ -174,7 +176,7 @@ class LocalNode:
             catalog=catalog, clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
             keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
-            first_pages=pagers.first_pages,
+            first_pages=pagers.first_pages, volumes=NamedVolumes(config.home / "volumes"),
         )  # fmt: skip
         machines = Manager(parts)
         kept = await open_log(config, db, clock)

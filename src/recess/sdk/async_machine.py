@@ -229,6 +229,10 @@ class AsyncMachine:
         """See `Machine.unpause`."""
         await in_thread(self.sync.unpause)
 
+    async def sync_volumes(self) -> Sequence[Json]:
+        """See `Machine.sync_volumes`."""
+        return await in_thread(self.sync.sync_volumes)
+
     async def suspend(self) -> Snapshot:
         """See `Machine.suspend`."""
         return await in_thread(self.sync.suspend)

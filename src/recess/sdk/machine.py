@@ -66,19 +66,21 @@ class Machine:
         disk: int | str | None = None, argv: Sequence[str] = (), env: Mapping[str, str] | None = None, user: str = "",
         cwd: str = "", network: str | None = None, allow: Sequence[str] = (),
         routes: Mapping[str, str] | None = None, ports: Ports = (), labels: Mapping[str, str] | None = None,
-        key: str = "", client: Client | None = None,
+        volumes: Mapping[str, str] | None = None, key: str = "", client: Client | None = None,
     ) -> Machine:  # fmt: skip
         """Start a machine and return it when it answers.
 
         `memory` and `disk` are bytes or "512M". `argv` is its main process, if it has one; `user`, `cwd` and `env` are the
         image's own where you say nothing. `network`: broker (what `allow` and `routes` let out), none or full. `ports`:
-        guest ports to publish on 127.0.0.1, {guest: host} or a list (any free host port); `port()` tells them. `key`: the
+        guest ports to publish on 127.0.0.1, {guest: host} or a list (any free host port); `port()` tells them. `volumes`:
+        {folder of the host, or a volume's name: "/path" or "/path:ro"}, copied both ways (see `sync_volumes`). `key`: the
         same key again is the same machine. Raises NotFound (image), NameInUse, InvalidSpec, Unavailable.
         """
         spec: Json = {
             "image": image, "memory_bytes": memory, "cpus": cpus, "disk_bytes": disk, "argv": list(argv),
             "env": dict(env or {}), "user": user or None, "cwd": cwd or None, "network": network, "allow": list(allow),
             "routes": dict(routes or {}), "ports": _ports(ports), "labels": dict(labels or {}),
+            "volumes": _volumes(volumes or {}),
         }  # fmt: skip
         where = client or default_client()
         made = where.call("POST", "/v1/machines", {"name": name, "spec": spec}, key=key or secrets.token_hex(16))
@@ -182,6 +184,11 @@ class Machine:
         """Return what is kept of the main process's output."""
         return self.client.transport.raw("GET", f"/v1/machines/{self.id}/logs")
 
+    def sync_volumes(self) -> Sequence[Json]:
+        """Exchange its volumes with the host now, and return what was done for each: copied_in, copied_out, removed_in,
+        removed_out, bytes, conflicts, left_out, error."""
+        return tuple(self._call("POST", "/sync", {})["volumes"])
+
     # -- its life ----------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
@@ -237,6 +244,13 @@ class Machine:
 
     def _call(self, method: str, path: str = "", body: object = None, **more: Any) -> Json:
         return self.client.call(method, f"/v1/machines/{self.id}{path}", body, **more)
+
+
+def _volumes(volumes: Mapping[str, str]) -> list[Json]:
+    return [
+        {"source": source, "target": target.removesuffix(":ro"), "readonly": target.endswith(":ro")}
+        for source, target in volumes.items()
+    ]
 
 
 def _ports(ports: Ports) -> list[list[object]]:

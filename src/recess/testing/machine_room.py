@@ -23,6 +23,7 @@ from recess.machines.parts import Parts
 from recess.machines.service import MachineSpec
 from recess.snapshots.store import Store
 from recess.units import MIB
+from recess.volumes import NamedVolumes
 
 SMALL = MachineSpec(memory_bytes=64 * MIB, disk_bytes=64 * MIB)
 
@@ -101,6 +102,7 @@ async def machine_room(
     parts = Parts(
         driver=driver, store=store, images=FakeImages(), catalog=Catalog(db), clock=SystemClock(),
         machines_dir=folder / "machines", run_dir=folder / "run", progress=lines.append,
+        volumes=NamedVolumes(folder / "volumes"),
     )  # fmt: skip
     room = Room(parts, Manager(parts), host, driver, blobs, lines)
     await room.manager.recover()

@@ -3,6 +3,7 @@
 import pytest
 
 from recess.cli.common import parse_env, parse_pairs, parse_port
+from recess.cli.volume_flags import parse_mount, parse_volume
 from recess.errors import BadInput
 
 
@@ -40,3 +41,20 @@ def test_pairs():
     assert parse_pairs(("a=b=c",), "-l") == {"a": "b=c"}
     with pytest.raises(BadInput):
         parse_pairs(("novalue",), "-l")
+
+
+def test_volumes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse_volume("./src:/work:ro") == {"source": str(tmp_path / "src"), "target": "/work", "readonly": True}
+    assert parse_volume("data:/data")["source"] == "data"
+    assert parse_volume(".:/w")["source"] == str(tmp_path)
+    assert parse_mount("type=bind,src=.,dst=/w,readonly,size=2G") == {
+        "source": str(tmp_path), "target": "/w", "readonly": True, "size_bytes": "2G",
+    }  # fmt: skip
+    assert parse_mount("source=data,target=/d")["readonly"] is False
+    for bad in ("x", "a:", ":/b", "a:/b:exec"):
+        with pytest.raises(BadInput):
+            parse_volume(bad)
+    for bad in ("source=a", "type=tmpfs,target=/x,source=y", "source=a/b,target=/x", "colour=red"):
+        with pytest.raises(BadInput):
+            parse_mount(bad)

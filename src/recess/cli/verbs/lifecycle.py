@@ -15,7 +15,7 @@ from recess.sdk.transport import Json
 from recess.units import format_bytes, format_duration
 
 
-def _each(inv: Invocation, refs: tuple[str, ...], act: Callable[[str], Any]) -> int:
+def each(inv: Invocation, refs: tuple[str, ...], act: Callable[[str], Any]) -> int:
     """Do it to each; go on after an error, as Docker does, and fail at the end.
 
     With --json a failure's envelope is the first error's, and its `details.results` tell what became of each.
@@ -58,7 +58,7 @@ def start(inv: Invocation, machines: tuple[str, ...], attach: bool, interactive:
         return answer
 
     if not (attach or interactive):
-        return _each(inv, machines, act)
+        return each(inv, machines, act)
     if len(machines) != 1:
         raise BadInput("-a and -i take one machine")
     row = act(machines[0])["machine"]
@@ -83,7 +83,7 @@ def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int
         _tell_rung(inv, ref, answer["resume"])
         return answer
 
-    return _each(inv, machines, act)
+    return each(inv, machines, act)
 
 
 @click.command("stop")
@@ -92,7 +92,7 @@ def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int
 @verb
 def stop(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
     """Stop MACHINES: SIGTERM to the main process, then the end."""
-    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/stop", {"timeout_s": timeout_s}))
+    return each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/stop", {"timeout_s": timeout_s}))
 
 
 @click.command("kill")
@@ -101,7 +101,7 @@ def stop(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
 @verb
 def kill(inv: Invocation, machines: tuple[str, ...], signal: str) -> int:
     """End MACHINES at once, or send their main processes a signal."""
-    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/kill", {"signal": signal}))
+    return each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/kill", {"signal": signal}))
 
 
 @click.command("wait")
@@ -143,7 +143,7 @@ def rm(inv: Invocation, machines: tuple[str, ...], force: bool, volumes: bool) -
             inv.out.progress(f"{ref}: its row was damaged; row and files stay for a week in {answer['left']}")
         return answer
 
-    return _each(inv, machines, act)
+    return each(inv, machines, act)
 
 
 @click.command("pause")
@@ -151,7 +151,7 @@ def rm(inv: Invocation, machines: tuple[str, ...], force: bool, volumes: bool) -
 @verb
 def pause(inv: Invocation, machines: tuple[str, ...]) -> int:
     """Stop the CPUs of MACHINES; their memory is held."""
-    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/pause", {}))
+    return each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/pause", {}))
 
 
 @click.command("unpause")
@@ -159,7 +159,7 @@ def pause(inv: Invocation, machines: tuple[str, ...]) -> int:
 @verb
 def unpause(inv: Invocation, machines: tuple[str, ...]) -> int:
     """Let paused MACHINES run."""
-    return _each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/unpause", {}))
+    return each(inv, machines, lambda m: inv.server.call("POST", f"/v1/machines/{m}/unpause", {}))
 
 
 @click.command("suspend")
@@ -173,7 +173,7 @@ def suspend(inv: Invocation, machines: tuple[str, ...]) -> int:
         inv.out.progress(f"{ref}: stored {format_bytes(int(row['figures'].get('new_bytes', 0)))}")
         return row
 
-    return _each(inv, machines, act)
+    return each(inv, machines, act)
 
 
 @click.command("resume")
@@ -188,4 +188,4 @@ def resume(inv: Invocation, machines: tuple[str, ...], disk: bool) -> int:
         inv.out.progress(f"{ref}: rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
         return report
 
-    return _each(inv, machines, act)
+    return each(inv, machines, act)

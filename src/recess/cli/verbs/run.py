@@ -39,11 +39,20 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
         return 0
     code = follow_main(inv, row, stdin=flags["interactive"], keys=detach_keys)
     sys.stdout.flush()
+    if code is not None and row["spec"]["volumes"]:
+        settled(inv, row["id"])
     if flags["remove"] and code is not None:
         # The server forgets it too, a little later, so that a second client may still read its last output.
         with contextlib.suppress(NotFound):
             inv.server.call("DELETE", f"/v1/machines/{row['id']}", query={"force": 1})
     return code or 0
+
+
+def settled(inv: Invocation, machine: str) -> None:
+    """Wait until a machine whose command has ended has given its volumes back: whoever looks then finds its files."""
+    with contextlib.suppress(NotFound):  # --rm: it is gone, and that came after
+        while inv.server.call("POST", f"/v1/machines/{machine}/wait", {})["exit_code"] is None:
+            inv.out.progress("bringing the volumes back")
 
 
 @click.command("create", context_settings={"allow_interspersed_args": False})

@@ -48,13 +48,13 @@ class FileTree:
             self.make_dirs(posixpath.dirname(path))
         self._home(path)[path] = FileNode("dir", 0o755, self._now())
 
-    def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
+    def write(self, path: str, data: bytes, mode: int = 0o644, *, mtime_s: float | None = None) -> None:
         """Write a whole file."""
         self.make_dirs(posixpath.dirname(path))
         node = self.get(path)
         if node is not None and node.kind == "dir":
             raise BadInput(f"is a folder: {path}")
-        self._home(path)[path] = FileNode("file", mode, self._now(), data)
+        self._home(path)[path] = FileNode("file", mode, self._now() if mtime_s is None else mtime_s, data)
 
     def append(self, path: str, data: bytes) -> None:
         """Add to the end of a file, made if absent."""
@@ -147,4 +147,4 @@ class FileTree:
                     self._home(target)[target] = FileNode("symlink", 0o777, self._now(), member.linkname.encode())
                 elif member.isfile():
                     source = tar.extractfile(member)
-                    self.write(target, source.read() if source else b"", member.mode)
+                    self.write(target, source.read() if source else b"", member.mode, mtime_s=float(int(member.mtime)))
