@@ -6,6 +6,7 @@ Files below the home (all private to the user, mode 0700):
     recess.db            SQLite: log, catalog            blobs/     layers, page maps, manifests, log blobs
     home-id              this home's name in shared stores   copies/  a remote store's blobs, bounded
     pages/               memories of snapshots, uncompressed, bounded, to be mapped in place
+    packed/              layers of the last day's exports
     images/              roots, kernels, initrds         machines/  one folder a machine: writable disk, console
     server.log  server.lock  server.sock -> run_dir      logs/
 Files below the run directory (shared memory, gone after a host reboot, rebuildable): template RAM caches, sockets,
@@ -52,11 +53,15 @@ class Config:
     lease_s: float = 15.0
     zstd_level: int = 1
     frame_bytes: int = 65536
-    drop_caches: bool = False  # a guest that is put away gives up its page cache first: less stored, slower first reads
+    drop_caches: str = (
+        "off"  # off | always | how long idle: a guest put away gives up its page cache (machines.emptying)
+    )
     recompress_after_s: float = 86400.0  # layers that no younger snapshot names are compressed once more; 0: never
     recompress_level: int = 19
     recompress_frame_bytes: int = 262144  # what a page fault in such a layer must decode
     recompress_budget_s: float = 300.0  # a round, hourly, begins no layer after that; it runs at the lowest priority
+    export_level: int = 17  # of an archive's layers, that are packed once more when it is made
+    export_frame_bytes: int = 2 << 20
     snapshot_keep: int = 3  # newest automatic snapshots that stay of each session or machine
     snapshot_retention_s: float = 86400.0  # younger ones stay too: what a fork or a rewind may want
     snapshot_quota_bytes: int = 0  # 0: none
@@ -89,6 +94,16 @@ class Config:
     def copies_dir(self) -> Path:
         """Copies of a remote store's blobs."""
         return self.home / "copies"
+
+    @property
+    def pages_dir(self) -> Path:
+        """Memories of snapshots, uncompressed."""
+        return self.home / "pages"
+
+    @property
+    def packed_dir(self) -> Path:
+        """Layers packed for exports: for a day."""
+        return self.home / "packed"
 
     @property
     def images_dir(self) -> Path:
@@ -131,6 +146,8 @@ _ENV = {
     "recompress_level": "RECESS_RECOMPRESS_LEVEL",
     "recompress_frame_bytes": "RECESS_RECOMPRESS_FRAME_BYTES",
     "recompress_budget_s": "RECESS_RECOMPRESS_BUDGET_S",
+    "export_level": "RECESS_EXPORT_LEVEL",
+    "export_frame_bytes": "RECESS_EXPORT_FRAME_BYTES",
     "crash_point": "RECESS_CRASH_POINT",
     "run_dir": "RECESS_RUN_DIR",
     "database_url": "RECESS_DATABASE_URL",

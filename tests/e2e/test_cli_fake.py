@@ -193,7 +193,7 @@ def test_a_machine_is_created_started_waited_for_and_started_again(recess):
     assert recess("logs", "job").stdout == b"hi you\n" * 2
     recess("rename", "job", "task")
     assert recess("ps", "-a", "-f", "exited=3", "--format", "{{.Names}}").stdout == b"task\n"
-    assert recess("prune", "-f").stdout.startswith(b"mch_")
+    assert recess("prune", "-f", "--caches").stdout.startswith(b"mch_")
     assert envelope(recess("prune", "--json", expect=2))["error"]["code"] == "bad_input"
     assert recess("ps", "-aq").stdout == b""
 

@@ -98,6 +98,11 @@ async def disk_usage(request: Request) -> Response:
     return JSONResponse(await context_of(request).node.usage())
 
 
+async def empty_caches(request: Request) -> Response:
+    """POST /v1/caches/prune."""
+    return JSONResponse(await context_of(request).node.empty_caches())
+
+
 def signal_number(value: Any) -> int:
     """Return the signal that a number, "KILL" or "SIGKILL" names. Raises BadInput."""
     text = str(value).upper()
@@ -111,6 +116,7 @@ def signal_number(value: Any) -> int:
 
 ROUTES = [
     Route("/v1/df", disk_usage, methods=["GET"]),
+    Route("/v1/caches/prune", empty_caches, methods=["POST"]),
     Route("/v1/events", events, methods=["GET"]),
     Route("/v1/machines/{ref}/start", start_machine, methods=["POST"]),
     Route("/v1/machines/{ref}/wait", wait_machine, methods=["POST"]),

@@ -71,19 +71,25 @@ async def pull_snapshot(request: Request) -> Response:
 
 
 async def describe_archive(request: Request) -> Response:
-    """GET /v1/snapshots/REF/archive?image=1: size and tag of the file that an export would be."""
-    head, size, tag = await _announce(request)
-    return JSONResponse({"snapshot": head.snapshot_id, "name": head.name, "bytes": size, "tag": tag})
+    """GET /v1/snapshots/REF/archive?image=1&as_stored=1: size and tag of the file that an export would be."""
+
+    async def work() -> dict[str, Any]:
+        head, size, tag = await _announce(request)
+        return {"snapshot": head.snapshot_id, "name": head.name, "bytes": size, "tag": tag}
+
+    return await with_progress(request, context_of(request).hub, work, 200)
 
 
 async def _announce(request: Request) -> tuple[Announcement, int, str]:
-    with_image = request.query_params.get("image") == "1"
+    query = request.query_params
     transfers = context_of(request).node.transfers
-    return await transfers.announce(str(request.path_params["ref"]), with_image=with_image)
+    return await transfers.announce(
+        str(request.path_params["ref"]), with_image=query.get("image") == "1", as_stored=query.get("as_stored") == "1"
+    )
 
 
 async def export_snapshot(request: Request) -> Response:
-    """GET /v1/snapshots/REF/export?offset=N&image=1."""
+    """GET /v1/snapshots/REF/export?offset=N&image=1&as_stored=1."""
     transfers = context_of(request).node.transfers
     try:
         offset = int(request.query_params.get("offset", "0"))

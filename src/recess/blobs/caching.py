@@ -81,6 +81,16 @@ class CachingBlobs:
         self._forget(key)
         return self._local.delete(key)
 
+    def empty(self) -> int:
+        """Give all copies up; return their bytes. Whoever reads one has it open, or reads remotely."""
+        with self._lock:
+            victims, freed = list(self._held), self._held_bytes
+            self._held.clear()
+            self._held_bytes = 0
+        for key in victims:
+            self._local.delete(key)
+        return freed
+
     def _forget(self, key: str) -> None:
         """There is no copy any more: it made room for others, or somebody emptied the folder."""
         with self._lock:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
 class WorkPool:
-    """Runs short, independent, non-nesting tasks. Threads start on first use and end with `close` or the process."""
+    """Runs short, independent, non-nesting tasks. Threads start on first use and end with `close` or the process.
 
-    def __init__(self, threads: int = 2, name: str = "frames") -> None:
+    `nice`: their priority, 0 to 19, the lowest (a task that is alone runs in its caller's thread, though).
+    """
+
+    def __init__(self, threads: int = 2, name: str = "frames", *, nice: int = 0) -> None:
         self.threads = threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._executor = ThreadPoolExecutor(threads, name, partial(give_way, nice) if nice else None)
 
     def each(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run all and return their results in order.
@@ -46,3 +53,9 @@ class WorkPool:
     def close(self) -> None:
         """End the threads. May be called twice."""
         self._executor.shutdown()
+
+
+def give_way(nice: int = 19) -> None:
+    """Give this thread a low priority, the lowest if not told (on Linux a thread has its own, and cannot raise it)."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

@@ -26,6 +26,7 @@ from blake3 import blake3
 from recess.errors import Corrupt, Incompatible, Unsupported
 from recess.frames.index import decode_index
 from recess.frames.index_v2 import encode_index
+from recess.frames.pool import WorkPool
 from recess.frames.seekable import ReadRange, SeekableReader, Sink, stream_seekable
 from recess.frames.table import FrameTable
 from recess.frames.zstd import FRAME_RAW_BYTES_MAX
@@ -43,10 +44,16 @@ def group_of(reader: SeekableReader, frame_bytes: int) -> int:
 
 
 def recode(
-    original: SeekableReader, *, level: int, frame_bytes: int, go_on: Callable[[], None] = lambda: None
+    original: SeekableReader,
+    *,
+    level: int,
+    frame_bytes: int,
+    go_on: Callable[[], None] = lambda: None,
+    pool: WorkPool | None = None,
 ) -> Iterator[bytes]:
     """Yield the recoded file piece by piece; everything is read from `original`, and verified. `go_on` is called before
-    each frame and may raise to stop. Raises Unsupported (a file of version 1 does not prove its content), Corrupt.
+    each frame (by the pool's threads if there is one) and may raise to stop. Raises Unsupported (a file of version 1 does
+    not prove its content), Corrupt.
     """
     table = original.table
     if table.contents is None:
@@ -67,7 +74,7 @@ def recode(
     def extra_of(own: FrameTable) -> bytes:
         return _HEAD.pack(VERSION, 0, group, _own_hash(own)) + original.index
 
-    yield from stream_seekable(KIND, -(-table.count // group), raw_of, extra_of, level=level)
+    yield from stream_seekable(KIND, -(-table.count // group), raw_of, extra_of, level=level, pool=pool)
 
 
 def _own_hash(table: FrameTable) -> bytes:

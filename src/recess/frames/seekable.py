@@ -93,17 +93,36 @@ def build_seekable(
 
 
 def stream_seekable(
-    kind: bytes, count: int, raw_of: Callable[[int], Bytes], extra_of: Callable[[FrameTable], bytes], *, level: int
+    kind: bytes,
+    count: int,
+    raw_of: Callable[[int], Bytes],
+    extra_of: Callable[[FrameTable], bytes],
+    *,
+    level: int,
+    pool: WorkPool | None = None,
 ) -> Iterator[bytes]:
-    """Yield a file piece by piece as it is compressed, by one thread, in the memory of one frame (and of the table)."""
-    encoder = FrameEncoder(level)
+    """Yield a file piece by piece as it is compressed, in the memory of one frame (and of the table): by the caller's
+    thread, or by all of a pool, in the memory of a frame each."""
     frames = []
-    for number in range(count):
-        frame = encoder.encode(raw_of(number))
+    for frame in _encoded(count, raw_of, level, pool):
         frames.append(frame.without_data())
         yield frame.data
     table = table_of(frames, level=level)
     yield encode_tail(table, encode_index(kind, table, extra_of(table)))
+
+
+def _encoded(count: int, raw_of: Callable[[int], Bytes], level: int, pool: WorkPool | None) -> Iterator[Frame]:
+    if pool is None:
+        encoder = FrameEncoder(level)
+        yield from (encoder.encode(raw_of(number)) for number in range(count))
+        return
+    for low in range(0, count, pool.threads):  # no more at a time: what is ahead of the writer is memory
+        tasks = [partial(_encode, raw_of, number, level) for number in range(low, min(low + pool.threads, count))]
+        yield from pool.in_order(tasks)
+
+
+def _encode(raw_of: Callable[[int], Bytes], number: int, level: int) -> Frame:
+    return FrameEncoder(level).encode(raw_of(number))
 
 
 def encode_tail(table: FrameTable, index: bytes) -> bytes:

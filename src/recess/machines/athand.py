@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from recess.errors import RecessError
+from recess.frames.pool import give_way
 from recess.machines.contract import Capture, MappedMemory, PageSet, TemplateRef
 from recess.paging.book import Numbers, Pages, runs_of
 from recess.paging.pagefiles import PageFiles
@@ -42,7 +43,7 @@ class AtHand:
 
     def __init__(self, files: PageFiles) -> None:
         self._files = files
-        self._thread = ThreadPoolExecutor(1, "page-files", initializer=_give_way)
+        self._thread = ThreadPoolExecutor(1, "page-files", give_way, (_NICE,))
         self._waiting: dict[Future[None], int] = {}
         self._lock = threading.Lock()
 
@@ -100,6 +101,10 @@ class AtHand:
         """Give disk space back, oldest use first; returns how much."""
         return self._files.give_back(wanted)
 
+    def empty(self) -> int:
+        """Give everything back; returns how much. What is written at this moment stays."""
+        return self._files.give_back(self._files.used_bytes())
+
     def about(self) -> Mapping[str, int]:
         """Say what it holds and how often it helped."""
         return {"bytes": self._files.used_bytes(), **asdict(self._files.counts)}
@@ -139,12 +144,6 @@ def _quietly(work: Callable[[], None]) -> None:
         work()
     except (RecessError, OSError, ValueError) as exc:
         log.warning("a snapshot's memory was not kept at hand: %s", exc)
-
-
-def _give_way() -> None:
-    """Give this thread a low priority (on Linux a thread has its own)."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def _map_pages(file: int, count: int) -> Pages:

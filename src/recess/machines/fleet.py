@@ -354,7 +354,8 @@ class Fleet:
     async def _reattach(self, record: MachineRecord, vm: Vm) -> None:
         spec = spec_from_json(record.spec, f"machine {record.id}")
         epoch = int(record.meta.get("epoch", 0))
-        live = Live(record.id, vm, spec, await self._templates.under(record.template, vm_of(record)), epoch)
+        template = await self._templates.under(record.template, vm_of(record))
+        live = Live(record.id, vm, spec, template, epoch, used_s=self._parts.clock.monotonic_s())
         live.parent = str(record.meta.get("parent", ""))
         live.thaw = self.starter.thaw_maker(record, epoch)
         live.stalled = await vm.stalled()

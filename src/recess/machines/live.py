@@ -35,6 +35,7 @@ class Live:
     spec: MachineSpec
     template: Template
     epoch: int
+    used_s: float = field(kw_only=True)  # when it was started, or somebody last asked for its link
     parent: str = ""
     workload_frozen: bool = False
     paused_since: float = 0.0  # 0.0: the vCPUs run

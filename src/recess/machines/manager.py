@@ -92,6 +92,7 @@ class Manager:
         live = self.fleet.find(machine_id)
         if live is not None and live.paused_since == 0.0:
             check_goes(live, machine_id)
+            live.used_s = self._parts.clock.monotonic_s()
             return live.link
         record = await self._record(machine_id)
         next_state(record.state, "use", f"machine {record.name}")
@@ -282,13 +283,14 @@ class Manager:
         log_position: int = 0,
         epoch: int = 0,
         resume: bool = True,
+        idle_s: float | None = None,
     ) -> SnapshotRow:
         """Take and store a snapshot; see `SnapshotTaker.snapshot`."""
         record = await self._record(ref)
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             row = await self._taker.snapshot(
-                record, name=name, why=why, log_position=log_position, epoch=epoch, resume=resume
+                record, name=name, why=why, log_position=log_position, epoch=epoch, resume=resume, idle_s=idle_s
             )
             self._parts.tell("snapshot", record.id, record.name, snapshot=row.id, why=why)
             return row

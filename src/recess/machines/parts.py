@@ -104,7 +104,7 @@ class Parts:
     lazy_memory: str = "auto"  # auto | remap | lazy | inject (recess.paging.choice)
     first_pages: Callable[[str], Sequence[int]] | None = None  # of a snapshot's memory, as seen on this node; may block
     at_hand: AtHand | None = None  # memories kept uncompressed; None: none are
-    drop_caches: bool = False  # of a guest that is put away
+    drop_caches: float | None = None  # of a guest that is put away after that many idle seconds; None: of none
     find_elsewhere: FindElsewhere | None = None  # a snapshot that another home put into a shared store
     events: Events = field(default_factory=Events)
     volumes: NamedVolumes | None = None  # None: machines have volumes by path only

@@ -148,8 +148,10 @@ class Machines(Protocol):
         log_position: int = 0,
         epoch: int = 0,
         resume: bool = True,
+        idle_s: float | None = None,
     ) -> SnapshotRow:
-        """Take and store a snapshot. `resume=False` leaves the machine paused (then `evict` or `unpause`)."""
+        """Take and store a snapshot. `resume=False` leaves the machine paused (then `evict` or `unpause`). `idle_s`: how
+        long it has not been used, if the caller knows better than whoever hands out its link."""
         ...  # fmt: skip
 
     async def evict(self, ref: str, *, snapshot: str) -> None:

@@ -23,7 +23,7 @@ from recess.db import Tx
 from recess.errors import Corrupt, GuestFailed, IllegalState, Incompatible, NotFound, RecessError, Timeout
 from recess.machines import keptdisk
 from recess.machines.capture import Taken, drop_nameless, figures, snapshot_meta, store_capture, take
-from recess.machines.emptying import drop_caches
+from recess.machines.emptying import drop_caches, should_drop
 from recess.machines.fleet import Fleet
 from recess.machines.live import Live
 from recess.machines.mapped import MEMORY
@@ -53,8 +53,9 @@ class SnapshotTaker:
         self._make_room = make_room
 
     async def capture(
-        self, record: MachineRecord, *, resume: bool, refuse: bool = True, whole: bool = False
-    ) -> tuple[Live, Taken]:
+        self, record: MachineRecord, *, resume: bool, refuse: bool = True, whole: bool = False,
+        idle_s: float | None = None,
+    ) -> tuple[Live, Taken]:  # fmt: skip
         """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended. `whole`:
         all that differs from the template, not only what changed since the newest snapshot.
 
@@ -64,7 +65,9 @@ class SnapshotTaker:
         await self._make_room(refuse=refuse)
         live = self._fleet.need(record.id)
         go_on = resume and record.state == RUNNING
-        if self._parts.drop_caches and not resume and record.state == RUNNING and not live.workload_frozen:
+        idle_s = self._parts.clock.monotonic_s() - live.used_s if idle_s is None else idle_s
+        runs = record.state == RUNNING and not live.workload_frozen
+        if should_drop(self._parts.drop_caches, idle_s=idle_s, goes_on=resume, runs=runs):
             await drop_caches(live.link)
         parent = "" if whole else await self._usable_parent(live)
         try:
@@ -157,13 +160,14 @@ class SnapshotTaker:
             await drop_nameless(self._parts.store, snapshot_id)
 
     async def snapshot(
-        self, record: MachineRecord, *, name: str, why: str, log_position: int, epoch: int, resume: bool
-    ) -> SnapshotRow:
+        self, record: MachineRecord, *, name: str, why: str, log_position: int, epoch: int, resume: bool,
+        idle_s: float | None = None,
+    ) -> SnapshotRow:  # fmt: skip
         """Capture and store; on an error the machine is as it was before."""
         if name:
             check_name(name, "snapshot", tagged=True)  # before anything costly; a name that is in use moves
         # A server that stops has no other way to keep its machines than to store them, short of space or not.
-        live, taken = await self.capture(record, resume=resume, refuse=why != "stop")
+        live, taken = await self.capture(record, resume=resume, refuse=why != "stop", idle_s=idle_s)
         state = record.state if resume else PAUSED
         store = partial(
             self.store, record, live, name=name, why=why, log_position=log_position, epoch=epoch, state=state

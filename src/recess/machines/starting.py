@@ -88,7 +88,10 @@ class Starter:
             vm = await driver.restore(record.id, origin.template.spec, origin.parts, directory)
         restored = time.monotonic()
         try:
-            live = Live(record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True)
+            live = Live(
+                record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True,
+                used_s=self._parts.clock.monotonic_s(),
+            )  # fmt: skip
             live.thaw = self.thaw_maker(record, epoch)
             await self._thaw(live)
         except UNDO as exc:

@@ -29,6 +29,7 @@ from recess.contextlog import LogKeeper, SqlLog
 from recess.crashpoints import arm_from_config
 from recess.errors import OutOfSpace, Refused, Unavailable
 from recess.machines.athand import AtHand
+from recess.machines.emptying import parse_policy
 from recess.machines.manager import Manager
 from recess.machines.parts import Parts, Progress
 from recess.machines.retention import Keeping
@@ -111,6 +112,7 @@ class LocalNode:
     def __init__(
         self, config: Config, stack: contextlib.AsyncExitStack, catalog: Catalog, log: SqlLog, broker: Broker,
         chosen: Chosen, machines: Manager, sessions: Sessions, images: ImageAdmin, transfers: Transfers, opened: Opened,
+        at_hand: AtHand,
     ) -> None:  # fmt: skip
         self.config = config
         self.catalog = catalog
@@ -121,6 +123,7 @@ class LocalNode:
         self.images = images
         self.transfers = transfers
         self._opened = opened
+        self._at_hand = at_hand
         self.recovered: dict[str, Any] = {}
         self.secrets = SecretStore()
         self.volumes = NamedVolumes(config.home / "volumes")
@@ -167,6 +170,7 @@ class LocalNode:
 
         files = make_images(config, chosen.driver, progress)
         transfers = Transfers(config, catalog, store, files, clock, progress, free_bytes)
+        stack.callback(transfers.stop)
         at_hand = AtHand(await asyncio.to_thread(open_page_files, config, free_bytes))
         stack.callback(at_hand.close)
         pagers = Pagers(config, at_hand.keep_file)
@@ -174,7 +178,7 @@ class LocalNode:
         parts = Parts(
             driver=chosen.driver, driver_why=chosen.reason, others=chosen.others, store=store, images=files,
             catalog=catalog, clock=clock, machines_dir=config.machines_dir, run_dir=config.run_dir, egress=broker, progress=progress,
-            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=config.drop_caches,
+            keeping=keeping_of(config), free_bytes=free_bytes, find_elsewhere=transfers.find, drop_caches=parse_policy(config.drop_caches),
             make_pager=pagers.make, lazy_memory=config.lazy_memory, at_hand=at_hand,
             first_pages=pagers.first_pages, volumes=NamedVolumes(config.home / "volumes"),
         )  # fmt: skip
@@ -194,7 +198,9 @@ class LocalNode:
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
-        node = cls(config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened)
+        node = cls(
+            config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened, at_hand
+        )  # fmt: skip
         node.secrets = secrets
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
@@ -207,7 +213,9 @@ class LocalNode:
 
     def _start_reaper(self, clock: Clock, keeper: LogKeeper, stack: contextlib.AsyncExitStack) -> None:
         async def tidy() -> Mapping[str, int]:
-            return {**await self.machines.tidy(), **{f"log_{k}": n for k, n in asdict(await keeper.sweep()).items()}}
+            packed = await asyncio.to_thread(self.transfers.drop_packed)
+            swept = {f"log_{k}": n for k, n in asdict(await keeper.sweep()).items()}
+            return {**await self.machines.tidy(), **swept, "packed_bytes": packed}
 
         task = asyncio.create_task(reap(clock, tidy), name="reaper")
         stack.push_async_callback(finish_task, task)
@@ -253,6 +261,15 @@ class LocalNode:
         """Return what takes space on this node."""
         in_use = await self.images.used()
         return await usage(self.config, self.machines, self.images, in_use, await self.kept_ready())
+
+    async def empty_caches(self) -> dict[str, int]:
+        """Give back what is made again when it is needed; return the bytes by kind. Machines lose nothing: what they have
+        mapped stays theirs (and on the disk) until they end. Later resumes, exports and restores read anew."""
+        return {
+            "page_files": await asyncio.to_thread(self._at_hand.empty),
+            "packed_exports": await asyncio.to_thread(self.transfers.drop_packed, everything=True),
+            "copies": await asyncio.to_thread(self._opened.drop_copies),
+        }
 
     async def list_images(self) -> list[dict[str, Any]]:
         """Return all images."""

@@ -48,7 +48,7 @@ class Pagers:
         self._memory_of = config.home / "touched"
         self._keep = keep if config.page_files_bytes and config.lazy_memory == "auto" else None
         self._room = {
-            "folder": str(config.home / "pages"),
+            "folder": str(config.pages_dir),
             "max_bytes": config.page_files_bytes, "reserve_bytes": page_files_reserve(config),
         }  # fmt: skip
         self._sock: socket.socket | None = None

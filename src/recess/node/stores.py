@@ -33,10 +33,12 @@ _HOME_ID = "home-id"
 
 @dataclass(frozen=True)
 class Opened:
-    """This node's store. `about` tells what moved so far."""
+    """This node's store. `about` tells what moved so far; `drop_copies` empties what lies here of a remote store, and
+    returns the bytes."""
 
     store: Store
     about: Callable[[], dict[str, Any]]
+    drop_copies: Callable[[], int] = lambda: 0
 
 
 def open_store(config: Config) -> Opened:
@@ -61,7 +63,7 @@ def open_store(config: Config) -> Opened:
     def about() -> dict[str, Any]:
         return {"where": config.store, "traffic": asdict(meter.traffic), "copies": asdict(cache.state)}
 
-    return Opened(shared, about)
+    return Opened(shared, about, cache.empty)
 
 
 def open_blobs(address: str, config: Config) -> BlobStore:
@@ -94,7 +96,7 @@ def open_for_reading(config: Config) -> BlobStore:
 def open_page_files(config: Config, free_bytes: Callable[[], int]) -> PageFiles:
     """Return the memories that this node keeps uncompressed; the disk's reserve is left alone."""
     return PageFiles(
-        config.home / "pages", max_bytes=config.page_files_bytes, free_bytes=free_bytes,
+        config.pages_dir, max_bytes=config.page_files_bytes, free_bytes=free_bytes,
         reserve_bytes=page_files_reserve(config),
     )  # fmt: skip
 

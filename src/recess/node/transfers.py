@@ -7,21 +7,23 @@ row. What fails before the row leaves blobs that nothing names. All of it may be
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from recess.blobs import BlobStore
+from recess.blobs import BlobStore, LocalBlobs
 from recess.catalog import Catalog
 from recess.catalog.names import check_name
 from recess.catalog.snapshots import SnapshotRecord
 from recess.clock import Clock
 from recess.config import Config
-from recess.errors import BadInput, NotFound, RecessError, Refused
+from recess.errors import BadInput, NotFound, RecessError, Refused, Unavailable
+from recess.frames import WorkPool
 from recess.machines.arrivals import add_foreign, asks_for, foreign_record
 from recess.machines.parts import ImageFiles, Progress
 from recess.node.stores import home_id, open_blobs
@@ -29,11 +31,13 @@ from recess.node.travelfiles import TravelFiles, check_file
 from recess.snapshots.archive import Import, announce, archive_bytes, archive_pieces
 from recess.snapshots.archive_v1 import Announcement, ArchiveReader, Read, encode_announcement
 from recess.snapshots.keys import SNAPSHOT
+from recess.snapshots.packing import Packing, as_announced, pack
 from recess.snapshots.shared import RefKeepingBlobs, Refs, SharedStore
 from recess.snapshots.store import Store
 from recess.snapshots.transfer import TransferReport, check_there, closure, copy_snapshot
 
 PACKED_KEPT_S = 86400.0
+_PACKING_NICE = 5  # somebody waits for it, but machines go first
 
 
 class Transfers:
@@ -50,6 +54,9 @@ class Transfers:
         self._progress = progress
         self._free_bytes = free_bytes
         self._files = TravelFiles(config.images_dir, images, progress)
+        self._packing = Packing(config.export_level, config.export_frame_bytes)
+        self._packs = threading.Lock()  # one archive is packed at a time; the next finds what it needs, perhaps
+        self._stopped = threading.Event()
 
     # --- push and pull -------------------------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class Transfers:
                 )  # fmt: skip
         except RecessError:
             if await self._catalog.snapshots.find(snapshot_id) is None:
-                with suppress(
+                with contextlib.suppress(
                     RecessError
                 ):  # what cannot be removed now is the collector's; the first error is the news
                     await asyncio.to_thread(self._store.discard, snapshot_id)
@@ -150,31 +157,58 @@ class Transfers:
 
     # --- export and import ---------------------------------------------------------------------------------------
 
-    async def announce(self, ref: str, *, with_image: bool = False) -> tuple[Announcement, int, str]:
+    async def announce(
+        self, ref: str, *, with_image: bool = False, as_stored: bool = False
+    ) -> tuple[Announcement, int, str]:
         """Return what an archive would hold, its size, and a tag that tells one archive's bytes from another's.
 
-        With the image the packed files are kept in the store for a day: their size must be known before they are sent.
+        Its size must be known before it is sent, so its layers (unless they go `as_stored`) and the image's files are
+        packed now, and kept for a day. Raises NotFound, Corrupt, Unavailable (the server ends).
         """
         row = await self._catalog.snapshots.get(ref)
-        head = await asyncio.to_thread(self._announce, row, with_image)
+        head = await asyncio.to_thread(self._announce, row, with_image, as_stored)
         return head, archive_bytes(head), blake3(encode_announcement(head)).hexdigest(16)
 
-    def _announce(self, row: SnapshotRecord, with_image: bool) -> Announcement:
+    def _announce(self, row: SnapshotRecord, with_image: bool, as_stored: bool) -> Announcement:
         blobs = self._store.blobs
-        self._drop_old_packed(blobs)
+        self.drop_packed()
         files = self._files.pack(self._store.manifest(row.id), blobs) if with_image else []
-        return announce(blobs, row.id, row.name, files)
+        return announce(blobs if as_stored else self._pack(row.id), row.id, row.name, files)
 
-    def _drop_old_packed(self, blobs: BlobStore) -> None:
-        """Remove packed image files that an export, or an import that broke off, left in this home a day ago."""
+    def _pack(self, snapshot_id: str) -> BlobStore:
+        def go_on() -> None:
+            if self._stopped.is_set():
+                raise Unavailable("the server ends", hint="try again: what was packed is kept")
+
+        with self._packs, contextlib.closing(WorkPool(name="packing", nice=_PACKING_NICE)) as pool:
+            return pack(
+                self._store.blobs, LocalBlobs(self._config.packed_dir), snapshot_id, self._packing, pool,
+                tell=self._progress, go_on=go_on,
+            )  # fmt: skip
+
+    def stop(self) -> None:
+        """Give up what is being packed. May be called twice."""
+        self._stopped.set()
+
+    def drop_packed(self, *, everything: bool = False) -> int:
+        """Remove what exports packed, and image files of an import that broke off, a day ago (or at any time); return the
+        bytes freed. An export that is under way then breaks off, and goes on when it is asked for again."""
+        before_s, freed = self._clock.wall_s() - PACKED_KEPT_S, 0
+        places: list[tuple[BlobStore, str]] = []
+        if self._config.packed_dir.is_dir():
+            places.append((LocalBlobs(self._config.packed_dir), ""))
+            places[0][0].clean(before_s=before_s)  # what a crash left half-written
         if not isinstance(self._store, SharedStore):  # there others may want them
-            before_s = self._clock.wall_s() - PACKED_KEPT_S
-            for old in [info.key for info in blobs.list_blobs("files/") if info.modified_s < before_s]:
-                blobs.delete(old)
+            places.append((self._store.blobs, "files/"))
+        for blobs, prefix in places:
+            for old in [info for info in blobs.list_blobs(prefix) if everything or info.modified_s < before_s]:
+                freed += old.size_bytes if blobs.delete(old.key) else 0
+        return freed
 
     def pieces(self, head: Announcement, start: int) -> Iterator[bytes]:
         """Yield the archive from a byte on. Blocks: for a thread."""
-        return archive_pieces(self._store.blobs, head, start=start)
+        blobs = as_announced(self._store.blobs, LocalBlobs(self._config.packed_dir), head)
+        return archive_pieces(blobs, head, start=start)
 
     async def take_in(self, read: Read, *, name: str, trust: bool) -> dict[str, Any]:
         """Import an archive; `read` is called from a thread. Raises Corrupt, OutOfSpace; Refused if a machine restored
@@ -189,7 +223,7 @@ class Transfers:
 
     def _take_in(self, read: Read) -> tuple[Announcement, TransferReport]:
         blobs = self._store.blobs
-        self._drop_old_packed(blobs)
+        self.drop_packed()
         work = Import(blobs, ArchiveReader(read), self._config.home, self._free_bytes, check_file)
         with self._store.holding(item.key for item in work.announcement.items):
             report = work.run(tell=self._progress)

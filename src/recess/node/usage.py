@@ -52,7 +52,7 @@ async def usage(
     """Return the kinds, and what is free on the disk of the home. `kept`: what drivers keep started, by driver's name."""
     kinds = [
         await _machines(config, machines), await _snapshots(machines), await _images(images, in_use),
-        await _templates(config), waiting(kept),
+        await _templates(config), *await asyncio.to_thread(caches, config), waiting(kept),
     ]  # fmt: skip
     free = await asyncio.to_thread(lambda: shutil.disk_usage(config.home).free)
     return {"kinds": [asdict(kind) for kind in kinds], "free_bytes": free}
@@ -62,6 +62,20 @@ def waiting(kept: Mapping[str, Mapping[str, int]]) -> Kind:
     """Return the line of the VMs that wait for the next restores: memory that is given back when it is needed."""
     held = sum(one["memory_bytes"] for one in kept.values())
     return Kind("waiting VMs (memory)", sum(one["waiting"] for one in kept.values()), 0, held, held)
+
+
+def caches(config: Config) -> list[Kind]:
+    """Return the lines of what is made again when it is needed, so that all of it could be given back (`prune --caches`)."""
+    folders = [("page files", config.pages_dir, ".pages"), ("packed exports", config.packed_dir, "")]
+    if config.store:
+        folders.append(("copies of the store", config.copies_dir, ""))
+    return [_cache(name, folder, ending) for name, folder, ending in folders]
+
+
+def _cache(name: str, folder: Path, ending: str) -> Kind:
+    held = allotted_bytes(folder)
+    count = sum(file.endswith(ending) for _, _, files in os.walk(folder) for file in files)
+    return Kind(name, count, 0, held, held)
 
 
 async def _machines(config: Config, machines: Manager) -> Kind:

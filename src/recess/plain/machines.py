@@ -106,7 +106,8 @@ class PlainMachines:
         await machine.link.unfreeze()
 
     async def snapshot(
-        self, ref: str, *, name: str = "", why: str = "manual", log_position: int = 0, epoch: int = 0, resume: bool = True
+        self, ref: str, *, name: str = "", why: str = "manual", log_position: int = 0, epoch: int = 0, resume: bool = True,
+        idle_s: float | None = None,
     ) -> SnapshotRow:  # fmt: skip
         """Copy its folder while its processes stand still. Raises OutOfSpace, Unavailable; it runs on then."""
         machine = self._find(ref)

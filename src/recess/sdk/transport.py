@@ -123,13 +123,15 @@ class Transport:
         return object_of(data)
 
     def call_with_progress(
-        self, method: str, path: str, body: object, on_progress: OnProgress, *, key: str = ""
-    ) -> Json:
+        self, method: str, path: str, body: object, on_progress: OnProgress, *, key: str = "",
+        query: Mapping[str, Any] | None = None,
+    ) -> Json:  # fmt: skip
         """Like `call`, for calls that may take long: the server streams lines of progress before the result."""
         headers = {"Content-Type": "application/json", "Accept": "application/x-ndjson"}
         if key:
             headers["Idempotency-Key"] = key
-        conn, response = self._send(method, path, None, json.dumps(body).encode(), headers, None)
+        payload = None if body is None else json.dumps(body).encode()
+        conn, response = self._send(method, path, query, payload, headers, None)
         try:
             for line in _lines(response):
                 item = object_of(line)

@@ -35,8 +35,9 @@ def snapshot_draft(row: SnapshotRow, position: int, why: str, job: str, at: str,
 
 
 async def freeze(
-    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, at: str, why: str, paused: bool
-) -> bool:
+    log: ContextLog, machines: Machines, desk: Desk, machine_id: str, *, job: str, at: str, why: str, paused: bool,
+    idle_s: float = 0.0,
+) -> bool:  # fmt: skip
     """Freeze; True: done, the lease is released and the VM is paused (then `evict`). False: a message came, the machine
     runs on. Raises Fenced, OutOfSpace, Unavailable ...; then the machine runs on and the older snapshot is valid."""
     async with desk.lock:
@@ -50,7 +51,7 @@ async def freeze(
         taken: SnapshotRow | None = None
         try:
             taken = await machines.snapshot(
-                machine_id, why=why, log_position=position, epoch=desk.epoch, resume=False
+                machine_id, why=why, log_position=position, epoch=desk.epoch, resume=False, idle_s=idle_s
             )  # fmt: skip
             crash_point("session.after_snapshot")
             drafts = [snapshot_draft(taken, position, why, job, at, desk.code_version)]

@@ -215,6 +215,7 @@ async def put_away(sup: Supervisor) -> None:
         frozen = await freeze(
             deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, why=why, paused=paused,
             at="next" if paused else sup.agent.at,  # only an agent that waits for its turn is parked
+            idle_s=sup.idle_s,
         )  # fmt: skip
     except Fenced:
         raise

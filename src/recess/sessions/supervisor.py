@@ -89,6 +89,11 @@ class Supervisor:
         self._active_s = self.deps.clock.monotonic_s()
         self._bell.set()
 
+    @property
+    def idle_s(self) -> float:
+        """How long ago the last activity was."""
+        return self.deps.clock.monotonic_s() - max(self._active_s, self.agent.active_s)
+
     async def command(self, work: Callable[[], Awaitable[T]]) -> T:
         """Run `work` inside the actor, once the machine is up, between two moves. Raises what it raises, or Timeout if
         the actor ended first (also because the machine did not come up: see `failure`)."""
@@ -266,7 +271,7 @@ class Supervisor:
             cuts=facts.cuts,
             inbox=not facts.open and bool(desk.inbox.queue),
             holds=len(self.agent.holds),
-            idle_s=now - max(self._active_s, self.agent.active_s),
+            idle_s=self.idle_s,
             idle_timeout_s=settings.idle_timeout_s if self.config.idle_s is None else self.config.idle_s,
             park_s=settings.park_s,
             suspend_wanted=self.suspend_wanted,

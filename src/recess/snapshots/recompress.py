@@ -97,16 +97,21 @@ def recompress_layer(
 def _check(blobs: BlobStore, layer_id: str, go_on: Callable[[], None]) -> int:
     """Read a recompressed layer whole, as a restore would; return its size. One that is damaged is removed if the form as
     written is still there. Raises Corrupt, Incompatible."""
-    key = recoded_key_of(layer_id)
-    size = blobs.stat(key).size_bytes
     try:
-        reader = RecodedReader(partial(blobs.get_range, key), size, digest_of(layer_id), KIND, layer_id)
-        for task in reader.tasks(np.arange(reader.table.count), lambda *_: go_on()):
-            task()
+        return read_back(blobs, layer_id, go_on)
     except Corrupt:
         if blobs.exists(key_of(layer_id)):
-            blobs.delete(key)
+            blobs.delete(recoded_key_of(layer_id))
         raise
+
+
+def read_back(blobs: BlobStore, layer_id: str, go_on: Callable[[], None] = lambda: None) -> int:
+    """Read the recoded form of a layer whole, every frame proven; return its size. Raises Corrupt, Incompatible."""
+    key = recoded_key_of(layer_id)
+    size = blobs.stat(key).size_bytes
+    reader = RecodedReader(partial(blobs.get_range, key), size, digest_of(layer_id), KIND, layer_id)
+    for task in reader.tasks(np.arange(reader.table.count), lambda *_: go_on()):
+        task()
     return size
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from recess.blobs import BlobStore
 from recess.crashpoints import crash_point
 from recess.errors import BadInput, Corrupt, Incompatible, NotFound, OutOfSpace, Unavailable
 from recess.frames import FRAME_RAW_BYTES_MAX, LEVEL_MAX, LEVEL_MIN, WorkPool
+from recess.frames.pool import give_way
 from recess.snapshots.classify import words
 from recess.snapshots.contract import (
     Overlay,
@@ -254,18 +255,12 @@ class Store:
             )  # fmt: skip
 
         # A thread of its own: a thread's priority can be lowered, but not raised again.
-        with self._recompressing, ThreadPoolExecutor(1, "recompress", initializer=_give_way) as thread:
+        with self._recompressing, ThreadPoolExecutor(1, "recompress", initializer=give_way) as thread:
             return thread.submit(work).result()
 
     def used_bytes(self) -> int:
         """Return the bytes of everything stored. Costs a listing."""
         return sum(info.size_bytes for folder in FOLDERS for info in self._blobs.list_blobs(folder))
-
-
-def _give_way() -> None:
-    """Give this thread the lowest priority there is (on Linux a thread has its own)."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _check_template(snapshot: OpenSnapshot, template: TemplatePages | None) -> None:

@@ -105,6 +105,7 @@ class ProcessMachines:
         log_position: int = 0,
         epoch: int = 0,
         resume: bool = True,
+        idle_s: float | None = None,
     ) -> SnapshotRow:
         machine = self._find(ref)
         self._note("snapshot", machine.row.id)

@@ -192,3 +192,16 @@ def test_readers_of_one_blob_fetch_it_once(make, remote):
         thread.join()
     assert found == [b"x" * KIB] * 8
     assert (remote.traffic - before).read_bytes == KIB
+
+
+def test_all_copies_may_go_at_any_time(make, remote):
+    remote.put("a/one", b"1" * 50)
+    remote.put("a/two", b"2" * 30)
+    cache = make()
+    cache.get("a/one", max_bytes=100)
+    cache.get("a/two", max_bytes=100)
+    assert cache.empty() == 80
+    assert cache.empty() == 0
+    assert cache.state.bytes == cache.state.blobs == 0
+    assert cache.get("a/one", max_bytes=100) == b"1" * 50
+    assert cache.state.bytes == 50

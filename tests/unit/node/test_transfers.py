@@ -10,7 +10,7 @@ import pytest
 
 from recess.blobs import LocalBlobs
 from recess.config import load_config
-from recess.errors import BadInput, Corrupt, NotFound, Refused
+from recess.errors import BadInput, Corrupt, NotFound, Refused, Unavailable
 from recess.guestlink.link import ExecRequest
 from recess.node.local import LocalNode
 from recess.snapshots.archive import announce, archive_pieces
@@ -168,3 +168,33 @@ async def test_names_of_strangers_that_are_no_names(tmp_path):
         assert done["name"] == ""
         with pytest.raises(BadInput):
             await take_in(b, b"", name="../../x")
+
+
+async def test_what_is_made_again_can_go_at_any_time(tmp_path):
+    """An export packs; emptying the caches takes that away, and it is the same archive again."""
+    async with home(tmp_path, "a") as a, home(tmp_path, "b") as b:
+        row = await made(a, text="x" * 200)
+        first = await exported(a, row.id)
+        assert list(a.config.packed_dir.rglob("lyr_*"))
+        assert "packed exports" in {kind["kind"] for kind in (await a.usage())["kinds"]}
+        emptied = await a.empty_caches()
+        assert emptied["packed_exports"] > 0
+        assert not list(a.config.packed_dir.rglob("lyr_*"))
+        assert await exported(a, row.id) == first
+        assert (await take_in(b, first))["snapshot"] == row.id
+
+
+async def test_an_export_goes_as_it_is_stored_if_asked(tmp_path):
+    async with home(tmp_path, "a") as a:
+        row = await made(a)
+        head, _, _ = await a.transfers.announce(row.id, as_stored=True)
+        assert not any(item.key.startswith("recoded/") for item in head.items)
+        assert not a.config.packed_dir.exists()
+
+
+async def test_a_server_that_ends_gives_up_packing(tmp_path):
+    async with home(tmp_path, "a") as a:
+        row = await made(a)
+        a.transfers.stop()
+        with pytest.raises(Unavailable, match="the server ends"):
+            await a.transfers.announce(row.id)

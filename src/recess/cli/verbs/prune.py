@@ -31,8 +31,9 @@ def df(inv: Invocation) -> None:
 @click.command("prune")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @click.option("-a", "--all", "everything", is_flag=True, help="Unnamed snapshots that you took, too.")
+@click.option("--caches", is_flag=True, help="What is made again when it is needed, too: the next resumes are slower.")
 @verb
-def prune(inv: Invocation, force: bool, everything: bool) -> int:
+def prune(inv: Invocation, force: bool, everything: bool, caches: bool) -> int:
     """Remove machines that have ended, snapshots that nothing needs, and garbage. Suspended machines stay."""
     if not force:
         if not sys.stdin.isatty():
@@ -50,10 +51,11 @@ def prune(inv: Invocation, force: bool, everything: bool) -> int:
         removed.append(row["id"])
         inv.out.line(row["id"])
     snapshots = inv.server.call("POST", "/v1/snapshots/prune", {"all": everything})
+    emptied = inv.server.call("POST", "/v1/caches/prune") if caches else {}
     after = inv.server.call("GET", "/v1/df")
     freed = max(0, _total(before) - _total(after))
     inv.out.progress(f"removed {len(removed)} machines, {len(snapshots['removed'])} snapshots: {format_bytes(freed)}")
-    inv.out.data({"machines": removed, "snapshots": snapshots["removed"], "bytes": freed})
+    inv.out.data({"machines": removed, "snapshots": snapshots["removed"], "caches": emptied, "bytes": freed})
     return 0
 
 

@@ -68,16 +68,19 @@ def _moved(done: dict[str, Any], went: str, where: str) -> str:
 
 @click.command("export")
 @click.option("--with-image", is_flag=True, help=_WITH_IMAGE)
+@click.option("--as-stored", is_flag=True, help="Do not compress its layers harder first: at once, and larger.")
 @click.argument("ref")
 @click.argument("file")
 @verb
-def export(inv: Invocation, ref: str, file: str, with_image: bool) -> None:
+def export(inv: Invocation, ref: str, file: str, with_image: bool, as_stored: bool) -> None:
     """Write a snapshot and its template to FILE ("-": stdout), a tar that `import` reads anywhere.
 
     An export that broke off goes on where it was.
     """
-    image = {"image": "1" if with_image else "0"}
-    about = inv.server.call("GET", f"/v1/snapshots/{ref}/archive", query=image)
+    image = {"image": "1" if with_image else "0", "as_stored": "1" if as_stored else "0"}
+    about = inv.server.call_with_progress(
+        "GET", f"/v1/snapshots/{ref}/archive", None, inv.out.progress, query=image
+    )  # fmt: skip
     path = f"/v1/snapshots/{about['snapshot']}/export"
     on_bytes = _teller(inv, int(about["bytes"]))
     if file == "-":
