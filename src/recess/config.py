@@ -76,6 +76,7 @@ class Config:
     s3_access_key_id: str = field(default="", repr=False)
     s3_secret_access_key: str = field(default="", repr=False)
     s3_session_token: str = field(default="", repr=False)
+    traces_endpoint: str = ""  # an OpenTelemetry collector; empty: no traces (docs/observability.md)
     json_logs: bool = False
     no_color: bool = False
     crash_point: str = ""  # tests only: the named point at which this process kills itself
@@ -159,10 +160,15 @@ _ENV = {
     "s3_access_key_id": "AWS_ACCESS_KEY_ID",
     "s3_secret_access_key": "AWS_SECRET_ACCESS_KEY",
     "s3_session_token": "AWS_SESSION_TOKEN",
+    "traces_endpoint": "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
 }
 
 # The usual second names: read where the first is not set.
-_ENV_TOO = {"s3_endpoint": "AWS_ENDPOINT_URL", "s3_region": "AWS_DEFAULT_REGION"}
+_ENV_TOO = {
+    "s3_endpoint": "AWS_ENDPOINT_URL",
+    "s3_region": "AWS_DEFAULT_REGION",
+    "traces_endpoint": "OTEL_EXPORTER_OTLP_ENDPOINT",
+}
 
 
 def _default_home(env: Mapping[str, str]) -> Path:

@@ -26,7 +26,7 @@ NAME_CHARS_MAX = 200
 PROJECT = "project"  # the label of a session that says which project it belongs to
 
 _SESSION = re.compile(r"/v1/sessions/(?P<ref>[^/]+)(?P<rest>/.*)?")
-_READ = frozenset({"", "/log", "/events", "/poll", "/questions", "/snapshots"})
+_READ = frozenset({"", "/log", "/events", "/poll", "/questions", "/snapshots", "/cost"})
 _WRITE = frozenset({"/messages", "/answers", "/cancel"})
 _MANAGE = frozenset({"/suspend", "/resume", "/close", "/take", "/hand-back"})  # a project's own
 

@@ -11,8 +11,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from recess.api.context import context_of
+from recess.api.exposition import CONTENT_TYPE, expose
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.errors import BadInput
+from recess.node.gauges import gauges
 from recess.node.install_firecracker import install_firecracker
 from recess.version import __version__
 
@@ -22,6 +24,13 @@ async def info(request: Request) -> Response:
     node = context_of(request).node
     about = {"version": __version__, "pid": os.getpid(), "home": str(node.config.home)}
     return JSONResponse({**about, **node.info(), "kept_ready": await node.kept_ready()})
+
+
+async def metrics(request: Request) -> Response:
+    """GET /metrics: figures of this node in Prometheus's text format."""
+    node = context_of(request).node
+    samples = [*node.counters.samples(), *await gauges(node)]
+    return Response(expose(samples), media_type=CONTENT_TYPE)
 
 
 async def shutdown(request: Request) -> Response:
@@ -66,6 +75,7 @@ async def create_image(request: Request) -> Response:
 
 ROUTES = [
     Route("/v1/info", info, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
     Route("/v1/shutdown", shutdown, methods=["POST"]),
     Route("/v1/doctor", doctor, methods=["POST"]),
     Route("/v1/images", list_images, methods=["GET"]),

@@ -154,6 +154,12 @@ async def snapshots(request: Request) -> Response:
     return JSONResponse({"snapshots": [asdict(one) for one in found], "cost": cost})
 
 
+async def cost(request: Request) -> Response:
+    """GET /v1/sessions/REF/cost: what it has stored, moved and computed, and the hours in which no machine was held for it."""
+    found = await context_of(request).node.sessions.cost(_ref(request))
+    return JSONResponse({**asdict(found), "machine_hours_saved": found.machine_hours_saved})
+
+
 async def diff(request: Request) -> Response:
     """GET /v1/sessions/REF/diff?from=TURN&to=TURN: what changed in the machine between the ends of two turns."""
     node = context_of(request).node
@@ -228,6 +234,7 @@ ROUTES = [
     Route("/v1/sessions/{ref}/answers", answer, methods=["POST"]),
     Route("/v1/sessions/{ref}/log", read_log, methods=["GET"]),
     Route("/v1/sessions/{ref}/snapshots", snapshots, methods=["GET"]),
+    Route("/v1/sessions/{ref}/cost", cost, methods=["GET"]),
     Route("/v1/sessions/{ref}/diff", diff, methods=["GET"]),
     Route("/v1/sessions/{ref}/fork", fork, methods=["POST"]),
     Route("/v1/sessions/{ref}/rewind", rewind, methods=["POST"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
@@ -22,6 +23,23 @@ class WorkPool:
     def __init__(self, threads: int = 2, name: str = "frames", *, nice: int = 0) -> None:
         self.threads = threads
         self._executor = ThreadPoolExecutor(threads, name, partial(give_way, nice) if nice else None)
+        self._lock = threading.Lock()
+        self._cpu_s = 0.0
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds that its threads have spent so far (a task that the caller's own thread ran is the caller's)."""
+        with self._lock:
+            return self._cpu_s
+
+    def _timed(self, task: Callable[[], T]) -> T:
+        began = time.thread_time()
+        try:
+            return task()
+        finally:
+            spent = time.thread_time() - began
+            with self._lock:
+                self._cpu_s += spent
 
     def each(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """Run all and return their results in order.
@@ -31,7 +49,7 @@ class WorkPool:
         """
         if len(tasks) <= 1:
             return [task() for task in tasks]
-        futures = [self._executor.submit(task) for task in tasks]
+        futures = [self._executor.submit(self._timed, task) for task in tasks]
         wait(futures)
         return [future.result() for future in futures]
 
@@ -41,7 +59,7 @@ class WorkPool:
         if len(tasks) == 1:
             yield tasks[0]()
             return
-        futures = [self._executor.submit(task) for task in tasks]
+        futures = [self._executor.submit(self._timed, task) for task in tasks]
         try:
             for future in futures:
                 yield future.result()

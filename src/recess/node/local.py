@@ -44,17 +44,32 @@ from recess.node.orphans import claim_run_dir, remove_orphans
 from recess.node.pagers import Pagers
 from recess.node.reaper import reap
 from recess.node.stores import Opened, open_page_files, open_store
+from recess.node.telemetry import open_traces
 from recess.node.transfers import Transfers
 from recess.node.usage import usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
 from recess.sessions.callbacks import Callbacks
+from recess.sessions.counters import Counters
 from recess.sessions.deps import Deps, Settings
+from recess.sessions.observing import Observers
 from recess.sessions.service import Sessions
 from recess.sessions.signing import root_key
 from recess.snapshots.recompression import Recompression
 from recess.units import PAGE_BYTES
 from recess.volumes import NamedVolumes
+
+
+def watch_sessions(
+    config: Config, owner: str, stack: contextlib.AsyncExitStack
+) -> tuple[Counters, Observers]:  # fmt: skip
+    """Return the counters and who is told of what sessions do: they and, where a collector is named, its exporter."""
+    counters = Counters()
+    traces = open_traces(config.traces_endpoint, owner)
+    if traces is None:
+        return counters, Observers([counters])
+    stack.push_async_callback(asyncio.to_thread, traces.close)
+    return counters, Observers([counters, traces])
 
 
 def _silent(_line: str) -> None:
@@ -127,6 +142,7 @@ class LocalNode:
         self.recovered: dict[str, Any] = {}
         self.secrets = SecretStore()
         self.volumes = NamedVolumes(config.home / "volumes")
+        self.counters = Counters()
         self.detach_on_close = True
         self._stack = stack
         self._chosen = chosen
@@ -192,7 +208,10 @@ class LocalNode:
         plain = await asyncio.to_thread(PlainMachines, config.home / "plain", config.run_dir / "p", clock)
         stack.push_async_callback(plain.close)
         backends = Backends(machines, plain)
-        sessions = Sessions(Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings))
+        counters, observers = watch_sessions(config, settings.owner, stack)
+        sessions = Sessions(
+            Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings, observer=observers)
+        )
         root = await asyncio.to_thread(root_key, config.token, config.home)
         sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
         gate.bind(sessions.gate)
@@ -201,7 +220,7 @@ class LocalNode:
         node = cls(
             config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened, at_hand
         )  # fmt: skip
-        node.secrets = secrets
+        node.secrets, node.counters = secrets, counters
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())

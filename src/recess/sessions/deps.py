@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from recess.catalog import AgentVersion
 from recess.clock import Clock
 from recess.contextlog.contract import ContextLog
 from recess.machines.service import Machines
+from recess.sessions.observing import Observer, Observers
 
 
 class AgentStore(Protocol):
@@ -65,3 +66,4 @@ class Deps:
     agents: AgentStore
     clock: Clock
     settings: Settings
+    observer: Observer = field(default_factory=Observers)  # told of every entry that this server appends

@@ -23,6 +23,7 @@ from recess.sessions.facts import SPAWN, OpenCall, TurnFacts, fold, is_work, obs
 from recess.sessions.inbox import Inbox, arrive, begun, ended, restored
 from recess.sessions.keys import call_key, end_key, entry_key, start_key
 from recess.sessions.limits import GRACE_BYTES, Limits, excess
+from recess.sessions.observing import Observer, Observers
 from recess.sessions.protocol import DeltaLine, Request
 from recess.sessions.recovery import settle
 
@@ -43,7 +44,8 @@ class Written:
 class Desk:
     """Owner appends of one session under one epoch. `lock` is held over every append, and by a freeze over all of it."""
 
-    def __init__(self, log: ContextLog, row: SessionRow, clock: Clock) -> None:
+    def __init__(self, log: ContextLog, row: SessionRow, clock: Clock, observer: Observer | None = None) -> None:
+        self._observer = observer or Observers()
         self._log = log
         self._clock = clock
         self.session = row.id
@@ -63,6 +65,7 @@ class Desk:
         since = row.snapshot_position
         entries = await read_back(self._log, row, since)
         self.facts = fold(entries)
+        self._observer.taken_up(self.session, entries)
         begun_to = max((int(e.body.get("inbox", 0)) for e in entries if e.kind == "turn.start"), default=0)
         queued = row.meta.get("queued")
         self.inbox = restored(max(row.consumed, begun_to), queued if isinstance(queued, list) else (), self.facts)
@@ -88,11 +91,17 @@ class Desk:
         done = await self._log.append(self.session, self.epoch, drafts)
         for draft, one in zip(drafts, done, strict=True):
             if not one.replayed:
-                self.facts = observe(self.facts, self._entry(draft, one.position))
+                entry = self._entry(draft, one.position)
+                self.facts = observe(self.facts, entry)
+                self._observer.saw(self.session, entry)
             if draft.kind == "machine.snapshot":
                 self.snapshotted = one.position
             _crash_after(draft.kind)
         return [one.position for one in done]
+
+    def frozen(self, draft: Draft, position: int) -> None:
+        """Take note of the entry that a freeze has written in its own transaction."""
+        self._observer.saw(self.session, self._entry(draft, position))
 
     def _entry(self, draft: Draft, position: int) -> Entry:
         return Entry(

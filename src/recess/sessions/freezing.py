@@ -23,13 +23,15 @@ from recess.machines.service import Machines, SnapshotRow
 from recess.sessions.desk import Desk
 
 
-def snapshot_draft(row: SnapshotRow, position: int, why: str, job: str, at: str, code_version: str) -> Draft:
+def snapshot_draft(
+    row: SnapshotRow, position: int, why: str, job: str, at: str, code_version: str, *, away: bool = False
+) -> Draft:
     """Return the machine.snapshot entry; `job` and `code_version` tell a fork or a rewind which process it will find, and
-    `at` what that process was doing (see `AgentSide.at`)."""
+    `at` what that process was doing (see `AgentSide.at`); `away`: the machine is put away with it."""
     figures = {k: v for k, v in row.figures.items() if isinstance(v, int | float | str)}
     body: dict[str, Any] = {
         "snapshot": row.id, "position": position, "why": why, "figures": figures, "machine": row.machine, "job": job,
-        "at": at, "code_version": code_version,
+        "at": at, "code_version": code_version, "away": away,
     }  # fmt: skip
     return Draft("machine.snapshot", body)
 
@@ -54,7 +56,7 @@ async def freeze(
                 machine_id, why=why, log_position=position, epoch=desk.epoch, resume=False, idle_s=idle_s
             )  # fmt: skip
             crash_point("session.after_snapshot")
-            drafts = [snapshot_draft(taken, position, why, job, at, desk.code_version)]
+            drafts = [snapshot_draft(taken, position, why, job, at, desk.code_version, away=True)]
             frozen = await log.freeze(
                 desk.session, desk.epoch, consumed=desk.inbox.seen, snapshot=taken.id, position=position, drafts=drafts
             )
@@ -69,6 +71,7 @@ async def freeze(
             await machines.discard_snapshot(machine_id, taken.id)  # no entry and no row will ever name it
             return False
         crash_point("session.after_freeze")
+        desk.frozen(drafts[0], position)
         return True
 
 

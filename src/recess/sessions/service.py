@@ -22,6 +22,7 @@ from recess.sessions import branching, byhand, ledger, talking
 from recess.sessions.agent_config import check_config, config_from_source
 from recess.sessions.alarms import Alarms
 from recess.sessions.callbacks import LABEL, Callbacks, check_url
+from recess.sessions.cost import Cost, cost_of
 from recess.sessions.deps import Deps
 from recess.sessions.following import Feed, Piece, Place
 from recess.sessions.holding import snapshot_holds
@@ -276,6 +277,24 @@ class Sessions:
         entries = await ledger.read(self._deps.log, row)
         named = {str(e.body.get("snapshot", "")) for e in entries if e.kind == "machine.snapshot"}
         return ledger.kept(entries, await self._deps.machines.stored_snapshots(named))
+
+    async def cost(self, ref: str) -> Cost:
+        """Return what a session has cost and saved so far, from its log (`ledger.ENTRIES_MAX` entries of it at most)."""
+        row = await self._deps.log.get(ref)
+        entries = await ledger.read(self._deps.log, row)
+        named = {str(e.body.get("snapshot", "")) for e in entries if e.kind == "machine.snapshot"}
+        return cost_of(
+            row.id,
+            entries,
+            await self._deps.machines.stored_snapshots(named),
+            self._deps.clock.wall_s(),
+            closed=row.state == "closed",
+        )
+
+    @property
+    def live(self) -> int:
+        """How many sessions this server drives now."""
+        return len(self._live)
 
     # -- activity --------------------------------------------------------------------------------------------------
 

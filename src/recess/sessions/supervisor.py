@@ -143,7 +143,7 @@ class Supervisor:
         )
         self.lease = Lease(self.session, row.epoch, before + settings.lease_s, settings.margin_s)
         self.row, self.state = old, old.state
-        self.desk = self.agent.desk = Desk(log, row, clock)
+        self.desk = self.agent.desk = Desk(log, row, clock, self.deps.observer)
         await self.desk.load(row)
         self.watch = stopwatch_of(row.meta.get("worked"), clock.monotonic_s())
         self.by_hand = str(row.meta.get(byhand.META, ""))

@@ -46,6 +46,7 @@ class Woken:
     seconds: float
     snapshot: str
     position: int
+    bytes_read: int = 0
 
 
 async def stored_snapshots(
@@ -135,7 +136,8 @@ async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> 
     keep = keep and job_id.startswith(f"agent-{desk.code_version}-")
     kept = keep and await sup.job.reattach(sup.hand.machine_id, job_id)
     stale = rung not in (Rung.REATTACH, Rung.UNPAUSE) and facts.last_work > position
-    woken = Woken(report.rung, report.why, stale, kept, report.seconds, report.snapshot, position)
+    woken = Woken(report.rung, report.why, stale, kept, report.seconds, report.snapshot, position,
+                  report.bytes_read)  # fmt: skip
     return woken, job_id
 
 
@@ -154,6 +156,7 @@ def restore_draft(woken: Woken, last_work: int, head: int) -> Draft:
     body: dict[str, Any] = {
         "rung": woken.rung, "why": woken.why, "snapshot": woken.snapshot, "position": woken.position, "head": head,
         "stale": woken.stale, "seconds": round(woken.seconds, 6), "agent_kept": woken.agent_kept,
+        "bytes_read": woken.bytes_read,
     }  # fmt: skip
     lost = _lost(woken, last_work)
     if lost:

@@ -78,7 +78,7 @@ class SnapshotWriter:
     ) -> WriteReport:
         """Do it all; the snapshot is durable when this returns."""
         _check_input(raws, vmstate, template, parent_id)
-        started = self._clock
+        started, cpu_s = self._clock, time.thread_time() + self._pool.cpu_s
         with self._publication as publication:
             vm_file = self._build_vmstate(vmstate)
             vm_id = publication.add(VMSTATE, vm_file)
@@ -128,6 +128,7 @@ class SnapshotWriter:
             sum(file.entries for file in new_layers),
             {name: count for name, count in self._shared.items() if count},
             self._timings,
+            time.thread_time() + self._pool.cpu_s - cpu_s,
         )
 
     def _lap(self, name: str) -> None:

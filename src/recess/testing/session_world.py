@@ -17,6 +17,7 @@ from recess.contextlog.contract import ContextLog, Entry
 from recess.contextlog.memory import MemoryLog
 from recess.errors import NotFound
 from recess.sessions.deps import Deps, Settings
+from recess.sessions.observing import Observers
 from recess.sessions.service import Sessions
 from recess.testing.session_agents import coder
 from recess.testing.session_harness import ProcessMachines
@@ -105,6 +106,7 @@ class World:
     settings: Settings
     reopen: Callable[[], Awaitable[ContextLog]] | None = None  # for a log that a crashed server's successor opens anew
     clock: JumpClock = field(default_factory=JumpClock)
+    observers: Observers = field(default_factory=Observers)  # of every server of this world
     sessions: Sessions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class World:
 
     def new_server(self) -> Sessions:
         """Return another `Sessions` over the same log and machines, as after a restart."""
-        self.sessions = Sessions(Deps(self.log, self.machines, self.agents, self.clock, self.settings))
+        self.sessions = Sessions(Deps(self.log, self.machines, self.agents, self.clock, self.settings, self.observers))
         return self.sessions
 
     async def crash_server(self) -> Sessions:

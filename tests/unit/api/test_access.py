@@ -83,7 +83,7 @@ async def token(server, **scope):
     return made["token"]
 
 
-READS = ["", "/log", "/poll?wait=0", "/questions", "/snapshots"]
+READS = ["", "/log", "/poll?wait=0", "/questions", "/snapshots", "/cost"]
 WRITES = [("/messages", {"text": "x"}), ("/answers", {"question": "q", "text": "x"}), ("/cancel", {})]
 MANAGES = ["/suspend", "/close"]
 NEVER = [

@@ -1,4 +1,4 @@
-"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|take|hand-back|fork|rewind|snapshots|diff|close`."""
+"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|take|hand-back|inspect|fork|rewind|snapshots|diff|close`."""
 
 from __future__ import annotations
 
@@ -263,6 +263,34 @@ def snapshots(inv: Invocation, ref: str) -> None:
     inv.out.table(rows, columns)
     cost = found["cost"]
     inv.out.progress(f"in all {format_bytes(int(cost['new_bytes']))} stored, {cost['standstill_s']:.2f} s stood still")
+
+
+@session.command("inspect")
+@click.argument("ref")
+@verb
+def inspect(inv: Invocation, ref: str) -> None:
+    """Show a session with what it has cost: bytes stored and moved, processor seconds, machine hours saved."""
+    row = inv.server.call("GET", f"/v1/sessions/{ref}")
+    cost = inv.server.call("GET", f"/v1/sessions/{ref}/cost")
+    inv.out.data({**row, "cost": cost}, "\n".join(f"{name:<14} {value}" for name, value in _about(row, cost)))
+
+
+def _about(row: Json, cost: Json) -> list[tuple[str, str]]:
+    stored, written, read = (format_bytes(int(cost[name])) for name in ("stored_bytes", "written_bytes", "read_bytes"))
+    waits = row["meta"].get("by_hand")
+    about = [
+        ("id", row["id"]), ("name", row["name"]), ("agent", f"{row['agent']} {row['code_version']}"),
+        ("state", row["state"] + (f", taken over: {waits}" if waits else "")), ("machine", row["machine"]),
+        ("failure", str(row["meta"].get("failure", ""))), ("log", f"{row['head']} entries"),
+        ("turns", f"{cost['turns']} ended, {cost['replies']} replies, {cost['tool_calls']} tool calls"),
+        ("tokens", f"{cost['input_tokens']} in, {cost['output_tokens']} out"),
+        ("snapshots", f"{cost['snapshots']}, {cost['standstill_s']:.2f} s stood still"),
+        ("thaws", f"{cost['thaws']}, {cost['thaw_s']:.2f} s"),
+        ("stored", f"{stored} ({written} written in all)"), ("moved", f"{written} out, {read} in"),
+        ("compression", f"{cost['cpu_s']:.2f} CPU s"),
+        ("machine time", f"{cost['up_s'] / 3600:.2f} h held, {cost['machine_hours_saved']:.2f} h saved"),
+    ]  # fmt: skip
+    return [(name, value) for name, value in about if value]
 
 
 @session.command("diff")
