@@ -3,7 +3,7 @@
 `blobs.s3` is not part of this index: only the composition root names a remote store, and importing it costs time.
 """
 
-from recess.blobs.caching import CacheState, CachingBlobs
+from recess.blobs.caching import CacheState, CachingBlobs, SparingBlobs
 from recess.blobs.contract import BlobInfo, BlobStore, check_key, read_pieces
 from recess.blobs.draft import Draft, draft_of
 from recess.blobs.local import LocalBlobs
@@ -25,6 +25,7 @@ __all__ = [
     "NearestBlobs",
     "RetryPolicy",
     "RetryingBlobs",
+    "SparingBlobs",
     "Traffic",
     "WrappedBlobs",
     "check_key",

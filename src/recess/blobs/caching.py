@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from recess.blobs.contract import BlobInfo, BlobStore, Bytes, PieceSource, Ranges, check_key, pieces, read_pieces
 from recess.blobs.local import LocalBlobs
+from recess.blobs.wrapped import WrappedBlobs
 from recess.errors import Corrupt, NotFound, OutOfSpace, Unavailable
 
 _REMEMBERED = 10_000
@@ -223,6 +224,15 @@ class CachingBlobs:
                 self._forget(key)
         return self._remote.get_ranges(key, ranges)
 
+    def peek_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """Read ranges of a copy if there is one, else of the remote store, without making a copy."""
+        with self._lock:
+            held = key in self._held
+        if held and self._hit(key):
+            with contextlib.suppress(NotFound):  # it made room for others just now
+                return self._local.get_ranges(key, ranges)
+        return self._remote.get_ranges(key, ranges)
+
     def stat(self, key: str) -> BlobInfo:
         """See `BlobStore.stat`."""
         return self._remote.stat(key)
@@ -244,6 +254,23 @@ class CachingBlobs:
     def clean(self, *, before_s: float) -> int:
         """See `BlobStore.clean`."""
         return self._local.clean(before_s=before_s) + self._remote.clean(before_s=before_s)
+
+
+class SparingBlobs(WrappedBlobs):
+    """A cache for who reads little of a few large blobs, those whose key is `large`: of them no copies are made."""
+
+    def __init__(self, cache: CachingBlobs, large: Callable[[str], bool]) -> None:
+        super().__init__(cache)
+        self._cache = cache
+        self._large = large
+
+    def get_range(self, key: str, offset: int, length: int) -> bytes:
+        """See `BlobStore.get_range`."""
+        return self.get_ranges(key, [(offset, length)])[0]
+
+    def get_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """See `BlobStore.get_ranges`."""
+        return self._cache.peek_ranges(key, ranges) if self._large(key) else self._cache.get_ranges(key, ranges)
 
 
 def unchecked(key: str, size_bytes: int, read: ReadRange, source: Iterator[bytes]) -> Iterator[bytes]:

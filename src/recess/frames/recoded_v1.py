@@ -27,7 +27,7 @@ from recess.errors import Corrupt, Incompatible, Unsupported
 from recess.frames.index import decode_index
 from recess.frames.index_v2 import encode_index
 from recess.frames.pool import WorkPool
-from recess.frames.seekable import ReadRange, SeekableReader, Sink, stream_seekable
+from recess.frames.seekable import ReadRange, ReadRanges, Runs, SeekableReader, Sink, stream_seekable
 from recess.frames.table import FrameTable
 from recess.frames.zstd import FRAME_RAW_BYTES_MAX
 
@@ -93,9 +93,12 @@ class RecodedReader(SeekableReader):
     `index_hash` (hex) is the original's name. Only `size_bytes` is its own. Safe to share between threads.
     """
 
-    def __init__(self, read: ReadRange, size_bytes: int, index_hash: str, kind: bytes, name: str) -> None:
-        own = SeekableReader(read, size_bytes, None, KIND, name)
-        self.name, self.size_bytes = name, size_bytes
+    def __init__(
+        self, read: ReadRange, size_bytes: int, index_hash: str, kind: bytes, name: str, *,
+        read_many: ReadRanges | None = None, at_once: int = 8,
+    ) -> None:  # fmt: skip
+        own = SeekableReader(read, size_bytes, None, KIND, name, read_many=read_many)
+        self.name, self.size_bytes, self._at_once = name, size_bytes, at_once
         if len(own.extra) < _HEAD.size:
             raise self._corrupt("no index of what it was")
         version, zero, group, own_hash = _HEAD.unpack_from(own.extra)
@@ -122,28 +125,34 @@ class RecodedReader(SeekableReader):
         """The table of its own frames, and the level they were compressed at."""
         return self._own.table
 
-    def _read_run(self, first: int, count: int, sink: Sink) -> None:
+    def _read_runs(self, runs: Runs, sink: Sink) -> None:
         offsets = self.table.raw_offsets
-        for number in range(first, first + count):
+        numbers = [number for first, count in runs for number in range(first, first + count)]
+        contents = self._contents(sorted({number // self._group for number in numbers}))
+        for number in numbers:
             ours = number // self._group
             base = int(offsets[ours * self._group])
-            content = self._content(ours)
-            sink(number, content[int(offsets[number]) - base : int(offsets[number + 1]) - base])
+            sink(number, contents[ours][int(offsets[number]) - base : int(offsets[number + 1]) - base])
 
-    def _content(self, ours: int) -> bytes:
-        """Return a frame of our own, every piece of it proven."""
+    def _contents(self, wanted: list[int]) -> dict[int, bytes]:
+        """Return frames of our own, every piece of them proven."""
         with self._lock:
-            if ours in self._kept:
+            found = {ours: self._kept[ours] for ours in wanted if ours in self._kept}
+            for ours in found:
                 self._kept.move_to_end(ours)
-                return self._kept[ours]
-        content = self._own.frame(ours)
-        view, offsets = memoryview(content), self.table.raw_offsets
-        first = ours * self._group
-        for number in range(first, min(first + self._group, self.table.count)):
-            base = int(offsets[first])
-            _check_content(self, number, view[int(offsets[number]) - base : int(offsets[number + 1]) - base])
+        missing = np.array([ours for ours in wanted if ours not in found], np.int64)
+        for task in self._own.tasks(missing, found.__setitem__):
+            task()
+        for ours in missing.tolist():
+            self._prove(ours, memoryview(found[ours]))
         with self._lock:
-            self._kept[ours] = content
+            self._kept |= {ours: found[ours] for ours in missing.tolist()}
             while len(self._kept) > 1 and sum(map(len, self._kept.values())) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
-        return content
+        return found
+
+    def _prove(self, ours: int, content: memoryview) -> None:
+        offsets, first = self.table.raw_offsets, ours * self._group
+        base = int(offsets[first])
+        for number in range(first, min(first + self._group, self.table.count)):
+            _check_content(self, number, content[int(offsets[number]) - base : int(offsets[number + 1]) - base])

@@ -42,6 +42,8 @@ _TAIL_BYTES = 64 * 1024  # the first read: enough for index and seek table of a 
 _BATCH_FRAMES = 8  # frames per task: long enough to hide the cost of a task, short enough to share the work
 
 ReadRange = Callable[[int, int], bytes]  # (offset, length) -> exactly that many bytes, or Corrupt
+ReadRanges = Callable[[Sequence[tuple[int, int]]], list[bytes]]  # many of them at once
+Runs = Sequence[tuple[int, int]]  # (first frame, count) each
 Sink = Callable[[int, bytes], None]  # (frame number, verified content); called from several threads
 
 
@@ -145,12 +147,17 @@ class SeekableReader:
 
     `read` fetches a range of the file, `size_bytes` is its size, `index_hash` (hex) its name, `name` is for messages.
     Raises Corrupt or Incompatible at once if the file is not what the hash names. Without a hash the file is only
-    consistent in itself: for those whose content is proven in another way (`recoded_v1`).
+    consistent in itself: for those whose content is proven in another way (`recoded_v1`). `read_many` fetches ranges
+    together, at best by one request, and `at_once` is how many frames of one task are fetched so: more for a file afar.
     """
 
-    def __init__(self, read: ReadRange, size_bytes: int, index_hash: str | None, kind: bytes, name: str) -> None:
+    def __init__(
+        self, read: ReadRange, size_bytes: int, index_hash: str | None, kind: bytes, name: str, *,
+        read_many: ReadRanges | None = None, at_once: int = _BATCH_FRAMES,
+    ) -> None:  # fmt: skip
         self.name = name
-        self._read = read
+        self._read_many = read_many or (lambda ranges: [read(*one) for one in ranges])
+        self._at_once = at_once
         tail = read(max(0, size_bytes - _TAIL_BYTES), min(size_bytes, _TAIL_BYTES))
         index_bytes, seek_bytes = self._locate(tail, size_bytes)
         start = size_bytes - seek_bytes - index_bytes - _SKIPPABLE.size
@@ -191,14 +198,14 @@ class SeekableReader:
         """Return the verified content of one frame. Raises Corrupt if it is not there."""
         self._check(np.array([number]))
         found: list[bytes] = []
-        self._read_run(number, 1, lambda _, raw: found.append(raw))
+        self._read_runs([(number, 1)], lambda _, raw: found.append(raw))
         return found[0]
 
     def tasks(self, numbers: NDArray[np.int64], sink: Sink) -> list[Callable[[], None]]:
         """Return independent tasks that read these frames (ascending, no doubles), verify and decode them, and hand
         each to `sink`. Raises Corrupt at once if one is not there."""
         self._check(numbers)
-        return [partial(self._read_run, first, count, sink) for first, count in _runs(numbers)]
+        return [partial(self._read_runs, runs, sink) for runs in _batches(numbers, self._at_once)]
 
     def frames(self, numbers: NDArray[np.int64], sink: Sink, pool: WorkPool) -> None:
         """Read these frames in parallel; see `tasks`."""
@@ -216,23 +223,23 @@ class SeekableReader:
         if len(numbers) and not 0 <= int(numbers[0]) <= int(numbers[-1]) < self.table.count:
             raise self._corrupt(f"no frame {int(numbers[-1])}")
 
-    def _read_run(self, first: int, count: int, sink: Sink) -> None:
-        """Read `count` neighbouring frames by one ranged read."""
+    def _read_runs(self, runs: Runs, sink: Sink) -> None:
+        """Read runs of neighbouring frames together, before any of it is handed out."""
         offsets, raw = self.table.offsets, self.table.raw
-        base = int(offsets[first])
-        data = memoryview(self._read(base, int(offsets[first + count]) - base))
-        for number in range(first, first + count):
-            part = data[int(offsets[number]) - base : int(offsets[number + 1]) - base]
-            expected = self.table.hashes[number].tobytes()
-            sink(number, decode_frame(part, int(raw[number]), expected, f"{self.name} frame {number}"))
+        spans = [(int(offsets[first]), int(offsets[first + count] - offsets[first])) for first, count in runs]
+        for (first, count), (base, _), found in zip(runs, spans, self._read_many(spans), strict=True):
+            data = memoryview(found)
+            for number in range(first, first + count):
+                part = data[int(offsets[number]) - base : int(offsets[number + 1]) - base]
+                expected = self.table.hashes[number].tobytes()
+                sink(number, decode_frame(part, int(raw[number]), expected, f"{self.name} frame {number}"))
 
 
-def _runs(numbers: Sequence[int] | NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of neighbouring numbers, at most a batch each."""
+def _batches(numbers: NDArray[np.int64], at_once: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield ascending numbers as runs (first, count) of neighbours, so many numbers together at most."""
     array = np.asarray(numbers, np.int64)
-    if not len(array):
-        return
-    breaks = np.flatnonzero(np.diff(array) != 1) + 1
-    for part in np.split(array, breaks):
-        for start in range(0, len(part), _BATCH_FRAMES):
-            yield int(part[start]), len(part[start : start + _BATCH_FRAMES])
+    for low in range(0, len(array), at_once):
+        batch = array[low : low + at_once]
+        firsts = np.flatnonzero(np.diff(batch, prepend=batch[0] - 2) != 1)
+        counts = np.diff(firsts, append=len(batch))
+        yield list(zip(batch[firsts].tolist(), counts.tolist(), strict=True))

@@ -103,8 +103,10 @@ class StoredSnapshots:
             mapped = None
 
         async def overlay(part: str) -> PageSet:
+            # Where the memory is not read whole, nothing is: its layers hold the disk's blocks, too.
+            sparing = part == DISK and choice.way != INJECT
             work = asyncio.to_thread(
-                store.overlay, snapshot_id, part, template=template.pages, sources=template.sources
+                store.overlay, snapshot_id, part, template=template.pages, sources=template.sources, sparing=sparing
             )
             return to_pages(await work)
 

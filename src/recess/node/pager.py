@@ -52,7 +52,14 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     """Be the pager of one machine. Returns when every page is there, or the machine is gone. Raises whatever fails."""
     config = load_config(home=order["home"], **order["overrides"])
     files = {digest: Path(path) for digest, path in order["files"].items()}
-    library = SnapshotPages(open_for_reading(config), order["snapshot"], order["part"], Path(order["template"]), files)
+    library = SnapshotPages(
+        open_for_reading(config),
+        order["snapshot"],
+        order["part"],
+        Path(order["template"]),
+        files,
+        far=bool(config.store),
+    )
     runs = _ranges_file(library)
     try:
         _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, [runs])

@@ -39,20 +39,23 @@ def map_pages(path: Path) -> Pages:
 
 
 class SnapshotPages:
-    """One part of a snapshot. `template`: the file its gaps mean; `files`: files of blocks by hash.
+    """One part of a snapshot. `template`: the file its gaps mean; `files`: files of blocks by hash; `far`: a read costs a
+    request to a distant store.
 
     Raises Corrupt, NotFound, Incompatible, Unavailable.
     """
 
     def __init__(
-        self, blobs: BlobStore, snapshot_id: str, part: str, template: Path, files: Mapping[str, Path]
-    ) -> None:
+        self, blobs: BlobStore, snapshot_id: str, part: str, template: Path, files: Mapping[str, Path], *,
+        far: bool = False,
+    ) -> None:  # fmt: skip
         self._pool = WorkPool(_READERS)
-        snapshot = OpenSnapshot(blobs, snapshot_id, self._pool)
+        snapshot = OpenSnapshot(blobs, snapshot_id, self._pool, far=far)
         self._map = snapshot.page_map(part)
         self._template = map_pages(template)
         if len(self._template) != self._map.pages_total:
             raise Corrupt(f"the template has {len(self._template)} pages, the snapshot {self._map.pages_total}")
+        snapshot.open_layers(self._map)
         self._layers: list[LayerReader | None] = []
         self._blocks: list[Pages | None] = []
         for source in self._map.sources:

@@ -149,9 +149,11 @@ class SnapshotStore(Protocol):
         ...
 
     def overlay(
-        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
-    ) -> Overlay:
-        """Return the pages to put over the template; every frame's hash is verified on the way.
+        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None,
+        sparing: bool = False,
+    ) -> Overlay:  # fmt: skip
+        """Return the pages to put over the template; every frame's hash is verified on the way. `sparing`: of a remote
+        store only the frames that hold them are fetched, together, and no copy of a layer is made.
 
         Raises Incompatible unless `template` is the one the snapshot was taken over (or both are none).
         """

@@ -16,51 +16,61 @@ from functools import partial
 from recess.blobs import BlobInfo, BlobStore
 from recess.errors import NotFound
 from recess.frames import RecodedReader, SeekableReader
-from recess.frames.seekable import Sink
+from recess.frames.seekable import Runs, Sink
 from recess.snapshots.keys import RECODED_FOLDER, digest_of, id_of, key_of, keys_of, recoded_key_of
 from recess.snapshots.layer_v1 import KIND
+
+NEAR, FAR = 8, 64
+"""Frames asked for together: of a file on this disk so few that threads share the work; of one afar so many that what lies
+together, or nearly so, comes by one request, and what does not by requests side by side."""
 
 
 class LayerFile(SeekableReader):
     """A layer's file as it was written, that turns to the recompressed form when the first one goes."""
 
-    def __init__(self, blobs: BlobStore, layer_id: str, size_bytes: int) -> None:
-        read = partial(blobs.get_range, key_of(layer_id))
-        super().__init__(read, size_bytes, digest_of(layer_id), KIND, layer_id)
+    def __init__(self, blobs: BlobStore, layer_id: str, size_bytes: int, at_once: int) -> None:
+        key = key_of(layer_id)
+        super().__init__(
+            partial(blobs.get_range, key), size_bytes, digest_of(layer_id), KIND, layer_id,
+            read_many=partial(blobs.get_ranges, key), at_once=at_once,
+        )  # fmt: skip
         self._blobs = blobs
         self._other: RecodedReader | None = None
         self._turning = threading.Lock()
 
-    def _read_run(self, first: int, count: int, sink: Sink) -> None:
+    def _read_runs(self, runs: Runs, sink: Sink) -> None:
         try:
             if self._other is None:
-                super()._read_run(first, count, sink)
+                super()._read_runs(runs, sink)
                 return
         except NotFound:  # raised by the read, before anything was handed to the sink
             with self._turning:
                 if self._other is None:
-                    self._other = _open_recoded(self._blobs, self.name)
-        self._other._read_run(first, count, sink)
+                    self._other = _open_recoded(self._blobs, self.name, self._at_once)
+        self._other._read_runs(runs, sink)
 
 
-def open_layer(blobs: BlobStore, layer_id: str, size_bytes: int) -> SeekableReader:
-    """Return the file of a layer in the form that is there. `size_bytes`: of the form as written.
+def open_layer(blobs: BlobStore, layer_id: str, size_bytes: int, *, at_once: int = NEAR) -> SeekableReader:
+    """Return the file of a layer in the form that is there. `size_bytes`: of the form as written; `at_once`: how many frames
+    are asked for together.
 
     Raises NotFound (naming the usual key), Corrupt, Incompatible.
     """
     try:
-        return LayerFile(blobs, layer_id, size_bytes)
+        return LayerFile(blobs, layer_id, size_bytes, at_once)
     except NotFound as missing:
         try:
-            return _open_recoded(blobs, layer_id)
+            return _open_recoded(blobs, layer_id, at_once)
         except NotFound:
             raise missing from None
 
 
-def _open_recoded(blobs: BlobStore, layer_id: str) -> RecodedReader:
+def _open_recoded(blobs: BlobStore, layer_id: str, at_once: int) -> RecodedReader:
     key = recoded_key_of(layer_id)
-    read = partial(blobs.get_range, key)
-    return RecodedReader(read, blobs.stat(key).size_bytes, digest_of(layer_id), KIND, layer_id)
+    return RecodedReader(
+        partial(blobs.get_range, key), blobs.stat(key).size_bytes, digest_of(layer_id), KIND, layer_id,
+        read_many=partial(blobs.get_ranges, key), at_once=at_once,
+    )  # fmt: skip
 
 
 def stored_form(blobs: BlobStore, ref: str) -> BlobInfo:

@@ -72,6 +72,11 @@ def keys_of(ref: str) -> tuple[str, ...]:
     return (key_of(ref), recoded_key_of(ref)) if is_id(ref, LAYER) else (key_of(ref),)
 
 
+def is_layer_key(key: str) -> bool:
+    """Tell whether a blob key is a layer's, in either form."""
+    return is_id(key.rpartition("/")[2], LAYER)
+
+
 def id_of(key: str) -> str | None:
     """Return the id stored under a blob key, None if the key is not one of ours."""
     folder, _, name = key.rpartition("/")

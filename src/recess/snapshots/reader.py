@@ -15,7 +15,7 @@ from recess.blobs import BlobStore
 from recess.errors import Corrupt, NotFound
 from recess.frames import SeekableReader, WorkPool
 from recess.snapshots.contract import PageData, PageSource
-from recess.snapshots.forms import open_layer, stored_form
+from recess.snapshots.forms import FAR, NEAR, open_layer, stored_form
 from recess.snapshots.keys import LAYER, digest_of, key_of, make_id
 from recess.snapshots.layer_v1 import LayerReader
 from recess.snapshots.manifest_v1 import (
@@ -48,10 +48,12 @@ def read_manifest(blobs: BlobStore, snapshot_id: str) -> ManifestV1:
 
 
 class OpenSnapshot:
-    """One snapshot opened for reading. Not shared between threads; the tasks it returns may run in several."""
+    """One snapshot opened for reading. Not shared between threads; the tasks it returns may run in several. `far`: each
+    read of a layer is a request to some distant store."""
 
-    def __init__(self, blobs: BlobStore, snapshot_id: str, pool: WorkPool) -> None:
+    def __init__(self, blobs: BlobStore, snapshot_id: str, pool: WorkPool, *, far: bool = False) -> None:
         self._blobs = blobs
+        self._far = far
         self._pool = pool
         self.id = snapshot_id
         self.manifest = read_manifest(blobs, snapshot_id)
@@ -73,11 +75,17 @@ class OpenSnapshot:
             record = next((file for file in self.manifest.layers if file.id == layer_id), None)
             if record is None:
                 raise self._corrupt(f"refers to a layer it does not name: {layer_id[:16]}")
-            reader = LayerReader(open_layer(self._blobs, layer_id, record.bytes))
+            reader = LayerReader(open_layer(self._blobs, layer_id, record.bytes, at_once=FAR if self._far else NEAR))
             if reader.slots != record.entries:
                 raise self._corrupt(f"is wrong about {layer_id[:16]}")
             self._layers[layer_id] = reader
         return self._layers[layer_id]
+
+    def open_layers(self, page_map: PageMap) -> None:
+        """Open the layers of a map before they are read: afar each costs a request or two, side by side. Raises as `layer`."""
+        if self._far:
+            wanted = [make_id(LAYER, source.digest.hex()) for source in page_map.sources if source.kind == KIND_LAYER]
+            self._pool.each([partial(self.layer, layer_id) for layer_id in wanted])
 
     def _corrupt(self, why: str) -> Corrupt:
         return Corrupt(f"snapshot {self.id[:16]} {why}", blob=self.id)
@@ -131,6 +139,7 @@ class OpenSnapshot:
         """
         out = np.empty((page_map.count, PAGE_BYTES), np.uint8)
         tasks: list[Callable[[], None]] = []
+        self.open_layers(page_map)
         for source, rows in page_map.rows_by_source().items():
             if source is None:
                 out[rows] = 0

@@ -21,12 +21,13 @@ from typing import Any, TypeVar
 
 from blake3 import blake3
 
-from recess.blobs import BlobStore, CachingBlobs, WrappedBlobs
+from recess.blobs import BlobStore, CachingBlobs, SparingBlobs, WrappedBlobs
 from recess.blobs.contract import Bytes, PieceSource, pieces
 from recess.errors import BadInput, Corrupt, NotFound
 from recess.snapshots.contract import Overlay, PageSource, PartDiff, TemplatePages
-from recess.snapshots.keys import SNAPSHOT, id_of, is_id, key_of, keys_of
+from recess.snapshots.keys import SNAPSHOT, id_of, is_id, is_layer_key, key_of, keys_of
 from recess.snapshots.manifest_v1 import decode_manifest
+from recess.snapshots.reader import OpenSnapshot
 from recess.snapshots.recompression import Recompression
 from recess.snapshots.store import Store
 from recess.units import KIB
@@ -189,10 +190,16 @@ class SharedStore(Store):
     # --- a damaged copy on this node is not the end of a snapshot ------------------------------------------------
 
     def overlay(
-        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
-    ) -> Overlay:
+        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None,
+        sparing: bool = False,
+    ) -> Overlay:  # fmt: skip
         """See `SnapshotStore.overlay`."""
-        return self._healing(lambda: super(SharedStore, self).overlay(snapshot_id, part, template=template, sources=sources))  # fmt: skip
+        read = super().overlay
+        return self._healing(lambda: read(snapshot_id, part, template=template, sources=sources, sparing=sparing))
+
+    def _open_sparing(self, snapshot_id: str) -> OpenSnapshot:
+        blobs = self._blobs if self._cache is None else SparingBlobs(self._cache, is_layer_key)
+        return OpenSnapshot(blobs, snapshot_id, self._pool, far=True)
 
     def difference(
         self,

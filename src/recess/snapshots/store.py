@@ -124,6 +124,10 @@ class Store:
     def _open(self, snapshot_id: str) -> OpenSnapshot:
         return OpenSnapshot(self._blobs, snapshot_id, self._pool)
 
+    def _open_sparing(self, snapshot_id: str) -> OpenSnapshot:
+        """Open a snapshot of which little will be read; here the same."""
+        return self._open(snapshot_id)
+
     def list_ids(self) -> list[str]:
         """Return the ids of all stored manifests, also of those that no row names."""
         found = (id_of(info.key) for info in self._blobs.list_blobs(FOLDERS[0]))
@@ -139,10 +143,11 @@ class Store:
         return matches[0]
 
     def overlay(
-        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None
-    ) -> Overlay:
+        self, snapshot_id: str, part: str, *, template: TemplatePages | None, sources: list[PageSource] | None = None,
+        sparing: bool = False,
+    ) -> Overlay:  # fmt: skip
         """See `SnapshotStore.overlay`."""
-        snapshot = self._open(snapshot_id)
+        snapshot = self._open_sparing(snapshot_id) if sparing else self._open(snapshot_id)
         _check_template(snapshot, template)
         page_map = snapshot.page_map(part)
         return Overlay(page_map.pages, snapshot.read_pages(page_map, by_hash(sources)))

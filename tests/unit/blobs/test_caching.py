@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from recess.blobs import CachingBlobs, LocalBlobs, MemoryBlobs, MeteredBlobs
+from recess.blobs import CachingBlobs, LocalBlobs, MemoryBlobs, MeteredBlobs, SparingBlobs
 from recess.blobs.caching import unchecked
 from recess.errors import Corrupt, NotFound, OutOfSpace
 from recess.testing.crash import crashing
@@ -205,3 +205,22 @@ def test_all_copies_may_go_at_any_time(make, remote):
     assert cache.state.bytes == cache.state.blobs == 0
     assert cache.get("a/one", max_bytes=100) == b"1" * 50
     assert cache.state.bytes == 50
+
+
+def test_who_reads_little_of_a_large_blob_makes_no_copy_but_uses_one(make, remote):
+    remote.put("big/one", b"0123456789" * KIB)
+    remote.put("small/one", b"abc")
+    cache = make()
+    sparing = SparingBlobs(cache, lambda key: key.startswith("big/"))
+    before = remote.traffic
+    assert sparing.get_range("big/one", 3, 2) == b"34"
+    assert (remote.traffic - before).read_bytes == 2
+    assert cache.state.blobs == 0
+    assert sparing.get_range("small/one", 0, 1) == b"a"
+    assert cache.state.blobs == 1
+    cache.get("big/one", max_bytes=1 << 20)  # somebody else reads it whole
+    before = remote.traffic
+    assert sparing.get_ranges("big/one", [(0, 1), (9, 1)]) == [b"0", b"9"]
+    assert remote.traffic == before
+    cache._local.delete("big/one")  # the folder was emptied by hand
+    assert sparing.get_range("big/one", 5, 1) == b"5"

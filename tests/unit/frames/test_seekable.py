@@ -1,5 +1,6 @@
 """Seekable files: random access, the standard tool, and every lie a file can tell."""
 
+import itertools
 import os
 import shutil
 import struct
@@ -14,6 +15,7 @@ from recess.errors import Corrupt, Incompatible
 from recess.frames import FRAME_RAW_BYTES_MAX, FrameEncoder, SeekableReader, WorkPool, build_seekable, decode_frame
 from recess.frames.index import decode_index
 from recess.frames.index_v2 import encode_index
+from recess.frames.seekable import _batches
 from recess.frames.table import table_of
 
 KIND = b"TEST"
@@ -202,3 +204,36 @@ def test_a_frame_that_claims_to_be_larger_than_its_content_is_refused_unread(poo
         decode_index(bytes(index), KIND, "liar")
     noise = build_seekable(KIND, 1, lambda n: os.urandom(FRAME_RAW_BYTES_MAX), b"", level=1, pool=pool)
     decode_index(encode_index(KIND, noise.table, b""), KIND, "noise")  # the largest there is
+
+
+def test_a_task_asks_for_its_frames_together(pool):
+    """Afar that is one request, or a few side by side; and nothing is handed out before all of it came."""
+    file, data = build(pool)
+    asked = []
+
+    def read_many(ranges):
+        asked.append(list(ranges))
+        return [data[offset : offset + length] for offset, length in ranges]
+
+    reader = SeekableReader(
+        lambda offset, length: data[offset : offset + length], len(data), file.index_hash, KIND, "test",
+        read_many=read_many, at_once=5,
+    )  # fmt: skip
+    found = {}
+    reader.frames(np.array([0, 1, 5, 6, 7, 19, 20]), found.__setitem__, pool)
+    assert found == {i: RAWS[i] for i in (0, 1, 5, 6, 7, 19, 20)}
+    offsets = reader.table.offsets
+    spans = {(int(offsets[a]), int(offsets[b] - offsets[a])) for a, b in ((0, 2), (5, 8), (19, 21))}
+    assert sorted(map(len, asked)) == [1, 2]
+    assert {span for ranges in asked for span in ranges} == spans
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 8, 64])
+def test_batches_hold_every_number_once(at_once):
+    rng = np.random.default_rng(at_once)
+    numbers = np.flatnonzero(rng.integers(0, 2, 200))
+    batches = list(_batches(numbers, at_once))
+    assert all(0 < sum(count for _, count in runs) <= at_once for runs in batches)
+    assert [n for runs in batches for first, count in runs for n in range(first, first + count)] == numbers.tolist()
+    assert all(a + n < b for runs in batches for (a, n), (b, _) in itertools.pairwise(runs))
+    assert list(_batches(numbers[:0], at_once)) == []
