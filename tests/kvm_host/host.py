@@ -31,7 +31,7 @@ from pathlib import Path
 from recess.errors import RecessError
 from recess.guestlink.client import Link, connect
 from recess.guestlink.link import ExecRequest, Thaw
-from recess.images import debian, kernel, kernel_debian
+from recess.images import BASE_IMAGE, debian, kernel, kernel_debian
 from recess.images.boot import build_initrd
 from recess.images.store import ImageStore
 
@@ -51,6 +51,7 @@ _COMMAND_LINE = (
     "tsc=reliable no_timer_check lsm=landlock,yama nowatchdog audit=0 cryptomgr.notests clearcpuid=cx16"
 )
 _HELLO_S = 300.0
+_END_S = 10.0
 # Not needed to run the tests there, and large.
 _LEAVE_OUT = (
     "PIL", "pillow*", "matplotlib*", "mpl_toolkits", "fontTools", "fonttools*", "moto*", "boto*", "mypy*", "pip*",
@@ -77,19 +78,21 @@ class KvmHost:
                     joined.set_result((reader, writer))
 
             server = await asyncio.start_unix_server(join, str(path))
-            process = await asyncio.create_subprocess_exec(
-                *self._command(work, path, memory, cpus), stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
+            with (Path(temp) / "said").open("wb") as said:
+                process = await asyncio.create_subprocess_exec(
+                    *self._command(work, path, memory, cpus), stdin=asyncio.subprocess.DEVNULL,
+                    stdout=said, stderr=said, start_new_session=True,
+                )  # fmt: skip
             try:
-                link = await self._greet(joined, path.with_name("console"))
-                name = secrets.token_hex(4)
-                thaw = Thaw(time.time_ns(), os.urandom(32), name, 1, f"kvm-{name}", secrets.token_hex(16))
-                await link.thaw(thaw, timeout_s=_HELLO_S)
-                code = await run(link, f"mkdir -p {REPOSITORY} && mount /dev/vdb {REPOSITORY}")
-                assert code == 0, "the work disk could not be mounted"
+                link = await self._begin(joined)
                 yield link
                 await link.close()
+            except (RecessError, TimeoutError) as exc:
+                with contextlib.suppress(TimeoutError):  # a host whose link is cut is about to end
+                    await asyncio.wait_for(process.wait(), _END_S)
+                ended = f"it ended with {process.returncode}" if process.returncode is not None else "it still runs"
+                last = [Path(temp, name).read_text(errors="replace")[-3000:] for name in ("console", "said")]
+                raise RuntimeError("\n".join([f"the host: {exc}; {ended}", *last])) from exc
             finally:
                 server.close()
                 with contextlib.suppress(ProcessLookupError):
@@ -97,13 +100,17 @@ class KvmHost:
                 await process.wait()
 
     @staticmethod
-    async def _greet(joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]], console: Path) -> Link:
-        try:
-            async with asyncio.timeout(_HELLO_S):
-                reader, writer = await joined
-                return await connect(reader, writer, hello_timeout_s=_HELLO_S)
-        except (RecessError, TimeoutError) as exc:
-            raise RuntimeError(f"the host did not start: {exc}\n{console.read_text(errors='replace')[-2000:]}") from exc
+    async def _begin(joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]) -> Link:
+        """Wait for the host, thaw it and mount the work disk there."""
+        async with asyncio.timeout(_HELLO_S):
+            reader, writer = await joined
+            link = await connect(reader, writer, hello_timeout_s=_HELLO_S)
+        name = secrets.token_hex(4)
+        thaw = Thaw(time.time_ns(), os.urandom(32), name, 1, f"kvm-{name}", secrets.token_hex(16))
+        await link.thaw(thaw, timeout_s=_HELLO_S)
+        code = await run(link, f"mkdir -p {REPOSITORY} && mount /dev/vdb {REPOSITORY}")
+        assert code == 0, "the work disk could not be mounted"
+        return link
 
     def _command(self, work: Path, link: Path, memory: str, cpus: int) -> list[str]:
         out = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
@@ -178,7 +185,7 @@ def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path
     site = Path(sys.prefix) / "lib" / f"python{PYTHON[0]}.{PYTHON[1]}" / "site-packages"
     if sys.version_info[:2] != PYTHON or not site.is_dir():
         raise RuntimeError(f"this environment's Python must be the host's: {PYTHON[0]}.{PYTHON[1]}")
-    ImageStore(images_dir).ensure_base()
+    base = ImageStore(images_dir).ensure_base()
     with tempfile.TemporaryDirectory(dir=target.parent) as temp:
         top = Path(temp) / "top"
         top.mkdir()
@@ -190,8 +197,10 @@ def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path
             site, top / "site", symlinks=True, ignore=shutil.ignore_patterns(*_LEAVE_OUT), copy_function=_link
         )
         images = top / "home" / "images"
-        for source in (images_dir / "names", images_dir / "roots", host.folder / "images" / "kernel"):
-            shutil.copytree(source, images / source.name, copy_function=_link)
+        (images / "names").mkdir(parents=True)
+        shutil.copy(images_dir / "names" / f"{BASE_IMAGE}.json", images / "names")
+        shutil.copytree(images_dir / "roots" / base.root_hash, images / "roots" / base.root_hash, copy_function=_link)
+        shutil.copytree(host.folder / "images" / "kernel", images / "kernel", copy_function=_link)
         trimmed = REPOSITORY / "build" / "kernel" / "vmlinux"
         (top / "bin").mkdir()
         if trimmed.is_file():
