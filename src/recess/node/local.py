@@ -60,6 +60,27 @@ from recess.units import PAGE_BYTES
 from recess.volumes import NamedVolumes
 
 
+async def open_sessions(
+    config: Config, catalog: Catalog, log: SqlLog, machines: Manager, clock: Clock, stack: contextlib.AsyncExitStack
+) -> tuple[Sessions, Counters, PlainMachines]:  # fmt: skip
+    """Return the sessions over machines and plain processes, what counts their doings, and the plain machines themselves."""
+    settings = Settings(
+        owner=node_name(config) or f"local:{os.getpid()}", embedded=not config.database_url,
+        agent_package=config.agent_dir, lease_s=config.lease_s, idle_timeout_s=config.idle_timeout_s,
+    )  # fmt: skip
+    plain = await asyncio.to_thread(PlainMachines, config.home / "plain", config.run_dir / "p", clock)
+    stack.push_async_callback(plain.close)
+    counters, observers = watch_sessions(config, settings.owner, stack)
+    deps = Deps(
+        log=log, machines=Backends(machines, plain), agents=catalog.agents, clock=clock, settings=settings,
+        observer=observers,
+    )  # fmt: skip
+    sessions = Sessions(deps)
+    root = await asyncio.to_thread(root_key, config.token, config.home)
+    sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
+    return sessions, counters, plain
+
+
 def watch_sessions(
     config: Config, owner: str, stack: contextlib.AsyncExitStack
 ) -> tuple[Counters, Observers]:  # fmt: skip
@@ -143,6 +164,7 @@ class LocalNode:
         self.secrets = SecretStore()
         self.volumes = NamedVolumes(config.home / "volumes")
         self.counters = Counters()
+        self.plain: PlainMachines | None = None  # the machines that are plain processes
         self.detach_on_close = True
         self._stack = stack
         self._chosen = chosen
@@ -201,26 +223,14 @@ class LocalNode:
         machines = Manager(parts)
         kept = await open_log(config, db, clock)
         log = kept.log
-        settings = Settings(
-            owner=node_name(config) or f"local:{os.getpid()}", embedded=not config.database_url, agent_package=config.agent_dir, lease_s=config.lease_s,
-            idle_timeout_s=config.idle_timeout_s,
-        )  # fmt: skip
-        plain = await asyncio.to_thread(PlainMachines, config.home / "plain", config.run_dir / "p", clock)
-        stack.push_async_callback(plain.close)
-        backends = Backends(machines, plain)
-        counters, observers = watch_sessions(config, settings.owner, stack)
-        sessions = Sessions(
-            Deps(log=log, machines=backends, agents=catalog.agents, clock=clock, settings=settings, observer=observers)
-        )
-        root = await asyncio.to_thread(root_key, config.token, config.home)
-        sessions.callbacks = Callbacks(log, clock, root, config.home / "callbacks")
+        sessions, counters, plain = await open_sessions(config, catalog, log, machines, clock, stack)
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
         images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
         node = cls(
             config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened, at_hand
         )  # fmt: skip
-        node.secrets, node.counters = secrets, counters
+        node.secrets, node.counters, node.plain = secrets, counters, plain
         stack.push_async_callback(node._end)
         node.recovered = dict(await machines.recover())
         node.recovered["sessions"] = len(await sessions.recover())
