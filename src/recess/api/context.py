@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,8 @@ from starlette.requests import HTTPConnection, Request
 from recess.api.idempotency import KeyedResults
 from recess.api.wire import ProgressHub
 from recess.clock import Clock, SystemClock
+from recess.guestlink.link import GuestLink
+from recess.machines.service import MachineRow
 from recess.node.local import LocalNode
 
 
@@ -31,6 +34,17 @@ def context_of(request: HTTPConnection) -> Context:
     """Return the application's context."""
     context: Context = request.app.state.context  # set once when the application is made
     return context
+
+
+@asynccontextmanager
+async def guest_of(request: Request, why: str) -> AsyncIterator[tuple[MachineRow, GuestLink]]:
+    """A machine's row and link, for the path's `ref`: it is neither frozen nor put away meanwhile. One that sleeps because
+    nobody used it is woken, unless the query says `wake=0`."""
+    node = context_of(request).node
+    row = await node.machines.get(str(request.path_params["ref"]))
+    with node.sessions.activity(row.session, why):
+        async with node.machines.idling.using(row.id, wake=request.query_params.get("wake") != "0") as link:
+            yield row, link
 
 
 async def once(request: Request, body: object, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

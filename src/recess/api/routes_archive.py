@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import context_of, guest_of
 from recess.api.wire import field, read_json, reject_unknown, with_progress
 from recess.errors import BadInput, NotFound, Unsupported
 from recess.guestlink.link import GuestLink, TarReader
@@ -32,35 +32,31 @@ def _path(request: Request) -> str:
 
 async def read_archive(request: Request) -> Response:
     """GET /v1/machines/REF/archive?path=P&name=N&follow=1: what is at P, called N; `path=/` without what is no file."""
-    node = context_of(request).node
-    row = await node.machines.get(str(request.path_params["ref"]))
-    link = await node.machines.link(row.id)
-    if not isinstance(link, TarReader):
-        raise Unsupported("this driver's machines cannot be read as archives")
     path, query = _path(request), request.query_params
-    name = query.get("name", posixpath.basename(path))
-    skip = NOT_FILES if path == "/" else ()
-    stream = link.get_tar(path, name=name, follow=query.get("follow") == "1", skip=skip)
-    first = await anext(stream)  # what is wrong is said before the answer begins
+    async with guest_of(request, "files") as (_, link):
+        if not isinstance(link, TarReader):
+            raise Unsupported("this driver's machines cannot be read as archives")
+        name = query.get("name", posixpath.basename(path))
+        skip = NOT_FILES if path == "/" else ()
+        stream = link.get_tar(path, name=name, follow=query.get("follow") == "1", skip=skip)
+        first = await anext(stream)  # what is wrong is said before the answer begins
 
     async def pieces() -> AsyncIterator[bytes]:
-        async with aclosing(stream):  # a client that goes away ends the guest's reading, too
-            with node.sessions.activity(row.session, "files"):
-                yield first
-                async for piece in stream:
-                    yield piece
+        # A client that goes away ends the guest's reading, too. (An answer that is never begun holds nobody.)
+        async with guest_of(request, "files"), aclosing(stream):
+            yield first
+            async for piece in stream:
+                yield piece
 
     return StreamingResponse(pieces(), media_type=_TAR)
 
 
 async def write_archive(request: Request) -> Response:
     """POST /v1/machines/REF/archive?path=P: unpack the body below the folder P, which must be there."""
-    node = context_of(request).node
-    row = await node.machines.get(str(request.path_params["ref"]))
-    link, path = await node.machines.link(row.id), _path(request)
-    if not await is_folder(link, path):
-        raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
-    with node.sessions.activity(row.session, "files"):
+    path = _path(request)
+    async with guest_of(request, "files") as (_, link):
+        if not await is_folder(link, path):
+            raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
         await link.put_tar(path, _body(request))
     return Response(status_code=204)
 
@@ -78,16 +74,13 @@ async def commit_machine(request: Request) -> Response:
     """POST /v1/machines/REF/commit: the machine's files, as they are now, as an image."""
     ctx, body = context_of(request), await read_json(request)
     reject_unknown(body, {"name"}, "body")
-    row, name = await ctx.node.machines.get(str(request.path_params["ref"])), field(body, "name", str, "")
-    link = await ctx.node.machines.link(row.id)
-    if not isinstance(link, TarReader):
-        raise Unsupported("this driver's machines cannot be read as archives")
-    files: TarReader = link
+    name = field(body, "name", str, "")
 
     async def work() -> dict[str, Any]:
-        with ctx.node.sessions.activity(row.session, "files"):
-            stream = files.get_tar("/", skip=NOT_FILES)
-            return await ctx.node.images.commit(stream, name, image=row.spec.image)
+        async with guest_of(request, "files") as (row, link):
+            if not isinstance(link, TarReader):
+                raise Unsupported("this driver's machines cannot be read as archives")
+            return await ctx.node.images.commit(link.get_tar("/", skip=NOT_FILES), name, image=row.spec.image)
 
     return await with_progress(request, ctx.hub, work, 201)
 

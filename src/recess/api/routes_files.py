@@ -10,14 +10,13 @@ import io
 import posixpath
 import tarfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import guest_of
 from recess.api.wire import field, read_body, read_json, reject_unknown
 from recess.errors import BadInput, IllegalState, RecessError
 from recess.guestlink.link import FileStat, GuestLink
@@ -27,15 +26,6 @@ FILE_BYTES_MAX = 64 * MIB
 LIST_MAX = 10_000  # entries of one answer, whatever the depth
 DEPTH_MAX = 32
 SIGNALS = range(1, 65)
-
-
-@asynccontextmanager
-async def _guest(request: Request, why: str) -> AsyncIterator[GuestLink]:
-    """The machine's link; a session's machine is not put away meanwhile."""
-    node = context_of(request).node
-    row = await node.machines.get(str(request.path_params["ref"]))
-    with node.sessions.activity(row.session, why):
-        yield await node.machines.link(row.id)
 
 
 def _path(request: Request) -> str:
@@ -57,7 +47,7 @@ def _count(request: Request, name: str, default: int, most: int) -> int:
 
 async def read_file(request: Request) -> Response:
     """GET /v1/machines/REF/files."""
-    async with _guest(request, "files") as link:
+    async with guest_of(request, "files") as (_, link):
         data = await link.read_file(_path(request), FILE_BYTES_MAX)
     return Response(data, media_type="application/octet-stream")
 
@@ -69,21 +59,21 @@ async def write_file(request: Request) -> Response:
     except ValueError as exc:
         raise BadInput("mode: octal digits are needed") from exc
     data = await read_body(request, FILE_BYTES_MAX)
-    async with _guest(request, "files") as link:
+    async with guest_of(request, "files") as (_, link):
         await link.write_file(_path(request), data, mode)
     return Response(status_code=204)
 
 
 async def remove_file(request: Request) -> Response:
     """DELETE /v1/machines/REF/files: a file or, with `recursive=1`, a folder; absent is no error."""
-    async with _guest(request, "files") as link:
+    async with guest_of(request, "files") as (_, link):
         await link.remove(_path(request), recursive=request.query_params.get("recursive") == "1")
     return Response(status_code=204)
 
 
 async def stat_file(request: Request) -> Response:
     """GET /v1/machines/REF/files/stat."""
-    async with _guest(request, "files") as link:
+    async with guest_of(request, "files") as (_, link):
         return JSONResponse(asdict(await link.stat(_path(request))))
 
 
@@ -91,7 +81,7 @@ async def list_files(request: Request) -> Response:
     """GET /v1/machines/REF/files/list: what is in a folder, to `depth` (1), sorted by path; links are not followed."""
     depth, root = _count(request, "depth", 1, DEPTH_MAX), _path(request)
     found: list[FileStat] = []
-    async with _guest(request, "files") as link:
+    async with guest_of(request, "files") as (_, link):
         level = [root]
         for _ in range(depth):
             below = [entry for folder in level for entry in await _list_dir(link, folder, folder == root)]
@@ -116,7 +106,7 @@ async def make_folder(request: Request) -> Response:
     """PUT /v1/machines/REF/folders: with its parents; one that is there is no error."""
     path = posixpath.normpath(_path(request)).lstrip("/")
     if path:
-        async with _guest(request, "files") as link:
+        async with guest_of(request, "files") as (_, link):
             await link.put_tar("/", _one_folder(path))
     return Response(status_code=204)
 
@@ -133,7 +123,7 @@ async def _one_folder(path: str) -> AsyncIterator[bytes]:
 
 async def list_jobs(request: Request) -> Response:
     """GET /v1/machines/REF/jobs: the guest's job table, ended ones too while it keeps them."""
-    async with _guest(request, "jobs") as link:
+    async with guest_of(request, "jobs") as (_, link):
         return JSONResponse({"jobs": [asdict(one) for one in await link.jobs()]})
 
 
@@ -145,7 +135,7 @@ async def signal_job(request: Request) -> Response:
     if number not in SIGNALS:
         raise BadInput(f"number: a signal is 1 to {SIGNALS[-1]}")
     job_id = str(request.path_params["job"])
-    async with _guest(request, "jobs") as link:
+    async with guest_of(request, "jobs") as (_, link):
         if any(one.job_id == job_id and one.exit_code is not None for one in await link.jobs()):
             raise IllegalState(f"job {job_id} has ended")
         job = await link.attach(job_id)

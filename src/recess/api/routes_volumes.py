@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of
+from recess.api.context import context_of, guest_of
 from recess.api.wire import field, read_json, reject_unknown
 from recess.machines.mounting import summary
 from recess.node.local import LocalNode
@@ -58,11 +58,9 @@ async def delete_volume(request: Request) -> Response:
 
 async def sync_machine(request: Request) -> Response:
     """POST /v1/machines/REF/sync: exchange its volumes now."""
-    node = context_of(request).node
     reject_unknown(await read_json(request), set(), "body")
-    row = await node.machines.get(str(request.path_params["ref"]))
-    with node.sessions.activity(row.session, "sync"):
-        done: dict[str, Any] = summary(await node.machines.acts.sync(row.id))
+    async with guest_of(request, "sync") as (row, _):
+        done: dict[str, Any] = summary(await context_of(request).node.machines.acts.sync(row.id))
     return JSONResponse(done)
 
 

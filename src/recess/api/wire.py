@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from recess.errors import BadInput, RecessError
 from recess.machines.service import Changes, MachineRow, MachineSpec, Mount, ResumeReport, SnapshotRow
-from recess.units import MIB, parse_size
+from recess.units import MIB, parse_duration, parse_size
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +145,8 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
             out[name] = _str_map(value, name)
         elif name == "ports":
             out[name] = _ports(value)
+        elif name == "idle_s":
+            out[name] = parse_duration(field(data, name, str if isinstance(value, str) else float, None))
         elif name == "volumes":
             out[name] = _volumes(value)
         else:

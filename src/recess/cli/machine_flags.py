@@ -9,6 +9,7 @@ import click
 
 from recess.cli.common import callers_env, parse_env, parse_pairs, parse_port
 from recess.cli.volume_flags import parse_mount, parse_volume
+from recess.units import parse_duration
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +44,7 @@ _OPTIONS = (
         "--pull", default="missing", type=click.Choice(["missing", "always", "never"]), help="When to ask the registry."
     ),
     click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label."),
+    click.option("--idle", default="0", metavar="TIME", help="Suspend it when nobody used it for so long; use wakes it."),
     click.option(
         "--restart", default="no", metavar="POLICY",
         help="Start the command again when it ends: no, on-failure[:TIMES], always, unless-stopped.",
@@ -85,6 +87,7 @@ def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict
         "ports": [list(parse_port(p)) for p in flags["publish"]],
         "labels": parse_labels(flags["label"]),
         "restart": restart,
+        "idle_s": parse_duration(flags["idle"]),
         "secrets": list(flags["secret"]),
         "volumes": [*map(parse_volume, flags["volume"]), *map(parse_mount, flags["mount"])],
     }

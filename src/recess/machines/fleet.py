@@ -18,6 +18,7 @@ from recess.errors import IllegalState, OutOfSpace, RecessError
 from recess.guestlink.link import GuestLink
 from recess.machines import keptdisk
 from recess.machines.contract import Vm
+from recess.machines.forward import Forwarder
 from recess.machines.incoming import Incoming
 from recess.machines.leavings import Leavings
 from recess.machines.live import Live
@@ -25,7 +26,7 @@ from recess.machines.mounting import Mounting
 from recess.machines.parts import UNDO, Parts
 from recess.machines.records import is_sound, spec_from_json, vm_of
 from recess.machines.restarting import Restarts
-from recess.machines.stalls import Stalls
+from recess.machines.stalls import Stalls, check_goes
 from recess.machines.starting import Starter, finish
 from recess.machines.states import (
     CREATING,
@@ -63,10 +64,13 @@ class Fleet:
         self._locks: dict[str, asyncio.Lock] = {}
         self._aside: set[asyncio.Task[None]] = set()
         self.incoming = Incoming()
+        self.doors: dict[str, Forwarder] = {}  # ports of machines that sleep
+        self.admitted: Callable[[Live], None] = lambda _live: None
+        self.reach: Callable[[str], Awaitable[GuestLink]] | None = None
         self.leavings = Leavings(parts)
         self.stalls = Stalls(parts)
         self.mounting = Mounting(parts)
-        self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited)
+        self.starter = Starter(parts, self.incoming, self.link_of, self.main_exited, self.doors)
         self.linger_s = LINGER_S
         self._restarts = Restarts(parts, self.starter, lambda live: self._live.get(live.id) is live)
 
@@ -97,13 +101,38 @@ class Fleet:
         """Return a function that gives the machine's current link."""
 
         async def link() -> GuestLink:
+            if self.reach is not None:
+                return await self.reach(machine_id)
             return self.need(machine_id).link
 
         return link
 
+    def link_to(self, live: Live) -> GuestLink:
+        """Return the link of a VM that runs. Raises IllegalState for a paused one, OutOfSpace for one that stands still."""
+        if live.paused_since:
+            next_state(PAUSED, "use", f"machine {live.id}")
+        check_goes(live, live.id)
+        return live.link
+
+    async def need_running(self, machine_id: str) -> Live:
+        """Return the VM of a machine that runs by its row. Raises NotFound, IllegalState that says what to do."""
+        live = self._live.get(machine_id)
+        if live is None:
+            record = await self._parts.catalog.machines.get(machine_id)
+            next_state(record.state, "use", f"machine {record.name}")
+            live = self.need(record.id)
+        return live
+
+    async def close_doors(self, machine_id: str) -> None:
+        """Close the ports of a machine that sleeps, if it does."""
+        door = self.doors.pop(machine_id, None)
+        if door is not None:
+            await door.stop()
+
     def admit(self, live: Live) -> None:
         """Take a VM into the table and watch it."""
         self._live[live.id] = live
+        self.admitted(live)
         live.watcher = asyncio.create_task(self._watch(live), name=f"watch-{live.id}")
         live.stall_watcher = asyncio.create_task(self.stalls.watch(live), name=f"stalls-{live.id}")
 
@@ -238,6 +267,7 @@ class Fleet:
         """Drop the row, the folder and the handlers of a machine without a VM. A crash in between leaves a folder that
         has no row, which the next start removes."""
         await self._parts.catalog.machines.delete(machine_id)
+        await self.close_doors(machine_id)
         crash_point("machines.row_deleted")
         self._parts.tell("destroy", machine_id, "")
         await self.starter.forget_files(machine_id)

@@ -32,6 +32,11 @@ class Forwarder:
         self._room = asyncio.Semaphore(CONNECTIONS_MAX)
         self.ports: list[Port] = []
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
     async def start(self, ports: Sequence[Port], *, fall_back: bool = False) -> list[Port]:
         """Listen; returns the ports as they are (0 replaced by the port that was found).
 

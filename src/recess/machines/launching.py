@@ -101,6 +101,7 @@ class Launcher:
             crash_point("machines.started")
             self._fleet.admit(live)
             meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
+            meta.pop("napping", None)
             meta |= {"vm": vm_json(origin.template.spec)} | dict(note or {})  # what a cold boot needs of it
             if fresh:
                 await self._fleet.mounting.lay(live, record)

@@ -53,6 +53,7 @@ class Live:
     watcher: asyncio.Task[None] | None = None
     revive: Callable[[], Awaitable[None]] | None = None  # what is to be done when a stall ends that began before us
     stall_watcher: asyncio.Task[None] | None = None
+    idle_watcher: asyncio.Task[None] | None = None
     thaw: Callable[[], Thaw] | None = None  # makes the message that sets its clock and identity again
     gone: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -73,9 +74,10 @@ class Live:
 
     async def let_go(self) -> None:
         """Close what belongs to this server (ports, log copy), not to the VM. May be called twice."""
-        if self.stall_watcher is not None:
-            self.stall_watcher.cancel()
-            await asyncio.gather(self.stall_watcher, return_exceptions=True)
+        for watcher in (self.stall_watcher, self.idle_watcher):
+            if watcher is not None:
+                watcher.cancel()
+                await asyncio.gather(watcher, return_exceptions=True)
         if self.main is not None:
             await self.main.stop()
         if self.forwarder is not None:

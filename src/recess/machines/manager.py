@@ -22,6 +22,7 @@ from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
 from recess.machines.coldboot import ColdBoot
 from recess.machines.fleet import Fleet
+from recess.machines.idling import Idling, is_napping
 from recess.machines.keeping import SnapshotKeeping
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
@@ -68,6 +69,11 @@ class Manager:
             parts, self.fleet, self._launcher, self.templates, self._taker, self._back, self._climber, self._stored
         )
 
+        self.idling = Idling(
+            parts, self.fleet, wake=lambda record: self._back.resume(record, int(record.meta.get("epoch", 0))),
+            put_away=lambda record: self._taker.suspend(record, "idle"),
+        )  # fmt: skip
+
     # --- reading -----------------------------------------------------------------------------------------------
 
     async def get(self, ref: str) -> MachineRow:
@@ -81,10 +87,11 @@ class Manager:
         return replace(row, state=STALLED, status=live.stalled, meta={**row.meta, "hint": hint_of(self._parts)})
 
     async def list_machines(self, *, everything: bool = False) -> list[MachineRow]:
-        """Return those that have a VM (or all), newest first, and before them any whose row is damaged."""
+        """Return those that have a VM or wake by themselves (or all), newest first, and before them any whose row is damaged."""
         records, damaged = await self._parts.catalog.machines.survey()
+        napping = {record.id for record in records if is_napping(record)}  # they serve whoever comes
         rows = [*map(damaged_machine, damaged), *map(shown_machine, records)]
-        shown = rows if everything else [row for row in rows if row.state in (*WITH_VM, DAMAGED)]
+        shown = rows if everything else [row for row in rows if row.state in (*WITH_VM, DAMAGED) or row.id in napping]
         return [self._shown(row) for row in shown]
 
     async def link(self, machine_id: str) -> GuestLink:
@@ -203,6 +210,7 @@ class Manager:
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "stop", f"machine {record.name}")
+            await self.fleet.close_doors(record.id)
             if record.state in (RUNNING, PAUSED):
                 code = code if code is not None else (EXIT_KILLED if record.spec.get("argv") else 0)
                 await self._parts.catalog.machines.update(
@@ -238,6 +246,7 @@ class Manager:
         async with self.fleet.lock(record.id):
             record = await self._record(record.id)
             after = next_state(record.state, "kill", f"machine {record.name}")
+            await self.fleet.close_doors(record.id)
             if record.state != DEAD:
                 await self._parts.catalog.machines.update(record.id, state=after, status=why)
                 self._parts.tell("kill", record.id, record.name, reason=why)
@@ -305,7 +314,8 @@ class Manager:
         """Put a machine away under its identity."""
         record = await self._record(ref)
         async with self.fleet.lock(record.id):
-            row = await self._taker.suspend(await self._record(record.id), why)
+            record = await self.idling.stay(await self._record(record.id))
+            row = await self._taker.suspend(record, why)
             self._parts.tell("suspend", record.id, record.name, snapshot=row.id)
             return row
 
@@ -440,12 +450,14 @@ class Manager:
         self.templates.sweep()
         counts = await self.fleet.recover()
         await self.templates.evict({live.template.id for live in self.fleet.all()})
+        await self.idling.recover()
         return counts
 
     async def close(self, *, detach: bool = True) -> None:
         """Let go of the VMs (`detach`: they run on for the next server) or put every machine away first."""
         if not detach:
             await asyncio.gather(*(self._put_away(live.id) for live in self.fleet.all()), return_exceptions=True)
+        await self.idling.close()
         await self.fleet.detach()
 
     async def _put_away(self, machine_id: str) -> None:

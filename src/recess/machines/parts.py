@@ -78,6 +78,10 @@ class Egress(Protocol):
         """Return the handler of its "proxy" streams."""
         ...
 
+    def open_connections(self, machine_id: str) -> int:
+        """Return how many calls the machine has open."""
+        ...
+
     def certificate(self, policy: Policy) -> bytes:
         """Return the certificate (PEM) that the machine has to trust; empty if none."""
         ...

@@ -28,6 +28,7 @@ DISK_BYTES_MAX = 1 << 40
 CPUS_MAX = 64
 PORTS_MAX = 64
 VOLUMES_MAX = 16
+IDLE_S_MAX = 30 * 86400
 VOLUME_BYTES_MAX = 64 << 30
 LOST_FOLDERS = ("proc", "sys", "dev", "run", "tmp")
 
@@ -132,6 +133,10 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         raise InvalidSpec(f"network: broker, none or full, got {spec.network!r}")
     if spec.network == "full" and not can.network_full:
         raise Unsupported("this driver gives machines no network card", hint="use --net broker with --allow")
+    if not 0 <= spec.idle_s <= IDLE_S_MAX:
+        raise InvalidSpec(f"idle: from 0 to {IDLE_S_MAX} s, got {spec.idle_s:g}")
+    if spec.idle_s and not can.snapshot:
+        raise Unsupported("this driver's machines cannot be suspended, so they have no idle policy")
     if parse_policy(spec.restart) is not None and (not spec.argv or spec.remove_on_exit):
         raise InvalidSpec("restart: needs a command, and a machine that is not removed when it ends")
     if len(spec.ports) > PORTS_MAX:

@@ -50,6 +50,7 @@ class MachineSpec:
     restart: str = ""  # of the main process: no | on-failure[:TIMES] | always | unless-stopped
     driver: str = ""  # "": the node's own choice
     volumes: tuple[Mount, ...] = ()
+    idle_s: float = 0.0  # unused for so long it is suspended, and wakes when it is used; 0: never
 
 
 @dataclass(frozen=True)

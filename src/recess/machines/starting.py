@@ -10,7 +10,7 @@ import asyncio
 import math
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 from recess.catalog.machines import MachineRecord
@@ -65,12 +65,13 @@ class Starter:
 
     def __init__(
         self, parts: Parts, incoming: Incoming, link_of: Callable[[str], LinkOf],
-        on_exit: Callable[[str, int], Awaitable[None]],
+        on_exit: Callable[[str, int], Awaitable[None]], doors: MutableMapping[str, Forwarder],
     ) -> None:  # fmt: skip
         self._parts = parts
         self._incoming = incoming
         self._link_of = link_of
         self._on_exit = on_exit
+        self._doors = doors
 
     async def start(self, record: MachineRecord, origin: Origin, *, epoch: int) -> tuple[Live, dict[str, float]]:
         """Restore a VM and thaw it; returns it served but for ports and main process, and what took how long.
@@ -134,6 +135,9 @@ class Starter:
 
     async def open_ports(self, live: Live, *, fall_back: bool) -> list[tuple[str, int, int]]:
         """Listen on the machine's published ports; returns them as they are. Raises Conflict without `fall_back`."""
+        live.forwarder = self._doors.pop(live.id, None)
+        if live.forwarder is not None:
+            return list(live.forwarder.ports)  # they stayed open while it slept
         live.forwarder = Forwarder(self._link_of(live.id))
         return await live.forwarder.start(live.spec.ports, fall_back=fall_back)
 

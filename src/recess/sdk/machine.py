@@ -66,21 +66,22 @@ class Machine:
         disk: int | str | None = None, argv: Sequence[str] = (), env: Mapping[str, str] | None = None, user: str = "",
         cwd: str = "", network: str | None = None, allow: Sequence[str] = (),
         routes: Mapping[str, str] | None = None, ports: Ports = (), labels: Mapping[str, str] | None = None,
-        volumes: Mapping[str, str] | None = None, key: str = "", client: Client | None = None,
+        volumes: Mapping[str, str] | None = None, idle_s: float = 0.0, key: str = "", client: Client | None = None,
     ) -> Machine:  # fmt: skip
         """Start a machine and return it when it answers.
 
         `memory` and `disk` are bytes or "512M". `argv` is its main process, if it has one; `user`, `cwd` and `env` are the
         image's own where you say nothing. `network`: broker (what `allow` and `routes` let out), none or full. `ports`:
         guest ports to publish on 127.0.0.1, {guest: host} or a list (any free host port); `port()` tells them. `volumes`:
-        {folder of the host, or a volume's name: "/path" or "/path:ro"}, copied both ways (see `sync_volumes`). `key`: the
+        {folder of the host, or a volume's name: "/path" or "/path:ro"}, copied both ways (see `sync_volumes`).
+        `idle_s`: unused for so long it is suspended, and wakes when it is used (0: never). `key`: the
         same key again is the same machine. Raises NotFound (image), NameInUse, InvalidSpec, Unavailable.
         """
         spec: Json = {
             "image": image, "memory_bytes": memory, "cpus": cpus, "disk_bytes": disk, "argv": list(argv),
             "env": dict(env or {}), "user": user or None, "cwd": cwd or None, "network": network, "allow": list(allow),
             "routes": dict(routes or {}), "ports": _ports(ports), "labels": dict(labels or {}),
-            "volumes": _volumes(volumes or {}),
+            "volumes": _volumes(volumes or {}), "idle_s": idle_s,
         }  # fmt: skip
         where = client or default_client()
         made = where.call("POST", "/v1/machines", {"name": name, "spec": spec}, key=key or secrets.token_hex(16))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from recess.blobs import LocalBlobs, MemoryBlobs
 from recess.catalog import SCHEMA, Catalog
-from recess.clock import SystemClock
+from recess.clock import Clock, SystemClock
 from recess.db import Database
 from recess.drivers.fake import FakeDriver, FakeHost, FakeImages
 from recess.drivers.fake.guest import Program
@@ -68,7 +68,9 @@ class Room:
         """Stop this server's tasks as SIGKILL does: nothing is said to anybody."""
         for live in self.manager.fleet.all():
             tasks = [
-                t for t in (live.watcher, live.stall_watcher, live.main.task if live.main else None) if t is not None
+                t
+                for t in (live.watcher, live.stall_watcher, live.idle_watcher, live.main.task if live.main else None)
+                if t is not None
             ]
             for task in tasks:
                 task.cancel()
@@ -90,7 +92,11 @@ class Room:
 
 @asynccontextmanager
 async def machine_room(
-    folder: Path, programs: Mapping[str, Program] | None = None, *, local_blobs: bool = False
+    folder: Path,
+    programs: Mapping[str, Program] | None = None,
+    *,
+    local_blobs: bool = False,
+    clock: Clock | None = None,
 ) -> AsyncIterator[Room]:
     """Open a room below `folder` and close it with everything in it. `local_blobs`: on the disk, not in memory."""
     lines: list[str] = []
@@ -100,7 +106,7 @@ async def machine_room(
     store = Store(LocalBlobs(folder / "blobs") if local_blobs else blobs)
     db = Database.open(folder / "recess.db", [SCHEMA])
     parts = Parts(
-        driver=driver, store=store, images=FakeImages(), catalog=Catalog(db), clock=SystemClock(),
+        driver=driver, store=store, images=FakeImages(), catalog=Catalog(db), clock=clock or SystemClock(),
         machines_dir=folder / "machines", run_dir=folder / "run", progress=lines.append,
         volumes=NamedVolumes(folder / "volumes"),
     )  # fmt: skip

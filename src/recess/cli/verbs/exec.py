@@ -17,12 +17,13 @@ from recess.sdk.exec_stream import ExecStream
 @click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file.")
 @click.option("-w", "--workdir", default="", help="Working folder; default: the machine's, of another user /.")
 @click.option("-u", "--user", default="", help="User, or uid[:gid]; default: the machine's.")
+@click.option("--no-wake", is_flag=True, help="Not if the machine sleeps because it was idle.")
 @click.argument("machine")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @verb
 def exec_(
     inv: Invocation, machine: str, command: tuple[str, ...], detach: bool, interactive: bool, tty: bool,
-    env: tuple[str, ...], env_file: tuple[str, ...], workdir: str, user: str,
+    env: tuple[str, ...], env_file: tuple[str, ...], workdir: str, user: str, no_wake: bool,
 ) -> int:  # fmt: skip
     """Run COMMAND in a running MACHINE; its exit code is this command's."""
     rows, cols = size()
@@ -36,6 +37,7 @@ def exec_(
         "rows": rows,
         "cols": cols,
         "detach": detach,
+        "wake": not no_wake,
     }
     stream = ExecStream(inv.server, machine, start)
     if detach:

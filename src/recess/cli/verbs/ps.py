@@ -18,7 +18,7 @@ _ENDED = ("exited", "dead")
 
 def ports_of(row: Json) -> list[str]:
     """Return a machine's published ports as "127.0.0.1:8080->80"; [] of one that does not run."""
-    if row["state"] not in ("running", "paused"):
+    if row["state"] not in ("running", "paused") and not row["meta"].get("napping"):
         return []
     return [f"{ip}:{host}->{guest}/tcp" for ip, host, guest in row["meta"].get("ports") or []]
 
@@ -30,7 +30,7 @@ def status_of(row: Json) -> str:
         return f"Up {ago(row['created']).removesuffix(' ago')}"
     if state in _ENDED:
         return f"Exited ({137 if code is None else code})"
-    return str(state).capitalize()
+    return "Suspended (idle)" if state == "suspended" and row["meta"].get("napping") else str(state).capitalize()
 
 
 def shown(row: Json, *, whole: bool) -> Json:

@@ -41,7 +41,8 @@ def top(inv: Invocation, machine: str) -> None:
 def port(inv: Invocation, machine: str, guest: str) -> None:
     """Show where the ports of MACHINE are published, or one GUEST port."""
     row = inv.server.call("GET", f"/v1/machines/{machine}")
-    there = row["meta"].get("ports") or [] if row["state"] in ("running", "paused") else []
+    serves = row["state"] in ("running", "paused") or row["meta"].get("napping")
+    there = row["meta"].get("ports") or [] if serves else []
     wanted = guest.removesuffix("/tcp")
     found = [one for one in there if not wanted or str(one[2]) == wanted]
     if wanted and not found:
