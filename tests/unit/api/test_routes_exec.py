@@ -40,16 +40,17 @@ class Client:
     """The other side of the socket."""
 
     def __init__(self, job):
-        async def link(ref):
+        @contextlib.asynccontextmanager
+        async def using(ref, *, wake):
             async def start(request):
                 return job
 
-            return SimpleNamespace(exec=start)
+            yield SimpleNamespace(exec=start)
 
         async def get(ref):
             return SimpleNamespace(id="mch_1", session="", spec=MachineSpec())
 
-        machines = SimpleNamespace(get=get, link=link)
+        machines = SimpleNamespace(get=get, idling=SimpleNamespace(using=using))
         sessions = SimpleNamespace(activity=lambda session, why: contextlib.nullcontext())
         self.app = make_app(SimpleNamespace(machines=machines, sessions=sessions), ProgressHub())
         self.to_server, self.from_server = asyncio.Queue(), asyncio.Queue()
