@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The long run: twenty rounds of the crash matrix (agents as processes, both stores), two hundred naps of one real machine
+# The long run: twenty rounds of the crash matrix (agents as processes, both stores), a hundred sessions
+# through a deploy (tools/deploy_wave.py), two hundred naps of one real machine
 # (tools/naps.py), then the tests in tests/machines, tests/faults, tests/e2e and tests/hard on real machines, again and again.
 #
 #   tools/soak.sh [MINUTES]       default 60; stops at the first failure
@@ -19,6 +20,7 @@ for folder in machines faults e2e hard; do
 	compgen -G "tests/$folder/test_*.py" >/dev/null && folders+=("tests/$folder")
 done
 .venv/bin/python tools/crash_matrix.py 20
+.venv/bin/python tools/deploy_wave.py 100
 .venv/bin/python tools/naps.py 200
 rounds=0
 while ((SECONDS < minutes * 60)); do
