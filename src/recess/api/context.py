@@ -15,6 +15,7 @@ from recess.api.wire import ProgressHub
 from recess.clock import Clock, SystemClock
 from recess.guestlink.link import GuestLink
 from recess.machines.service import MachineRow
+from recess.node.everywhere import reach
 from recess.node.local import LocalNode
 
 
@@ -40,11 +41,9 @@ def context_of(request: HTTPConnection) -> Context:
 async def guest_of(request: Request, why: str) -> AsyncIterator[tuple[MachineRow, GuestLink]]:
     """A machine's row and link, for the path's `ref`: it is neither frozen nor put away meanwhile. One that sleeps because
     nobody used it is woken, unless the query says `wake=0`."""
-    node = context_of(request).node
-    row = await node.machines.get(str(request.path_params["ref"]))
-    with node.sessions.activity(row.session, why):
-        async with node.machines.idling.using(row.id, wake=request.query_params.get("wake") != "0") as link:
-            yield row, link
+    ref, wake = str(request.path_params["ref"]), request.query_params.get("wake") != "0"
+    async with reach(context_of(request).node, ref, why, wake=wake) as found:
+        yield found
 
 
 async def once(request: Request, body: object, work: Callable[[], Awaitable[dict[str, Any]]]) -> dict[str, Any]:

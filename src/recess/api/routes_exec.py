@@ -18,6 +18,7 @@ from recess.api.wire import field, parse_object, reject_unknown
 from recess.errors import BadInput, IllegalState, RecessError
 from recess.guestlink.link import ExecRequest, GuestLink, Job
 from recess.machines.service import MachineSpec
+from recess.node.everywhere import reach
 
 _FIELDS = {"argv", "env", "cwd", "user", "tty", "rows", "cols", "stdin", "detach", "label", "attach", "wake"}
 
@@ -29,17 +30,16 @@ async def exec_socket(ws: WebSocket) -> None:
         first = await _first(ws)
         reject_unknown(first, _FIELDS, "exec")
         node = context_of(ws).node
-        row = await node.machines.get(str(ws.path_params["ref"]))
-        with node.sessions.activity(row.session, "exec"):  # a session's machine is not frozen under an attached process
-            async with node.machines.idling.using(row.id, wake=field(first, "wake", bool, True)) as link:
-                job = await _open(link, first, row.spec)
-                try:
-                    await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
-                    if not first.get("detach"):
-                        await _pump(ws, job)
-                finally:
-                    with contextlib.suppress(RecessError):
-                        await job.detach()
+        ref, wake = str(ws.path_params["ref"]), field(first, "wake", bool, True)
+        async with reach(node, ref, "exec", wake=wake) as (row, link):  # not frozen under an attached process
+            job = await _open(link, first, row.spec)
+            try:
+                await ws.send_text(json.dumps({"job_id": job.job_id, "pid": job.pid}))
+                if not first.get("detach"):
+                    await _pump(ws, job)
+            finally:
+                with contextlib.suppress(RecessError):
+                    await job.detach()
     except RecessError as error:
         with contextlib.suppress(RuntimeError, WebSocketDisconnect):
             await ws.send_text(json.dumps({"error": error.to_dict()}))

@@ -26,6 +26,7 @@ from recess.api.wire import (
 from recess.errors import BadInput
 from recess.images import BASE_IMAGE
 from recess.machines.ladder import RUNGS
+from recess.node import everywhere
 
 
 def _ref(request: Request) -> str:
@@ -35,7 +36,7 @@ def _ref(request: Request) -> str:
 async def list_machines(request: Request) -> Response:
     """GET /v1/machines."""
     everything = request.query_params.get("all") in ("1", "true")
-    rows = await context_of(request).node.machines.list_machines(everything=everything)
+    rows = await everywhere.list_machines(context_of(request).node, everything=everything)
     return JSONResponse({"machines": [machine_json(r) for r in rows]})
 
 
@@ -65,8 +66,10 @@ async def get_machine(request: Request) -> Response:
     """GET /v1/machines/REF."""
     node = context_of(request).node
     machines = node.machines
-    row = await machines.get(_ref(request))
+    row = await everywhere.get_machine(node, _ref(request))
     out = machine_json(row)
+    if everywhere.plain_of(node, row.id) is not None:
+        return JSONResponse(out)
     if node.info()["capabilities"]["own_kernel"]:
         out["kernel"] = await node.images.kernel(row.meta)
     if row.state == "running":
@@ -76,8 +79,8 @@ async def get_machine(request: Request) -> Response:
 
 async def delete_machine(request: Request) -> Response:
     """DELETE /v1/machines/REF: 204, or 200 with the folder that stays of a machine whose row was damaged."""
-    machines = context_of(request).node.machines
-    left = await machines.remove(_ref(request), force=request.query_params.get("force") == "1")
+    force = request.query_params.get("force") == "1"
+    left = await everywhere.remove(context_of(request).node, _ref(request), force=force)
     return JSONResponse({"left": left}) if left else Response(status_code=204)
 
 
@@ -85,6 +88,9 @@ async def act_on_machine(request: Request) -> Response:
     """POST /v1/machines/REF/{stop,kill,pause,unpause}: the machine afterwards. `kill` takes `signal`, for the main process."""
     machines, ref, verb = context_of(request).node.machines, _ref(request), request.path_params["verb"]
     body = await read_json(request)
+    plain = await everywhere.act_on_plain(context_of(request).node, ref, verb)
+    if plain is not None:
+        return JSONResponse(machine_json(plain))
     row = await machines.get(ref)
     if verb == "stop":
         await machines.stop(row.id, timeout_s=field(body, "timeout_s", float, 10.0))
@@ -136,7 +142,7 @@ async def fork_machine(request: Request) -> Response:
 async def machine_logs(request: Request) -> Response:
     """GET /v1/machines/REF/logs: `framed=1` tells the streams apart, and how much of the process's output it is."""
     framed = request.query_params.get("framed") == "1"
-    data = await context_of(request).node.machines.logs(_ref(request), framed=framed)
+    data = await everywhere.output_of(context_of(request).node, _ref(request), framed=framed)
     return Response(data, media_type="application/octet-stream")
 
 

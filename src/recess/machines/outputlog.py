@@ -85,6 +85,16 @@ class OutputLog:
         self.totals[stream] += len(data)
 
 
+def pack_record(stream: int, data: bytes) -> bytes:
+    """Return one record of a framed output."""
+    return _HEAD.pack(stream, len(data)) + data
+
+
+def pack_totals(stdout: int, stderr: int) -> bytes:
+    """Return the last record of a framed output: how many bytes of each stream this run has said."""
+    return pack_record(_HEADING, _TOTALS.pack(stdout, stderr))
+
+
 def read_output(directory: Path) -> bytes:
     """Return what is kept of the output, both streams in order; b"" when there is none."""
     return b"".join(piece for stream, piece in _kept(directory) if stream != _HEADING)
@@ -99,8 +109,8 @@ def read_framed(directory: Path) -> bytes:
             totals[1], totals[2] = _TOTALS.unpack(piece)
             continue
         totals[stream] += len(piece)
-        out += _HEAD.pack(stream, len(piece)) + piece
-    return bytes(out) + _HEAD.pack(_HEADING, _TOTALS.size) + _TOTALS.pack(totals[1], totals[2])
+        out += pack_record(stream, piece)
+    return bytes(out) + pack_totals(totals[1], totals[2])
 
 
 def _kept(directory: Path) -> Iterator[tuple[int, bytes]]:

@@ -25,6 +25,9 @@ START_S = 30.0
 LOOK_S = 0.1  # between two looks at a file that another process writes
 PIECE_BYTES = 65536
 LOST = 137
+TAIL_BYTES = 4 << 20
+ENDED_KEPT = 64  # of what was run in it; of its agents (those with a label), fewer
+LABELLED_KEPT = 8
 
 
 class PlainJobs:
@@ -41,6 +44,7 @@ class PlainJobs:
         self._check(job_id)
         if (self._folder / f"{job_id}.pid").exists():
             return
+        self._thin_out()
         spec = {"argv": list(argv), "env": dict(env), "cwd": str(cwd), "label": label, "shown": list(shown), "now": now}
         keeper.put(str(self._folder / f"{job_id}.json"), json.dumps(spec))
         command = [sys.executable, "-I", "-S", keeper.__file__, str(self._folder), job_id]
@@ -122,6 +126,23 @@ class PlainJobs:
                 if over:
                     return
                 await asyncio.sleep(LOOK_S)
+
+    def tail(self, job_id: str) -> tuple[bytes, int]:
+        """Return the newest output of a job, at most TAIL_BYTES, and how much there was in all. Blocking."""
+        self._check(job_id)
+        try:
+            with (self._folder / f"{job_id}.out").open("rb") as file:
+                total = file.seek(0, os.SEEK_END)
+                file.seek(max(0, total - TAIL_BYTES))
+                return file.read(TAIL_BYTES), total
+        except FileNotFoundError:
+            return b"", 0
+
+    def _thin_out(self) -> None:
+        """Forget what was run in it and has ended, but for the newest: nobody else does."""
+        ended = [one for one in self.list() if one.exit_code is not None]
+        for one in [*[a for a in ended if a.label][:-LABELLED_KEPT], *[a for a in ended if not a.label][:-ENDED_KEPT]]:
+            self.forget(one.job_id)
 
     def set_deadline(self, until_s: float | None) -> None:
         """Let the keepers end everything at this time of the monotonic clock (None: never)."""

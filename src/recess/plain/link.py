@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from recess.errors import Unsupported
 from recess.guestlink.link import ExecRequest, IncomingHandler, JobInfo, Thaw
 from recess.ids import new_id
 from recess.plain.door import SocketStream
@@ -40,6 +41,8 @@ class PlainLink(FolderFiles):
     async def exec(self, request: ExecRequest) -> PlainJob:
         """Start a process group; a known job id is that job. Its environment is what is asked for and no more of the server's
         than a PATH. Raises GuestFailed."""
+        if request.tty or request.stdin:
+            raise Unsupported("a plain process has no terminal and no stdin", hint="leave out -i and -t")
         job_id = request.job_id or new_id("job")
         argv = [self._here(one) for one in request.argv]
         if argv[0] == "python3":

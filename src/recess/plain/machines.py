@@ -22,6 +22,7 @@ from recess.clock import Clock
 from recess.errors import IllegalState, Incompatible, NotFound, OutOfSpace, RecessError, Unavailable, Unsupported
 from recess.guestlink.link import ByteStream, IncomingHandler
 from recess.ids import new_id
+from recess.machines.outputlog import pack_record, pack_totals
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.plain.door import Door, SocketStream
 from recess.plain.keeper import put
@@ -30,6 +31,7 @@ from recess.plain.link import PlainLink
 T = TypeVar("T")
 
 DRIVER = "process"
+REF_LEAST = 6  # characters that name a machine: "mch_" and two more
 KEEP = 8  # newest snapshots of a machine that stay
 NO_MEMORY = "a plain process keeps no memory"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -65,6 +67,21 @@ class PlainMachines:
     def has(self, machine_id: str) -> bool:
         """Tell whether this machine is one of ours."""
         return machine_id in self._machines
+
+    def resolve(self, ref: str) -> str:
+        """Return the id that an id or an unambiguous beginning of one means, "" for none."""
+        if ref in self._machines:
+            return ref
+        fitting = [one for one in self._machines if len(ref) >= REF_LEAST and one.startswith(ref)]
+        return fitting[0] if len(fitting) == 1 else ""
+
+    async def logs(self, machine_id: str, *, framed: bool = False) -> bytes:
+        """Return the newest output of the agent's newest process, b"" when there was none. `framed`: as
+        `recess.machines.outputlog.read_framed`, all of it as stdout."""
+        processes = self._find(machine_id).link.processes
+        agents = [one.job_id for one in processes.list() if one.label]
+        data, total = await asyncio.to_thread(processes.tail, agents[-1]) if agents else (b"", 0)
+        return (pack_record(1, data) if data else b"") + pack_totals(total, 0) if framed else data
 
     def has_snapshot(self, snapshot: str) -> bool:
         """Tell whether this snapshot is one of ours."""

@@ -295,6 +295,22 @@ class ProcessMachines:
             for stream in list(machine.streams):
                 await stream.close()
 
+    async def server_died(self) -> None:
+        """What a server's death means here: its streams are cut."""
+        await self.drop_streams()
+
+    def end_processes(self, machine_id: str) -> None:
+        """Kill what runs in a machine; the machine stays."""
+        self.machines[machine_id].link.signal_all(signal.SIGKILL)
+
+    def describe(self) -> list[str]:
+        """Return each machine with what its processes printed, for a failed test's message."""
+        return [f"{one.row.id} {one.row.state}: {one.link.outputs()}" for one in self.machines.values()]
+
+    async def end(self) -> None:
+        """Kill everything."""
+        await self.close()
+
     async def close(self) -> None:
         """Kill everything."""
         for machine in list(self.machines.values()):

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class World:
     async def crash_server(self) -> Sessions:
         """Lose the server without any goodbye: its tasks end, nothing is written; return the next one."""
         await self.sessions.abandon()
-        await self.machines.drop_streams()
+        await self.machines.server_died()
         if self.reopen is not None:
             self.log = await self.reopen()
         return self.new_server()
@@ -144,8 +145,7 @@ class World:
         """Return the session as text, for a failed test's message."""
         row = await self.log.get(session)
         lines = [f"{e.position:4} t{e.turn} {e.kind:16} {e.ref} {dict(e.body)}" for e in await self.entries(session)]
-        jobs = [f"{one.row.id} {one.row.state}: {one.link.outputs()}" for one in self.machines.machines.values()]
-        return "\n".join([str(row), *lines, *jobs])
+        return "\n".join([str(row), *lines, *self.machines.describe()])
 
     async def until_state(self, session: str, state: str, *, timeout_s: float = 20.0) -> None:
         """Wait until the session's row says this state and, for a frozen one, until its supervisor is gone."""
@@ -168,21 +168,27 @@ async def world(
     log: ContextLog | None = None,
     reopen: Callable[[], Awaitable[ContextLog]] | None = None,
     link: Callable[[Path], ProcessLink] = ProcessLink,
+    make: Callable[[Path], Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
-    """Make a world in a temporary folder with a short path; everything it started is ended. `log`: memory by default."""
+    """Make a world in a temporary folder with a short path; everything it started is ended. `log`: memory by default.
+    `make`: machines of another kind that has what tests use of `ProcessMachines` (`PlainHarness`)."""
     with tempfile.TemporaryDirectory(prefix="rcs", ignore_cleanup_errors=True) as folder:
         base = Settings(owner="server-1", agent_package=AGENT_PACKAGE, idle_timeout_s=0.2, hook_s=0.5, term_s=2.0,
                         rest_s=0.2, cancel_s=2.0)  # fmt: skip
         made = World(
-            ProcessMachines(Path(folder), link), log or MemoryLog(), MemoryAgents(), replace(base, **settings), reopen
+            (make or partial(ProcessMachines, link=link))(Path(folder)),
+            log or MemoryLog(),
+            MemoryAgents(),
+            replace(base, **settings),
+            reopen,
         )
         try:
             yield made
         finally:
             with contextlib.suppress(Exception):
                 await made.sessions.shutdown(detach=True)
-            await made.machines.close()
+            await made.machines.end()
 
 
 def texts(entries: list[Entry]) -> list[str]:

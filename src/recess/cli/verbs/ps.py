@@ -14,6 +14,7 @@ from recess.sdk.transport import Json
 _FILTERS = ("id", "name", "label", "status", "ancestor", "exited", "session")
 _COMMAND_MAX = 30
 _ENDED = ("exited", "dead")
+PLAIN = "(plain process)"
 
 
 def ports_of(row: Json) -> list[str]:
@@ -38,7 +39,7 @@ def shown(row: Json, *, whole: bool) -> Json:
     command = " ".join(row["spec"]["argv"])
     return {
         **row,
-        "ID": row["id"], "Names": row["name"], "Image": row["spec"]["image"], "State": row["state"],
+        "ID": row["id"], "Names": row["name"], "Image": PLAIN if row["driver"] == "process" else row["spec"]["image"], "State": row["state"],
         "Command": command if whole or len(command) <= _COMMAND_MAX else command[: _COMMAND_MAX - 1] + "…",
         "CreatedAt": row["created"], "RunningFor": ago(row["created"]) if row["created"] else "",
         "Status": status_of(row), "Ports": ", ".join(ports_of(row)),

@@ -201,7 +201,7 @@ def resume(inv: Invocation, ref: str) -> None:
 def take(inv: Invocation, ref: str, why: str) -> None:
     """Take a session over: its turn is stopped, its machine is yours (`recess exec`), messages wait until `hand-back`."""
     row = inv.server.call("POST", f"/v1/sessions/{ref}/take", {"why": why})
-    inv.out.progress(f"its machine is {row['machine']}: recess exec -it {row['machine']} sh")
+    inv.out.progress(f"its machine is {row['machine']}: recess exec {row['machine']} COMMAND")
     _say(inv, row)
 
 
