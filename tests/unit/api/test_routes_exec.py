@@ -52,7 +52,7 @@ class Client:
 
         machines = SimpleNamespace(get=get, idling=SimpleNamespace(using=using))
         sessions = SimpleNamespace(activity=lambda session, why: contextlib.nullcontext())
-        self.app = make_app(SimpleNamespace(machines=machines, sessions=sessions), ProgressHub())
+        self.app = make_app(SimpleNamespace(machines=machines, sessions=sessions, plain=None), ProgressHub())
         self.to_server, self.from_server = asyncio.Queue(), asyncio.Queue()
         self.to_server.put_nowait({"type": "websocket.connect"})
         self.closed = False
