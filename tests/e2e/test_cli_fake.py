@@ -309,3 +309,17 @@ def test_volumes(recess, tmp_path):
         assert envelope(recess("run", "--json", "-v", bad, "base", expect=2))["error"]["code"] == "bad_input"
     missing = envelope(recess("run", "--json", "-v", f"{folder}/none:/w", "base", "true", expect=125))
     assert missing["error"]["hint"].startswith("mkdir")
+
+
+def test_a_key_makes_one_machine_over_restarts_too(recess):
+    recess("run", "-d", "--key", "job-1", "--name", "dev", "base")
+    first = recess("run", "-d", "--key", "job-1", "--name", "dev", "base").stdout
+    recess("down")
+    assert recess("run", "-d", "--key", "job-1", "--name", "dev", "base").stdout == first
+    other = envelope(recess("run", "--json", "-d", "--key", "job-1", "--name", "other", "base", expect=125))
+    assert other["error"]["code"] == "key_reused"
+    recess("snapshot", "dev", "frozen")
+    copy = recess("restore", "frozen", "--key", "r1").stdout
+    recess("down")
+    assert recess("restore", "frozen", "--key", "r1").stdout == copy
+    assert len(recess("ps", "-q").stdout.split()) == 2

@@ -10,8 +10,9 @@ from typing import Any
 
 from starlette.requests import HTTPConnection, Request
 
-from recess.api.idempotency import KeyedResults
+from recess.api.idempotency import KeyedResults, check_key, digest_of
 from recess.api.wire import ProgressHub
+from recess.catalog.once import Once
 from recess.clock import Clock, SystemClock
 from recess.guestlink.link import GuestLink
 from recess.machines.service import MachineRow
@@ -50,4 +51,14 @@ async def once(request: Request, body: object, work: Callable[[], Awaitable[dict
     """Run the work of a creating call once for its Idempotency-Key, if it has one. A key stands for one call: the same
     under another path or with another body is KeyReused, never the other call's answer."""
     key = request.headers.get("idempotency-key", "")
-    return await context_of(request).keys.run(key, [request.method, request.url.path, body], work)
+    return await context_of(request).keys.run(key, _asked(request, body), work)
+
+
+def lasting(request: Request, body: object) -> Once | None:
+    """Return the call's key as the catalog keeps it with the machine that is made; None without one."""
+    key = check_key(request.headers.get("idempotency-key", ""))
+    return Once(key, digest_of(_asked(request, body))) if key else None
+
+
+def _asked(request: Request, body: object) -> list[object]:
+    return [request.method, request.url.path, body]

@@ -1,7 +1,7 @@
 """Idempotency keys of creating calls: the same key again gets the first answer, never a second object.
 
-Kept in memory, the newest 4,096 keys of this server's life: a create that was answered before a restart is found by
-its name (NameInUse). Messages do not use this: the log keeps their keys for the life of the session.
+Kept in memory, the newest 4,096 keys of this server's life; of calls that make a machine the catalog keeps them, too
+(`recess.catalog.once`). Messages do not use this: the log keeps their keys for the life of the session.
 """
 
 from __future__ import annotations
@@ -19,6 +19,18 @@ KEYS_MAX = 4096
 KEY_CHARS_MAX = 256
 
 
+def check_key(key: str) -> str:
+    """Return the key. Raises BadInput for one that is too long."""
+    if len(key) > KEY_CHARS_MAX:
+        raise BadInput(f"an idempotency key is at most {KEY_CHARS_MAX} characters")
+    return key
+
+
+def digest_of(body: object) -> str:
+    """Return what stands for all that was asked for."""
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 class KeyedResults:
     """Runs work once per key; concurrent and later calls with the same key and body share its result."""
 
@@ -32,9 +44,8 @@ class KeyedResults:
         """
         if not key:
             return await work()
-        if len(key) > KEY_CHARS_MAX:
-            raise BadInput(f"an idempotency key is at most {KEY_CHARS_MAX} characters")
-        digest = hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+        check_key(key)
+        digest = digest_of(body)
         known = self._done.get(key)
         if known is not None:
             if known[0] != digest:

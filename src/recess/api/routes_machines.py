@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of, once
+from recess.api.context import context_of, lasting, once
 from recess.api.imagespec import with_image
 from recess.api.routes_acts import signal_number
 from recess.api.routes_egress import check_secrets
@@ -47,17 +47,20 @@ async def create_machine(request: Request) -> Response:
     pull = field(body, "pull", str, "never")
     asked, name = field(body, "spec", dict, {}), field(body, "name", str, "")
     shell = [str(word) for word in field(body, "shell", list, [])]
-    machines = ctx.node.machines
+    machines, key = ctx.node.machines, lasting(request, body)
 
     async def work() -> dict[str, Any]:
+        made = await machines.acts.made(key)
+        if made is not None:
+            return machine_json(made)
         image = field(asked, "image", str, BASE_IMAGE)
         await ctx.node.images.ensure(image, pull)
         config = await ctx.node.images.config(image)
         spec = parse_spec(with_image(asked, config, shell))
         await check_secrets(ctx, spec)
         if not field(body, "start", bool, True):
-            return machine_json(await machines.acts.prepare(spec, name=name))
-        return machine_json(await machines.create(spec, name=name))
+            return machine_json(await machines.acts.prepare(spec, name=name, once=key))
+        return machine_json(await machines.create(spec, name=name, once=key))
 
     return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)
 
@@ -111,6 +114,15 @@ async def act_on_machine(request: Request) -> Response:
     return JSONResponse(machine_json(await machines.get(row.id)))
 
 
+async def machine_of_token(request: Request) -> Response:
+    """POST /v1/machine-tokens: the machine that runs with this token; 403 for any other."""
+    body = await read_json(request)
+    reject_unknown(body, {"token"}, "body")
+    row = await context_of(request).node.machines.acts.whose(field(body, "token", str, ""))
+    told = {"machine": row.id, "name": row.name, "session": row.session, "labels": dict(row.spec.labels)}
+    return JSONResponse({**told, "epoch": row.meta.get("epoch", 0)})
+
+
 async def suspend_machine(request: Request) -> Response:
     """POST /v1/machines/REF/suspend."""
     return JSONResponse(snapshot_json(await context_of(request).node.machines.suspend(_ref(request))))
@@ -147,6 +159,7 @@ async def machine_logs(request: Request) -> Response:
 
 
 ROUTES = [
+    Route("/v1/machine-tokens", machine_of_token, methods=["POST"]),
     Route("/v1/machines", list_machines, methods=["GET"]),
     Route("/v1/machines", create_machine, methods=["POST"]),
     Route("/v1/machines/{ref}", get_machine, methods=["GET"]),

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from recess.api.context import context_of, once
+from recess.api.context import context_of, lasting, once
 from recess.api.wire import (
     field,
     machine_json,
@@ -120,10 +120,13 @@ async def restore_snapshot(request: Request) -> Response:
     ctx, body = context_of(request), await read_json(request)
     reject_unknown(body, {"name", "disk", "env", "labels", "ports"}, "body")
     name, disk_only = field(body, "name", str, ""), field(body, "disk", bool, False)
-    changes = parse_changes(body)
+    changes, key, machines = parse_changes(body), lasting(request, body), ctx.node.machines
 
     async def work() -> dict[str, Any]:
-        row, report = await ctx.node.machines.restore(_ref(request), name=name, disk_only=disk_only, changes=changes)
+        made = await machines.acts.made(key)
+        if made is not None:
+            return {"machine": machine_json(made), "resume": None}
+        row, report = await machines.restore(_ref(request), name=name, disk_only=disk_only, changes=changes, once=key)
         return {"machine": machine_json(row), "resume": resume_json(report)}
 
     return await with_progress(request, ctx.hub, lambda: once(request, body, work), 201)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from recess.catalog.once import Once, claim_in
 from recess.catalog.table import LIST_MAX, Damaged, Rows, Table
 from recess.db import Database, Tx
 from recess.errors import NotFound
@@ -67,9 +68,16 @@ class MachineRows(Rows[MachineRecord]):
         super().__init__(db, TABLE)
         self._node = node
 
-    async def insert(self, row: MachineRecord) -> MachineRecord:
-        """Add a machine of this node (see `Table.insert_in`)."""
-        return await super().insert(replace(row, node=self._node))
+    async def insert(self, row: MachineRecord, once: Once | None = None) -> MachineRecord:
+        """Add a machine of this node (see `Table.insert_in`), and with it the key of the call that makes it."""
+        own = replace(row, node=self._node)
+
+        def run(tx: Tx) -> MachineRecord:
+            if once is not None:
+                claim_in(tx, once, own.id, own.created)
+            return TABLE.insert_in(tx, own)
+
+        return await self.db.write(run)
 
     async def get(self, ref: str) -> MachineRecord:
         """Return by id, name or unambiguous id prefix (see `Table.get_in`). Raises NotFound for another node's, too."""

@@ -18,6 +18,7 @@ _OPTIONS = (
     click.option("-t", "--tty", is_flag=True, help="Give it a terminal."),
     click.option("--rm", "remove", is_flag=True, help="Remove the machine when its command has ended."),
     click.option("--name", default="", help="Name of the machine."),
+    click.option("--key", default="", help="The same key again is the same machine, also after a lost answer."),
     click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="Environment of the command."),
     click.option("--env-file", multiple=True, metavar="FILE", help="Environment from a file."),
     click.option("-w", "--workdir", default="", help="Working folder; default: the image's."),

@@ -8,16 +8,19 @@ so that a server that dies in between leaves it suspended as it was; a start tha
 from __future__ import annotations
 
 import asyncio
+import hmac
 from dataclasses import replace
 from typing import Final
 
 from recess.catalog.machines import MachineRecord
+from recess.catalog.once import Once
 from recess.crashpoints import crash_point
-from recess.errors import BadInput, IllegalState, NotFound, RecessError, Unsupported
+from recess.errors import BadInput, Conflict, IllegalState, NotFound, RecessError, Refused, Unsupported
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
 from recess.machines.exchange import Report
 from recess.machines.fleet import Fleet
+from recess.machines.identity import TOKEN_PATH, machine_of, mark_of
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.parts import Parts
@@ -55,7 +58,33 @@ class Acts:
     async def _record(self, ref: str) -> MachineRecord:
         return await self._parts.catalog.machines.get(ref)
 
-    async def prepare(self, spec: MachineSpec, *, name: str = "") -> MachineRow:
+    async def made(self, once: Once | None) -> MachineRow | None:
+        """Return the machine that a call with this key has made, None if there was no such call. Raises KeyReused, Conflict
+        when that machine has been removed since: another one is not what was asked for."""
+        machine_id = await self._parts.catalog.once.machine_of(once) if once is not None else ""
+        if once is None or not machine_id:
+            return None
+        record = await self._parts.catalog.machines.find(machine_id)
+        if record is None:
+            raise Conflict(
+                f"machine {machine_id} was made with the key {once.key!r} and has been removed since",
+                hint="a new machine takes a new key",
+            )
+        return machine_row(record)
+
+    async def whose(self, token: str) -> MachineRow:
+        """Return the machine whose token this is, as it lives now. Raises Refused: none of ours, of an earlier life, of a
+        machine it was copied from, or of one that does not run."""
+        machine_id = machine_of(token)
+        record = await self._parts.catalog.machines.find(machine_id) if machine_id else None
+        mark = str(record.meta.get("token", "")) if record is not None else ""
+        if record is None or record.state not in (RUNNING, PAUSED) or not hmac.compare_digest(mark, mark_of(token)):
+            raise Refused(
+                "this is no token of a machine that runs here", hint=f"a machine finds its own in {TOKEN_PATH}"
+            )
+        return machine_row(record)
+
+    async def prepare(self, spec: MachineSpec, *, name: str = "", once: Once | None = None) -> MachineRow:
         """Check a spec and claim a name for it, state created; nothing is started. Raises as `Machines.create`."""
         driver = self._parts.driver_of(spec.driver)
         check_spec(spec, driver.capabilities)
@@ -67,6 +96,7 @@ class Acts:
                 name=name,
                 session="",
                 state=CREATED,
+                once=once,
                 driver=driver.name,
                 driver_why=self._parts.why_driver(spec.driver),
             )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
+from recess.catalog.once import Once
 from recess.errors import BadInput, Corrupt, NotFound, RecessError, Unsupported
 from recess.machines.capture import Taken
 from recess.machines.contract import MappedMemory, PageSet, RestoreParts
@@ -79,7 +80,14 @@ class BringBack:
         return record, await self._report(row, origin, timings, began, why)
 
     async def restore_new(
-        self, row: SnapshotRow, *, name: str, session: str, epoch: int, changes: Changes | None = None
+        self,
+        row: SnapshotRow,
+        *,
+        name: str,
+        session: str,
+        epoch: int,
+        changes: Changes | None = None,
+        once: Once | None = None,
     ) -> tuple[MachineRecord, ResumeReport]:
         """Make a new machine from a snapshot. Raises Unsupported for one that was taken without guestd's consent."""
         _check_forkable(row)
@@ -89,7 +97,7 @@ class BringBack:
         spec = child_spec(spec, changes)
         driver = origin.template.spec.driver
         check_spec(spec, self._parts.driver_of(driver).capabilities)
-        record = await self._launcher.claim(spec, name=name, session=session, driver=driver, meta=note)
+        record = await self._launcher.claim(spec, name=name, session=session, driver=driver, meta=note, once=once)
         async with self._fleet.lock(record.id):
             try:
                 strict = changes is not None and changes.ports is not None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
+from recess.catalog.once import Once
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, Incompatible, MissingTool, NotFound, Unsupported
 from recess.machines import keptdisk
@@ -67,13 +68,20 @@ class ColdBoot:
         return await self.snapshot(record, row, epoch=epoch, why=record.status)
 
     async def new(
-        self, row: SnapshotRow, *, name: str, session: str, epoch: int, changes: Changes | None = None
+        self,
+        row: SnapshotRow,
+        *,
+        name: str,
+        session: str,
+        epoch: int,
+        changes: Changes | None = None,
+        once: Once | None = None,
     ) -> tuple[MachineRecord, ResumeReport]:
         """Make a new machine from a snapshot's disk. Raises as `own`; then no row is left."""
         manifest = await asyncio.to_thread(self._parts.store.manifest, row.id)
         spec = child_spec(manifest_machine(manifest, row.id), changes)
         note = {"origin": {"snapshot": row.id, "machine": row.machine}}
-        record = await self._launcher.claim(spec, name=name, session=session, meta=note)
+        record = await self._launcher.claim(spec, name=name, session=session, meta=note, once=once)
         async with self._fleet.lock(record.id):
             try:
                 return await self.snapshot(record, row, epoch=epoch, why="")

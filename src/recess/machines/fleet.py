@@ -320,6 +320,8 @@ class Fleet:
         begun = [record for record in sound if record.state == CREATING or record.meta.get(REMOVING)]
         for record in begun:
             await self._end_stray(record.id)
+            if record.state == CREATING:
+                await self._parts.catalog.once.release(record.id)  # its maker was told nothing, and may ask again
             await self.forget(record.id)
         there = [record for record in sound if record not in begun]
         adopted = sum(await asyncio.gather(*(one(record) for record in there)))

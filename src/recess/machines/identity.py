@@ -65,3 +65,23 @@ def make_thaw(machine_id: str, name: str, epoch: int, env: Mapping[str, str], wa
         machine_id=guest_machine_id(machine_id),
         env=dict(env),
     )
+
+
+TOKEN_PATH = "/run/recess/token"  # in the machine; memory, so that no cold boot finds an old one
+_TOKEN = re.compile(r"rcm_(mch_[0-9a-z]{1,40})_[0-9a-f]{48}")
+
+
+def new_token(machine_id: str) -> str:
+    """Return a token that proves to be this machine, for one life of it."""
+    return f"rcm_{machine_id}_{secrets.token_hex(24)}"
+
+
+def machine_of(token: str) -> str:
+    """Return the id of the machine that a token speaks of, "" for what is no token."""
+    match = _TOKEN.fullmatch(token)
+    return match[1] if match else ""
+
+
+def mark_of(token: str) -> str:
+    """Return what a token is known by where it must not be read: a row, a log."""
+    return hashlib.blake2b(token.encode(), digest_size=32, person=b"machine-token").hexdigest()

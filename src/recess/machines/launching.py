@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
+from recess.catalog.once import Once
 from recess.crashpoints import crash_point
 from recess.errors import NameInUse, NotFound
 from recess.ids import new_id
@@ -50,9 +51,10 @@ class Launcher:
 
     async def claim(
         self, spec: MachineSpec, *, name: str, session: str, driver: str = "", driver_why: str = BEFORE,
-        template: str = "", meta: Mapping[str, Any] | None = None, state: str = CREATING,
+        template: str = "", meta: Mapping[str, Any] | None = None, state: str = CREATING, once: Once | None = None,
     ) -> MachineRecord:  # fmt: skip
-        """Insert a row in state "creating" (or `state`). Raises NameInUse, BadInput; without a name one is made up."""
+        """Insert a row in state "creating" (or `state`), with the key of the call. Raises NameInUse, BadInput, KeyReused;
+        without a name one is made up."""
         record = MachineRecord(
             id=new_id("mch"), name=name or new_name(), state=state, spec=spec_to_json(spec),
             driver=driver or self._parts.driver.name, created=self._parts.clock.wall_s(), template=template,
@@ -60,7 +62,7 @@ class Launcher:
         )  # fmt: skip
         for last in (n == _NAME_TRIES - 1 for n in range(_NAME_TRIES)):
             try:
-                record = await self._parts.catalog.machines.insert(record)
+                record = await self._parts.catalog.machines.insert(record, once)
                 self._parts.tell("create", record.id, record.name, image=spec.image)
                 return record
             except asyncio.CancelledError:
@@ -73,8 +75,12 @@ class Launcher:
         raise AssertionError("unreachable")
 
     async def abandon(self, record: MachineRecord) -> None:
-        """Forget a claimed machine that was never started."""
-        await finish(self._fleet.forget(record.id))
+        """Forget a claimed machine that was never started, and give its call's key back: it may be tried again."""
+        await finish(self._forget(record.id))
+
+    async def _forget(self, machine_id: str) -> None:
+        await self._parts.catalog.once.release(machine_id)
+        await self._fleet.forget(machine_id)
 
     async def launch(
         self,
@@ -102,6 +108,7 @@ class Launcher:
             self._fleet.admit(live)
             meta = {**record.meta, "epoch": epoch, "parent": origin.parent, "ports": [list(p) for p in ports]}
             meta.pop("napping", None)
+            meta["token"] = live.token_mark
             meta |= {"vm": vm_json(origin.template.spec)} | dict(note or {})  # what a cold boot needs of it
             if fresh:
                 await self._fleet.mounting.lay(live, record)

@@ -53,6 +53,7 @@ class Live:
     watcher: asyncio.Task[None] | None = None
     revive: Callable[[], Awaitable[None]] | None = None  # what is to be done when a stall ends that began before us
     stall_watcher: asyncio.Task[None] | None = None
+    token_mark: str = ""  # what its token is known by (`identity.mark_of`)
     idle_watcher: asyncio.Task[None] | None = None
     thaw: Callable[[], Thaw] | None = None  # makes the message that sets its clock and identity again
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from recess.catalog.machines import MachineRecord
+from recess.catalog.once import Once
 from recess.crashpoints import crash_point
 from recess.errors import Corrupt, GuestFailed, RecessError, Timeout
 from recess.guestlink.link import GuestLink, IncomingHandler
@@ -141,15 +142,19 @@ class Manager:
 
     # --- life --------------------------------------------------------------------------------------------------
 
-    async def create(self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0) -> MachineRow:
-        """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either."""
+    async def create(
+        self, spec: MachineSpec, *, name: str = "", session: str = "", epoch: int = 0, once: Once | None = None
+    ) -> MachineRow:
+        """Fork the image's template; returns a thawed, running machine. On an error nothing is left, no row either, and
+        the call's key (`once`) may be used again."""
         driver = self._parts.driver_of(spec.driver)
         check_spec(spec, driver.capabilities)
         spec = with_authority(await asyncio.to_thread(self.fleet.mounting.check, spec))
         boot = await self._parts.images.boot_files(spec.image)
         record = await self._launcher.claim(
-            spec, name=name, session=session, driver=driver.name, driver_why=self._parts.why_driver(spec.driver)
-        )
+            spec, name=name, session=session, driver=driver.name, driver_why=self._parts.why_driver(spec.driver),
+            once=once,
+        )  # fmt: skip
         async with self.fleet.lock(record.id):
             try:
                 template = await self.templates.ensure(spec.image, vm_spec(spec, boot, driver.name))
@@ -362,16 +367,13 @@ class Manager:
         machine_id: str = "",
         disk_only: bool = False,
         changes: Changes | None = None,
+        once: Once | None = None,
     ) -> tuple[MachineRow, ResumeReport]:
         """Make a machine from a snapshot, or bring `machine_id` back from it under its own identity."""
         row = await self._stored.get(snapshot)
         if not machine_id:
-            if disk_only:
-                record, report = await self._cold.new(row, name=name, session=session, epoch=epoch, changes=changes)
-            else:
-                record, report = await self._back.restore_new(
-                    row, name=name, session=session, epoch=epoch, changes=changes
-                )
+            make = self._cold.new if disk_only else self._back.restore_new
+            record, report = await make(row, name=name, session=session, epoch=epoch, changes=changes, once=once)
             return machine_row(record), report
         known = await self._record(machine_id)
         async with self.fleet.lock(known.id):

@@ -161,6 +161,11 @@ class AsyncMachine:
         return cls(await in_thread(Machine.get, ref, client=client))
 
     @classmethod
+    async def of_token(cls, token: str, *, client: Client | None = None) -> AsyncMachine:
+        """See `Machine.of_token`."""
+        return cls(await in_thread(Machine.of_token, token, client=client))
+
+    @classmethod
     async def list(cls, *, everything: bool = False, client: Client | None = None) -> list[AsyncMachine]:
         """See `Machine.list`."""
         return [cls(one) for one in await in_thread(Machine.list, everything=everything, client=client)]

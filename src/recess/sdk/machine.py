@@ -112,6 +112,13 @@ class Machine:
         machine.resumed = _resumed(made["resume"])
         return machine
 
+    @classmethod
+    def of_token(cls, token: str, *, client: Client | None = None) -> Machine:
+        """Return the machine that runs with this token (its /run/recess/token): who calls, when a machine calls. Raises
+        Refused for a token of an earlier life of it, of the machine it was copied from, or of nobody."""
+        where = client or default_client()
+        return cls(str(where.call("POST", "/v1/machine-tokens", {"token": token})["machine"]), client=where)
+
     # -- what it is --------------------------------------------------------------------------------------------------
 
     def info(self) -> Json:

@@ -42,11 +42,12 @@ def snapshot(inv: Invocation, machine: str, name: str, ttl: str, keep_last: int 
 @click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label.")
 @click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST",
               help="Publish these ports; default: the snapshot's, on free host ports.")  # fmt: skip
+@click.option("--key", default="", help="The same key again is the same machine.")
 @click.argument("ref")
 @verb
 def restore(
     inv: Invocation, ref: str, name: str, disk: bool, env: tuple[str, ...], env_file: tuple[str, ...],
-    label: tuple[str, ...], publish: tuple[str, ...],
+    label: tuple[str, ...], publish: tuple[str, ...], key: str,
 ) -> None:  # fmt: skip
     """Start a new machine from a snapshot (id, name or prefix)."""
     path = f"/v1/snapshots/{ref}/restore"
@@ -55,9 +56,12 @@ def restore(
     }  # fmt: skip
     if publish:
         body["ports"] = [list(parse_port(p)) for p in publish]
-    answer = inv.server.call_with_progress("POST", path, body, inv.out.progress, key=new_key())
+    answer = inv.server.call_with_progress("POST", path, body, inv.out.progress, key=key or new_key())
     report = answer["resume"]
-    inv.out.progress(f"rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
+    if report is None:
+        inv.out.progress("it was made before, by the same key")
+    else:
+        inv.out.progress(f"rung {report['rung']} ({report['why']}) in {format_duration(report['seconds'])}")
     inv.out.data(answer, answer["machine"]["id"])
 
 
