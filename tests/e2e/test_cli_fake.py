@@ -313,13 +313,13 @@ def test_volumes(recess, tmp_path):
 
 def test_a_key_makes_one_machine_over_restarts_too(recess):
     recess("run", "-d", "--key", "job-1", "--name", "dev", "base")
+    recess("snapshot", "dev", "frozen")
     first = recess("run", "-d", "--key", "job-1", "--name", "dev", "base").stdout
     recess("down")
     assert recess("run", "-d", "--key", "job-1", "--name", "dev", "base").stdout == first
     other = envelope(recess("run", "--json", "-d", "--key", "job-1", "--name", "other", "base", expect=125))
     assert other["error"]["code"] == "key_reused"
-    recess("snapshot", "dev", "frozen")
     copy = recess("restore", "frozen", "--key", "r1").stdout
     recess("down")
     assert recess("restore", "frozen", "--key", "r1").stdout == copy
-    assert len(recess("ps", "-q").stdout.split()) == 2
+    assert len(recess("ps", "-aq").stdout.split()) == 2
