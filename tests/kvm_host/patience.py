@@ -6,11 +6,14 @@ Only waits are longer; what the tests compare is untouched. `pytest -p tests.kvm
 from __future__ import annotations
 
 import asyncio
+import sys
+from pathlib import Path
 from typing import Any
 
 from recess.drivers.firecracker import port, start
-from recess.drivers.qemu import keeper
+from recess.drivers.qemu import host, keeper
 from recess.node import pagers
+from tests.machines import ordinary_user
 
 _SECONDS = 900.0
 _TIMES = 20.0
@@ -24,11 +27,18 @@ def longer(seconds: float | None) -> float | None:
 
 def pytest_configure() -> None:
     """Raise the bounds: those that programs are given to start, and those that are waited with."""
+    make_patient()
+
+
+def make_patient() -> None:
+    """Do so in this process; a story that is played in another is played by this module."""
+    ordinary_user._PLAYER, ordinary_user._LIMIT_S = "tests.kvm_host.patience", _SECONDS
     pagers._NURSERY_S = _SECONDS
     pagers.READY_S = _SECONDS
     keeper._START_TIMEOUT_S = _SECONDS
     port._LEAVE_TIMEOUT_S = _SECONDS
     start._API_S = _SECONDS
+    host._TINY_GUEST_S = host._DEADLINE_S = _SECONDS
     timeout, wait_for = asyncio.timeout, asyncio.wait_for
 
     def patient_wait_for(fut: Any, timeout: float | None) -> Any:
@@ -36,3 +46,8 @@ def pytest_configure() -> None:
 
     asyncio.timeout = lambda delay: timeout(longer(delay))
     asyncio.wait_for = patient_wait_for
+
+
+if __name__ == "__main__":
+    make_patient()
+    ordinary_user.main(sys.argv[1], *map(Path, sys.argv[2:]))

@@ -28,6 +28,7 @@ from recess.testing.driver_suite import NO_PAGES, new_thaw, quiet_capture, shell
 from recess.testing.qemu_rig import DISK_BYTES, MEMORY_BYTES, QemuHome
 
 NOBODY = 65534
+_PLAYER = __name__  # the module that is run for it
 _LIMIT_S = 100.0  # below the limit of one test, so that what was said until then is seen
 
 
@@ -35,7 +36,7 @@ def play_as_nobody(driver: str, images_dir: Path) -> None:
     """Play the story of one driver, "qemu" or "gvisor", without rights. Raises AssertionError with what went wrong."""
     place = Path(tempfile.mkdtemp(prefix="recess-nobody-"))
     run_dir = Path("/dev/shm") / f"recess-nobody-{secrets.token_hex(4)}"
-    words = [sys.executable, "-m", __name__, driver, str(images_dir), str(place), str(run_dir)]
+    words = [sys.executable, "-m", _PLAYER, driver, str(images_dir), str(place), str(run_dir)]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=_LIMIT_S, check=False)
         assert done.returncode == 0, done.stderr
