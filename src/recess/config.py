@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from recess.contexts import DEFAULT, Place, load_book
 from recess.errors import BadInput
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -79,6 +80,7 @@ class Config:
     traces_endpoint: str = ""  # an OpenTelemetry collector; empty: no traces (docs/observability.md)
     json_logs: bool = False
     no_color: bool = False
+    context: str = ""  # the context that was chosen, if any
     crash_point: str = ""  # tests only: the named point at which this process kills itself
 
     @property
@@ -201,10 +203,35 @@ def _coerce(name: str, kind: str, value: object) -> object:
     return str(value)
 
 
-def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Config:
-    """Return the effective configuration. Raises BadInput for an unknown key or a value of the wrong type."""
+def contexts_path(env: Mapping[str, str] | None = None) -> Path | None:
+    """Return the user's file of contexts; None without a place for it."""
     environ = os.environ if env is None else env
-    home = Path(str(overrides.pop("home"))).absolute() if "home" in overrides else _default_home(environ)
+    base = environ.get("XDG_CONFIG_HOME") or (environ.get("HOME") and str(Path(environ["HOME"]) / ".config"))
+    return Path(base) / "recess" / "contexts.json" if base else None
+
+
+def _chosen_place(environ: Mapping[str, str], overrides: Mapping[str, object], asked: str) -> tuple[str, Place]:
+    """Return the context that is meant and where it leads. One that was named wins over everything; the one in use, or
+    in the environment, gives way to whoever says a home or a URL."""
+    said = bool(overrides.keys() & {"home", "url"} or environ.get("RECESS_HOME") or environ.get("RECESS_URL"))
+    name, path = asked or environ.get("RECESS_CONTEXT", ""), contexts_path(environ)
+    if path is None or (said and not asked) or (not name and not path.exists()):
+        return "", Place()
+    book = load_book(path)
+    name = name or book.current
+    return name, book.place(name)
+
+
+def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Config:
+    """Return the effective configuration; `context` names one (default: the environment's, or the one in use). Raises
+    BadInput for an unknown key or a value of the wrong type, NotFound for an unknown context."""
+    environ = os.environ if env is None else env
+    name, place = _chosen_place(environ, overrides, str(overrides.pop("context", "")))
+    home = _default_home(environ)
+    if "home" in overrides:
+        home = Path(str(overrides.pop("home"))).absolute()
+    elif place.home:
+        home = Path(place.home)
     config = Config(home=home, run_dir=_default_run_dir(home), no_color=bool(environ.get("NO_COLOR")))
     kinds = {f.name: str(f.type) for f in fields(Config)}
     values: dict[str, object] = {}
@@ -218,7 +245,9 @@ def load_config(env: Mapping[str, str] | None = None, **overrides: object) -> Co
             raise BadInput(f"configuration: {file}: a home cannot name another one", hint="set RECESS_HOME")
     for names in (_ENV_TOO, _ENV):
         values.update({name: environ[var] for name, var in names.items() if environ.get(var)})
-    values.update(overrides)
+    if name and name != DEFAULT:
+        values |= {"url": place.url, "token": place.token} if place.url else {"url": ""}
+    values.update(overrides, context=name)
     unknown = sorted(set(values) - set(kinds))
     if unknown:
         raise BadInput(f"configuration: unknown key {unknown[0]!r}", hint=f"known keys: {', '.join(sorted(kinds))}")

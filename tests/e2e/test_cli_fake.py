@@ -323,3 +323,24 @@ def test_a_key_makes_one_machine_over_restarts_too(recess):
     recess("down")
     assert recess("restore", "frozen", "--key", "r1").stdout == copy
     assert len(recess("ps", "-aq").stdout.split()) == 2
+
+
+def test_contexts(recess, tmp_path):
+    recess("run", "-d", "--name", "here", "base")
+    recess("context", "create", "lab", "--home", str(tmp_path / "lab"))
+    try:
+        assert recess("--context", "lab", "ps", "-q").stdout == b""
+        recess("--context", "lab", "run", "-d", "--name", "there", "base")
+        assert envelope(recess("--context=lab", "ps", "--json"))["data"][0]["name"] == "there"
+        assert envelope(recess("ps", "--json"))["data"][0]["name"] == "here"
+        rows = envelope(recess("context", "ls", "--json"))["data"]
+        assert [(one["name"], one["current"]) for one in rows] == [("default", True), ("lab", False)]
+    finally:
+        recess("--context", "lab", "down", "--all", expect=None)
+        shutil.rmtree(load_config({}, home=str(tmp_path / "lab")).run_dir, ignore_errors=True)
+    recess("context", "create", "far", "--url", "http://127.0.0.1:1", "--token-file", "-", stdin=b"secret\n")
+    shown = recess("context", "show", "far")
+    assert b"secret" not in shown.stdout
+    assert envelope(recess("--context", "far", "ps", "--json", expect=1))["error"]["code"] == "server_unavailable"
+    recess("context", "rm", "far")
+    assert envelope(recess("--context", "far", "ps", "--json", expect=1))["error"]["code"] == "not_found"

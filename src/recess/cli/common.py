@@ -24,11 +24,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Invocation:
     """One run of a verb: its output and, when first needed, its server."""
 
-    def __init__(self, *, as_json: bool, quiet: bool, command: str, template: str = "") -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, command: str, template: str = "", context: str = "") -> None:
         if template and as_json:
             raise BadInput("--json and --format exclude each other", hint="--format json prints one document a row")
         self.out = Output(as_json=as_json, quiet=quiet, command=command, template=template)
-        self.config: Config = load_config()
+        self.config: Config = load_config(context=context)
         self._transport: Transport | None = None
 
     @property
@@ -52,9 +52,12 @@ def verb(function: F) -> Callable[..., Any]:
     @click.pass_context
     @functools.wraps(function)
     def wrapper(ctx: click.Context, /, *args: Any, as_json: bool, quiet: bool, template: str, **kwargs: Any) -> Any:
-        parent_json = bool((ctx.find_root().obj or {}).get("json"))
+        above = ctx.find_root().obj or {}
         command = " ".join(ctx.command_path.split()[1:])
-        invocation = Invocation(as_json=as_json or parent_json, quiet=quiet, command=command, template=template)
+        invocation = Invocation(
+            as_json=as_json or bool(above.get("json")), quiet=quiet, command=command, template=template,
+            context=str(above.get("context", "")),
+        )  # fmt: skip
         return function(invocation, *args, **kwargs)
 
     return wrapper

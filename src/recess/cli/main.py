@@ -67,6 +67,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "demo": ("demo", "demo", "The story, checked: an agent that goes to lunch and comes back"),
     "bench": ("bench", "bench", "Measure: snapshots beside other ways, the codec, the budgets"),
     "doctor": ("doctor", "doctor", "Check this host and run a guest"),
+    "context": ("context", "context", "Other homes and servers by name: create, use, ls, show, rm"),
     "db": ("db", "db", "Check, back up, restore or migrate the database"),
     "up": ("up", "up", "Run the server in the foreground"),
     "down": ("up", "down", "Stop the local server; machines keep running unless --all"),
@@ -109,10 +110,11 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="recess %(version)s")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON envelope instead of text.")
+@click.option("--context", default="", metavar="NAME", help="Another home or server, see `recess context`.")
 @click.pass_context
-def cli(ctx: click.Context, as_json: bool) -> None:
+def cli(ctx: click.Context, as_json: bool, context: str) -> None:
     """Durable sessions for AI agents: microVMs that freeze, thaw and fork, and the log beside them."""
-    ctx.obj = {"json": as_json}
+    ctx.obj = {"json": as_json, "context": context}
 
 
 def _wants_json(args: list[str]) -> bool:
@@ -125,6 +127,16 @@ def _wants_json(args: list[str]) -> bool:
     return False
 
 
+def _command(args: list[str]) -> str:
+    """Return the verb: the first word that is neither an option nor the value of one."""
+    before = ""
+    for arg in args:
+        if not arg.startswith("-") and before != "--context":
+            return arg
+        before = arg
+    return ""
+
+
 def _exit_code(command: str, error: RecessError) -> int:
     """Docker's rules: 126 and 127 for what cannot be started in the guest; `run` answers 125 for failures of our own,
     so that they are not taken for the guest's."""
@@ -135,7 +147,7 @@ def _exit_code(command: str, error: RecessError) -> int:
 
 def run_cli(args: list[str]) -> int:
     """Run one invocation and return its exit code."""
-    command = next((a for a in args if not a.startswith("-")), "")
+    command = _command(args)
     output = Output(as_json=_wants_json(args), command=command)
     try:
         result: Any = cli.main(args=args, prog_name="recess", standalone_mode=False)

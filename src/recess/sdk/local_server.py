@@ -60,7 +60,7 @@ def start_server(config: Config) -> Transport:
     log_path = config.home / "server.log"
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "recess.cli.main", "up", "--detached"],
+            [sys.executable, "-m", "recess.cli.main", "up", "--detached", "--home", str(config.home)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     transport = Transport(socket_path=config.socket_path, token=config.token)

@@ -13,6 +13,7 @@ import sys
 import click
 
 from recess.cli.common import Invocation, verb
+from recess.config import load_config
 from recess.errors import BadInput, RecessError, Timeout
 from recess.sdk.local_server import is_up, transport_for
 
@@ -32,9 +33,12 @@ def _address(text: str) -> tuple[str, int] | None:
 @click.command("up")
 @click.option("--listen", default="", metavar="HOST:PORT", help="Listen on TCP too; RECESS_TOKEN must be set.")
 @click.option("--detached", is_flag=True, hidden=True, help="Started by a client: errors go to the log as JSON.")
+@click.option("--home", default="", hidden=True, help="Started by a client: the home it means.")
 @verb
-def up(inv: Invocation, listen: str, detached: bool) -> int:
+def up(inv: Invocation, listen: str, detached: bool, home: str) -> int:
     """Run the server in the foreground until Ctrl-C; machines keep running under their keepers."""
+    if home:
+        inv.config = load_config(home=home)
     # Imported here: the server's stack costs what no other verb should pay.
     from recess.api.app import serve
 
