@@ -291,6 +291,10 @@ class LocalNode:
         in_use = await self.images.used()
         return await usage(self.config, self.machines, self.images, in_use, await self.kept_ready())
 
+    async def caches_settled(self) -> None:
+        """Return when the page files that were to be written so far are."""
+        await self._at_hand.settled()
+
     async def empty_caches(self) -> dict[str, int]:
         """Give back what is made again when it is needed; return the bytes by kind. Machines lose nothing: what they have
         mapped stays theirs (and on the disk) until they end. Later resumes, exports and restores read anew."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from recess.blobs import BlobStore
 from recess.errors import Corrupt
 from recess.frames import WorkPool
-from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book
+from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book, number_groups
 from recess.paging.firstpages import FIRST, decode_first
 from recess.snapshots.keys import LAYER, make_id
 from recess.snapshots.layer_v1 import LayerReader
@@ -65,6 +66,9 @@ class SnapshotPages:
             self._blocks.append(None if is_layer else map_pages(files[digest]))
         self._gaps = gaps_of(self._map.pages)
         self._ready: dict[tuple[int, int], Pages] = {}  # frames that were read ahead, by source and number
+        self._far = far
+        self._coming: set[tuple[int, int]] = set()  # frames that are being read ahead
+        self._arrived = threading.Event()
         hints = snapshot.manifest.spec.get(FIRST)
         self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
         self.template_id, self.pages_total = snapshot.manifest.template, self._map.pages_total
@@ -92,14 +96,11 @@ class SnapshotPages:
         keys = np.concatenate((key, -1 - self._gaps.astype(np.int64) // _RUN))
         order = np.argsort(pages, kind="stable")
         # In the order of the first page of each: the fill goes through memory from its beginning.
-        _, first, group = np.unique(keys[order], return_index=True, return_inverse=True)
-        rank = np.empty(len(first), np.int32)
-        rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
-        numbers = rank[group.reshape(-1)]
-        book = make_book(pages[order].astype(np.uint32), numbers, len(first))
+        numbers, count = number_groups(keys[order])
+        book = make_book(pages[order].astype(np.uint32), numbers, count)
         by_group = np.argsort(numbers, kind="stable")
         self._members = book.pages[by_group]
-        self._bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=len(first)))))
+        self._bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=count))))
         return book
 
     def prefetch(self, groups: Sequence[int]) -> None:
@@ -127,8 +128,14 @@ class SnapshotPages:
                 ready[number, of_row[low]] = pages
 
             tasks += layer.visits(slots, keep)
-        self._pool.each(tasks)
-        self._ready = ready
+        self._arrived.clear()
+        self._coming = {(number, frame) for number, frames in wanted.items() for frame in frames}
+        try:
+            self._pool.each(tasks)
+            self._ready = ready
+        finally:
+            self._coming = set()
+            self._arrived.set()
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """See `recess.paging.book.Library`."""
@@ -142,6 +149,8 @@ class SnapshotPages:
         if layer is None:
             return _pieces(pages, self._block_pages(number, position)), 0
         frame = int(position[0]) // layer.pages_per_frame
+        if self._far and (number, frame) in self._coming:
+            self._arrived.wait()  # a request of its own would be one more, and the next fault would make the next
         whole = self._ready.pop((number, frame), None)
         if whole is None:
             whole = layer.frame(frame)

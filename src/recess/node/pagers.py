@@ -93,10 +93,12 @@ class Pagers:
         sock = self._sock
         if sock is None:
             raise Unavailable("the pagers' nursery is gone")
+        working_set = WorkingSet(self._memory_of / f"{snapshot}.{part}")
+        first = await asyncio.to_thread(working_set.read)  # told at once: it is read while the machine starts
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         order = {
             **self._order, "snapshot": snapshot, "part": part, "template": str(template),
-            "files": {digest: str(path) for digest, path in files.items()}, "first": [],
+            "files": {digest: str(path) for digest, path in files.items()}, "first": first,
             "keep": self._room if self._keep is not None and part == MEMORY else None,
         }  # fmt: skip
         with theirs:
@@ -107,7 +109,6 @@ class Pagers:
                 self.close()
                 raise Unavailable(f"the pagers' nursery is gone: {exc.strerror}") from exc
         ours.setblocking(False)
-        working_set = WorkingSet(self._memory_of / f"{snapshot}.{part}")
         return Pager(ours, read_all, working_set, None if self._keep is None else partial(self._keep, snapshot))
 
     def first_pages(self, snapshot: str) -> list[int]:
@@ -194,8 +195,7 @@ class Pager:
         whole: bool = False,
     ) -> None:
         """Hand it the memory; returns when faults are being answered. The descriptors stay the caller's, to close."""
-        wanted = [*first, *await asyncio.to_thread(self._working_set.read)]
-        order = json.dumps({"segments": [list(s) for s in segments], "first": wanted, "whole": whole}).encode()
+        order = json.dumps({"segments": [list(s) for s in segments], "first": list(first), "whole": whole}).encode()
         try:
             socket.send_fds(self._sock, [order], [uffd, pipe], socket.MSG_NOSIGNAL)
         except OSError as exc:

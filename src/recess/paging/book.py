@@ -78,6 +78,21 @@ def runs_of(pages: Numbers) -> tuple[NDArray[np.int64], Numbers]:
     return starts, np.diff(starts, append=len(pages)).astype(np.uint32)
 
 
+def number_groups(keys: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
+    """Return for each page (of ascending ones) the number of its group, and how many there are. Pages of one key are a group;
+    groups are numbered by their first page.
+
+    Pages that lie together mostly come from one place: what is sorted are the stretches of one key, not the pages.
+    """
+    if not len(keys):
+        return np.empty(0, np.int32), 0
+    starts = np.concatenate(([0], np.flatnonzero(np.diff(keys)) + 1))
+    _, first, group = np.unique(keys[starts], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int32)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first), dtype=np.int32)
+    return np.repeat(rank[group.reshape(-1)], np.diff(starts, append=len(keys))), len(first)
+
+
 def gaps_of(pages: Numbers, *, gap_max: int = GAP_MAX, runs_max: int = RUNS_MAX) -> Numbers:
     """Return the pages in gaps of at most `gap_max` between the runs of `pages`; of more, when there would be more than
     `runs_max` runs otherwise."""
@@ -88,6 +103,7 @@ def gaps_of(pages: Numbers, *, gap_max: int = GAP_MAX, runs_max: int = RUNS_MAX)
     gaps = pages[starts][1:].astype(np.int64) - ends[:-1]
     while int((gaps > gap_max).sum()) + 1 > runs_max:
         gap_max *= 2
-    small = np.flatnonzero(gaps <= gap_max)
-    pieces = [np.arange(ends[i], ends[i] + gaps[i], dtype=np.uint32) for i in small.tolist()]
-    return np.concatenate(pieces) if pieces else np.empty(0, np.uint32)
+    small = gaps <= gap_max
+    lengths, firsts = gaps[small], ends[:-1][small]
+    before = np.cumsum(lengths) - lengths  # pages of the gaps before each
+    return (np.repeat(firsts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint32)

@@ -12,7 +12,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from recess.paging.book import Book, Library, Piece
@@ -52,7 +52,7 @@ class FaultServer:
         library: Library,
         *,
         fill_after_s: float = FILL_AFTER_S,
-        first: Sequence[int] = (),
+        first: Iterable[int] = (),
         keep: Callable[[Piece], None] | None = None,
     ) -> None:
         self._uffd = uffd

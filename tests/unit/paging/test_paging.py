@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recess.errors import Corrupt
 from recess.paging import Facts, FaultServer, Piece, Segment, Uffd, choose, make_book
-from recess.paging.book import gaps_of, runs_of
+from recess.paging.book import gaps_of, number_groups, runs_of
 from recess.paging.uffd import ProcessGone
 
 PAGE = 4096
@@ -214,3 +214,12 @@ def test_a_process_that_ends_meanwhile_is_no_error_but_not_everything_came():
     assert library.ahead[0] == list(range(16))
     os.close(gone.fd)
     os.close(gone.other)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 6), st.integers(1, 5)), max_size=20))
+def test_groups_are_numbered_by_their_first_page(stretches):
+    keys = np.repeat(np.array([key for key, _ in stretches], np.int64), [count for _, count in stretches])
+    numbers, count = number_groups(keys)
+    known: dict[int, int] = {}
+    assert numbers.tolist() == [known.setdefault(key, len(known)) for key in keys.tolist()]
+    assert count == len(known)
