@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from recess.config import Config, load_config
@@ -37,6 +38,11 @@ _SKIPS_NOT_ALLOWED = 20  # exit code; pytest's own are below 6
 _GRACE_S = 10.0  # how long what a test ended may take to be gone
 
 _skips: dict[str, str] = {}
+
+
+# No example of a property has a time to keep: a machine that stands still for a moment says nothing about it.
+hypothesis.settings.register_profile("recess", deadline=None)
+hypothesis.settings.load_profile("recess")
 
 
 # --- simulated crashes --------------------------------------------------------------------------------------------------
