@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers hard kvm-host
+.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers bench-sessions hard kvm-host
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ bench-drivers: setup ## a machine under each driver beside a process of the host
 
 bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the same guest: table and plots
 	@$(VENV)/bin/recess bench snapshots $(BENCH_ARGS)
+
+bench-sessions: setup ## long sessions, killed: Recess beside DBOS and LangGraph, one model server and one card: table, CSV, plots
+	@$(PY) -m benchmarks.sessions --peers "$$(tools/bench_peers.sh)" $(BENCH_ARGS)
 
 hard: setup ## other people's programs, frozen midway and forked, on each driver (its images take minutes to build)
 	@RECESS_HARD=1 $(VENV)/bin/pytest -q -s tests/hard $(HARD_ARGS)
