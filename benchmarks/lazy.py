@@ -7,7 +7,10 @@ lazily from this disk and lazily from a bucket (a real S3 server on loopback, fi
 is not installed), each with its working set forgotten before, and known; and by mapping page files, for comparison. Every
 reply of the Python is a checksum over its own pages and compared with what it was before the snapshot.
 
-The remote half keeps its store in the S3 server's memory: its guest is smaller by default.
+The remote half keeps its store in the S3 server's memory: its guest is smaller by default. That server takes the whole
+object in hand for every range and serves one request at a time, tens of milliseconds each: its times are those of requests in
+a row and say little of a bucket's, where requests run side by side. Compare its faults and bytes, and its times only with
+each other.
 """
 
 from __future__ import annotations

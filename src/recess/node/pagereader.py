@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -66,9 +65,6 @@ class SnapshotPages:
             self._blocks.append(None if is_layer else map_pages(files[digest]))
         self._gaps = gaps_of(self._map.pages)
         self._ready: dict[tuple[int, int], Pages] = {}  # frames that were read ahead, by source and number
-        self._far = far
-        self._coming: set[tuple[int, int]] = set()  # frames that are being read ahead
-        self._arrived = threading.Event()
         hints = snapshot.manifest.spec.get(FIRST)
         self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
         self.template_id, self.pages_total = snapshot.manifest.template, self._map.pages_total
@@ -128,14 +124,8 @@ class SnapshotPages:
                 ready[number, of_row[low]] = pages
 
             tasks += layer.visits(slots, keep)
-        self._arrived.clear()
-        self._coming = {(number, frame) for number, frames in wanted.items() for frame in frames}
-        try:
-            self._pool.each(tasks)
-            self._ready = ready
-        finally:
-            self._coming = set()
-            self._arrived.set()
+        self._pool.each(tasks)
+        self._ready = ready
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """See `recess.paging.book.Library`."""
@@ -149,8 +139,6 @@ class SnapshotPages:
         if layer is None:
             return _pieces(pages, self._block_pages(number, position)), 0
         frame = int(position[0]) // layer.pages_per_frame
-        if self._far and (number, frame) in self._coming:
-            self._arrived.wait()  # a request of its own would be one more, and the next fault would make the next
         whole = self._ready.pop((number, frame), None)
         if whole is None:
             whole = layer.frame(frame)

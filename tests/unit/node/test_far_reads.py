@@ -1,13 +1,11 @@
 """A snapshot in a bucket, behind a real S3 server: of a large one only what is needed travels, in few requests."""
 
 import secrets
-import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from recess.blobs import CachingBlobs, LocalBlobs, MeteredBlobs, WrappedBlobs
+from recess.blobs import CachingBlobs, LocalBlobs, MeteredBlobs
 from recess.blobs.s3 import open_bucket
 from recess.errors import Unavailable
 from recess.node.pagereader import SnapshotPages
@@ -132,40 +130,6 @@ def test_a_working_set_that_lies_together_comes_by_one_request(made, bucket, tmp
             np.testing.assert_array_equal(piece.data, memory[piece.first : piece.first + len(piece.data)])
     assert meter.traffic == between
     assert sum(pages.fetch(group)[1] for group in wanted[:1]) > 0
-
-
-class Slow(WrappedBlobs):
-    """A store whose ranges come once it is let go."""
-
-    def __init__(self, inner):
-        super().__init__(inner)
-        self.go, self.asked = threading.Event(), threading.Event()
-        self.go.set()
-
-    def get_ranges(self, key, ranges):
-        self.asked.set()
-        assert self.go.wait(60)
-        return super().get_ranges(key, ranges)
-
-
-def test_a_fault_waits_for_what_is_on_its_way(made, bucket, tmp_path):
-    ref, memory, _ = made
-    meter = MeteredBlobs(bucket)
-    slow = Slow(meter)
-    pages = library(slow, ref, tmp_path, True)
-    wanted = [pages.book.group_of(page) for page in range(MEMORY // 2, MEMORY // 2 + 10 * FRAME, FRAME)]
-    before = meter.traffic
-    slow.asked.clear()
-    slow.go.clear()
-    with ThreadPoolExecutor(2) as threads:
-        ahead = threads.submit(pages.prefetch, wanted)
-        assert slow.asked.wait(60)
-        fault = threads.submit(pages.fetch, wanted[3])
-        slow.go.set()
-        ahead.result()
-        (piece, *_), _ = fault.result()
-    np.testing.assert_array_equal(piece.data, memory[piece.first : piece.first + len(piece.data)])
-    assert (meter.traffic - before).read_calls == 1
 
 
 def test_what_could_not_be_read_ahead_is_read_when_it_is_touched(made, bucket, tmp_path, monkeypatch):
