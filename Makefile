@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-adapters check bench bench-snapshots soak fuzz clean kernel bench-drivers bench-sessions hard kvm-host
+.PHONY: help setup demo test test-adapters check bench bench-cli bench-snapshots soak fuzz clean kernel bench-drivers bench-sessions hard kvm-host
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test-adapters: setup ## the adapters against the real packages of PyPI
 
 bench: setup ## the figures, each beside the bare QEMU equivalent of the same run
 	@$(PY) -m benchmarks.run
+
+bench-cli: setup ## what a user of the command line waits for, beside podman, runsc and QEMU by hand
+	@$(PY) -m benchmarks.cli $(BENCH_ARGS)
 
 bench-drivers: setup ## a machine under each driver beside a process of the host: table and plots
 	@$(VENV)/bin/recess bench drivers $(BENCH_ARGS)

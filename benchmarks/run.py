@@ -312,11 +312,10 @@ async def close_node(node: LocalNode) -> None:
     shutil.rmtree(node.config.run_dir, ignore_errors=True)
 
 
-def bare_files(node: LocalNode, images: Path, scratch: Path) -> Files:
+def bare_files(config: Config, images: Path, scratch: Path) -> Files:
     """Return the files for the bare QEMU: the same kernel, initrd and root."""
     from recess.images import ImageStore, ensure_boot_files
 
-    config = node.config
     boot = ensure_boot_files(images, config.bin_dir / "guestd")
     disk = scratch / "disk"
     clone_sparse(ensure_blank_disk(images, DISK).path, disk)
@@ -331,7 +330,7 @@ async def measure(repeats: int, seconds: float) -> list[Figure]:
     images = load_config().images_dir
     scratch = Path(tempfile.mkdtemp(prefix="recess-bench-"))
     node = await open_node(scratch / "warm", images)
-    bare = Bare(bare_files(node, images, scratch))
+    bare = Bare(bare_files(node.config, images, scratch))
     try:
         say("templates")
         row = await node.machines.create(SPEC, name="bench-first-fork")

@@ -86,7 +86,7 @@ async def measure(repeats: int, wanted: list[str]) -> dict[str, Any]:
         node = await open_node(scratch / "home", images)
         try:
             say("ours")
-            files = bare_files(node, images, scratch)
+            files = bare_files(node.config, images, scratch)
             sides, bounds = await ours(node, repeats)
         finally:
             await close_node(node)

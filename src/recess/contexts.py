@@ -1,23 +1,23 @@
 """Contexts: other homes and servers by name, in a file of the user's own (0600, since a context may hold a token).
 
 A context is a home on this host or the URL of a server elsewhere. "default" is what there is without any, and cannot be
-changed. It must not know the environment: `recess.config` says where the file is and which context is meant.
+changed. Every verb of the command line reads it, so it costs nothing to import. It must not know the environment: `recess.config` says where the file is and which context is meant.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import msgspec
 
 from recess.errors import BadInput, Corrupt, NotFound, Unavailable
 
 DEFAULT = "default"
+_KEYS = ("home", "url", "token")
 _NAME_MAX = 64
 
 
@@ -74,11 +74,13 @@ class Book:
 def load_book(path: Path) -> Book:
     """Return the contexts of a file; none if there is none. Raises Corrupt, Unavailable."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Book)
+        data = json.loads(path.read_text())
+        places = {str(name): Place(**{key: str(data["places"][name][key]) for key in _KEYS}) for name in data["places"]}
+        return Book(str(data["current"]), places)
     except FileNotFoundError:
         return Book()
-    except msgspec.MsgspecError as exc:
-        raise Corrupt(f"{path}: {exc}", hint="mend it, or remove it") from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise Corrupt(f"{path}: no contexts can be read from it: {exc!r}", hint="mend it, or remove it") from exc
     except OSError as exc:
         raise Unavailable(f"{path}: {exc.strerror}") from exc
 
@@ -89,8 +91,8 @@ def save_book(path: Path, book: Book) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "wb") as out:
-            out.write(msgspec.json.format(msgspec.json.encode(book), indent=2))
+        with os.fdopen(fd, "w") as out:
+            json.dump(asdict(book), out, indent=2)
         temp.rename(path)
     except OSError as exc:
         with contextlib.suppress(OSError):
