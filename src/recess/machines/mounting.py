@@ -33,6 +33,7 @@ from recess.volumes import History, HostSide, NamedVolumes, Pair, Seen
 from recess.volumes.history import MARK_CHARS, new_mark
 
 MARK_PATH = "/var/lib/recess/volumes"
+ANSWER_S = 5.0
 EXCHANGE_S = 300.0  # all volumes of one machine together
 FOLDER = "volumes"  # in the machine's own: what was agreed on
 
@@ -109,8 +110,10 @@ class Mounting:
         if not live.spec.volumes or live.paused_since or live.stalled or live.gone.is_set():
             return
         try:
+            await live.link.ping(ANSWER_S)  # a guest that is stuck keeps nobody
             record = await self._parts.catalog.machines.get(live.id)
-        except RecessError:
+        except RecessError as exc:
+            log.warning("machine %s: its volumes were not exchanged: %s", live.id, exc.message)
             return
         await self._suppressed(live, record, at_rest=at_rest)
 

@@ -244,3 +244,11 @@ async def test_what_is_refused(room, folder, tmp_path):
     with pytest.raises(BadInput, match="more than"):
         await room.manager.create(with_volume(folder, size_bytes=4096))
     assert await room.manager.list_machines(everything=True) == []
+
+
+async def test_a_guest_that_is_stuck_keeps_nobody(room, folder, monkeypatch):
+    monkeypatch.setattr("recess.machines.mounting.ANSWER_S", 0.01)
+    row = await room.manager.create(with_volume(folder), name="dev")
+    room.manager.fleet.need(row.id).link.mute = True
+    await room.manager.remove("dev", force=True)
+    assert names(folder) == ["f"]
