@@ -148,7 +148,9 @@ class Acts:
             await self._parts.images.boot_files(spec.image)  # there is such an image
             live, meta = self._fleet.need(record.id), record.meta
             if spec.image != was.image:
-                meta = {**meta, "vm": {**meta.get("vm", {}), "root": ""}}  # else the root it has would be booted
+                meta = {
+                    name: value for name, value in meta.items() if name != "vm"
+                }  # else its old root would be booted
             live.stopping = True
             await self._fleet.settle(live)
             record = await self._parts.catalog.machines.update(

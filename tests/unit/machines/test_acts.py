@@ -182,3 +182,47 @@ async def test_a_restored_machine_takes_other_settings(room):
 async def test_processes_are_listed(room):
     await room.manager.create(replace(SMALL, argv=("sleep", "1000")), name="job")
     assert [one.command for one in await room.manager.processes("job")] == ["sleep 1000"]
+
+
+async def test_a_reboot_gives_more_memory_and_another_image_and_keeps_the_disk(room):
+    row = await room.manager.create(SMALL, name="dev")
+    await room.sh("dev", "echo kept > /root/notes")
+    report = await room.manager.reboot("dev", memory_bytes=2 * SMALL.memory_bytes, epoch=7)
+    assert (report.rung, "files are kept" in report.why) == (4, True)
+    after = await room.manager.get("dev")
+    assert (after.id, after.state, after.spec.memory_bytes) == (row.id, "running", 2 * SMALL.memory_bytes)
+    assert after.meta["vm"]["memory_bytes"] == 2 * SMALL.memory_bytes
+    assert await room.sh("dev", "cat /root/notes") == "kept\n"
+    await room.manager.reboot("dev", image="other")
+    other = await room.manager.get("dev")
+    assert other.spec.image == "other"
+    assert (
+        other.meta["vm"]["root"] == (await room.parts.images.boot_files("other")).root_hash != after.meta["vm"]["root"]
+    )
+    assert await room.sh("dev", "cat /root/notes") == "kept\n"
+
+
+async def test_a_reboot_that_cannot_be_touches_nothing(room):
+    await room.manager.create(SMALL, name="dev")
+    await room.sh("dev", "echo kept > /tmp/notes")
+    with pytest.raises(InvalidSpec):
+        await room.manager.reboot("dev", memory_bytes=1)
+    with pytest.raises(NotFound):
+        await room.manager.reboot("dev", image="missing")
+    assert (await room.manager.get("dev")).spec == SMALL
+    assert await room.sh("dev", "cat /tmp/notes") == "kept\n", "it runs on"
+    await room.manager.suspend("dev")
+    with pytest.raises(IllegalState, match="suspended"):
+        await room.manager.reboot("dev", memory_bytes=2 * SMALL.memory_bytes)
+
+
+async def test_a_server_that_dies_in_a_reboot_leaves_a_machine_that_boots_as_it_was_to_be(room):
+    await room.manager.create(SMALL, name="dev")
+    await room.sh("dev", "echo kept > /root/notes")
+    with crashing("machines.reboot_noted"):
+        await room.manager.reboot("dev", memory_bytes=2 * SMALL.memory_bytes)
+    await room.restart()
+    assert (await room.manager.get("dev")).state == "exited"
+    await room.manager.bring_back("dev", rungs=(4,))
+    assert (await room.manager.get("dev")).meta["vm"]["memory_bytes"] == 2 * SMALL.memory_bytes
+    assert await room.sh("dev", "cat /root/notes") == "kept\n"
