@@ -207,7 +207,9 @@ class Transfers:
 
     def pieces(self, head: Announcement, start: int) -> Iterator[bytes]:
         """Yield the archive from a byte on. Blocks: for a thread."""
-        blobs = as_announced(self._store.blobs, LocalBlobs(self._config.packed_dir), head)
+        blobs = self._store.blobs
+        if self._config.packed_dir.is_dir():  # not made here: a full disk must not keep an export from going as stored
+            blobs = as_announced(blobs, LocalBlobs(self._config.packed_dir), head)
         return archive_pieces(blobs, head, start=start)
 
     async def take_in(self, read: Read, *, name: str, trust: bool) -> dict[str, Any]:

@@ -189,6 +189,7 @@ async def test_an_export_goes_as_it_is_stored_if_asked(tmp_path):
         row = await made(a)
         head, _, _ = await a.transfers.announce(row.id, as_stored=True)
         assert not any(item.key.startswith("recoded/") for item in head.items)
+        assert b"".join(a.transfers.pieces(head, 0))
         assert not a.config.packed_dir.exists()
 
 
