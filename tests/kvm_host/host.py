@@ -68,7 +68,7 @@ _END_S = 10.0
 # Not needed to run the tests there, and large.
 _LEAVE_OUT = (
     "PIL", "pillow*", "matplotlib*", "mpl_toolkits", "fontTools", "fonttools*", "moto*", "boto*", "mypy*", "pip*",
-    "*__mypyc*", "ruff*", "__pycache__", "cryptography*", "numpy*tests",
+    "*__mypyc*", "ruff*", "__pycache__", "numpy*tests",
 )  # fmt: skip
 
 

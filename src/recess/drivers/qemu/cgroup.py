@@ -159,11 +159,11 @@ def _may_hand_on(group: Path) -> bool:
     nothing could join what is then made below."""
     try:
         kind = (group / "cgroup.type").read_text().strip()
+        return kind == "domain" and not (group / "cgroup.procs").read_text().strip()
     except FileNotFoundError:
         return True
     except OSError:
         return False
-    return kind == "domain" and not (group / "cgroup.procs").read_text().strip()
 
 
 def _switch_on(group: Path) -> None:
