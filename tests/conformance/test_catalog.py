@@ -119,7 +119,7 @@ async def test_each_node_sees_its_own_machines(catalog):
         assert [m.id for m in await rows.list_all()] == own
         assert [m.id for m in (await rows.survey())[0]] == own
         assert [m.id for m in (await rows.survey_vms(["dead"]))[0]] == own
-        assert [m.id for m in await rows.list_in_states(["running"])] == own
+        assert [m.id for m in (await rows.survey_in_states(["running"]))[0]] == own
         assert [m.id for m in await rows.list_of_session("ses_1")] == (own if number < 3 else [])
         assert sorted(await rows.all_ids()) == ["mch_1", "mch_2", "mch_3"]
     assert (await one.get("dev")).node == "n1"
@@ -268,8 +268,9 @@ async def test_lists(catalog):
             machine(number, state="dead" if number == 2 else "running", session=f"ses_{number % 2}")
         )
     assert [m.id for m in await catalog.machines.list_all()] == ["mch_4", "mch_3", "mch_2", "mch_1"]
-    assert [m.id for m in await catalog.machines.list_in_states(["running"])] == ["mch_4", "mch_3", "mch_1"]
-    assert await catalog.machines.list_in_states([]) == []
+    readable, damaged = await catalog.machines.survey_in_states(["running"])
+    assert ([m.id for m in readable], damaged) == (["mch_4", "mch_3", "mch_1"], [])
+    assert await catalog.machines.survey_in_states([]) == ([], [])
     assert [m.id for m in await catalog.machines.list_of_session("ses_1")] == ["mch_3", "mch_1"]
     assert await catalog.machines.list_of_session("") == []
     assert await catalog.machines.delete("mch_4") is True

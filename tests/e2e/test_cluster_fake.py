@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -95,6 +96,7 @@ def test_a_session_is_driven_by_the_node_that_took_its_message_and_survives_its_
     (tmp_path / "agent.py").write_text(AGENT)
     a("deploy", "agent.py", "--name", "coder")
     session = a("session", "start", "coder").stdout.decode().split()[0]
+    until_frozen(a, session)  # until then it is a's, whoever takes its messages
     b("session", "send", session, "one", expect=1)  # it waits for the turn's end, and says that it failed
     assert (seen := log(b, session)) == log(a, session)
     assert sum(e["kind"] == "turn.end" for e in seen) == 1
@@ -107,6 +109,13 @@ def test_a_session_is_driven_by_the_node_that_took_its_message_and_survives_its_
     epochs = [e["epoch"] for e in seen if e["epoch"]]
     assert epochs == sorted(epochs)
     assert len(set(epochs)) >= 2
+
+
+def until_frozen(run, session):
+    ends = time.monotonic() + 60.0
+    while (state := data(run("--json", "session", "inspect", session))["state"]) != "frozen":
+        assert time.monotonic() < ends, state
+        time.sleep(0.2)
 
 
 def log(run, session):

@@ -92,9 +92,10 @@ class MachineRows(Rows[MachineRecord]):
         """Return this node's machines, newest first."""
         return await self._list("1 = 1", (), limit)
 
-    async def list_in_states(self, states: Sequence[str], *, limit: int = LIST_MAX) -> list[MachineRecord]:
-        """Return the machines in any of these states, newest first."""
-        return await self._list(f"state IN ({_marks(states)})", states, limit)
+    async def survey_in_states(self, states: Sequence[str]) -> tuple[list[MachineRecord], list[Damaged]]:
+        """Return the machines in any of these states (readable rows, damaged rows), however many there are."""
+        where = f"state IN ({_marks(states)}) AND node = ?"
+        return await self.db.read(lambda tx: TABLE.survey_in(tx, where, (*states, self._node)))
 
     async def list_of_session(self, session: str) -> list[MachineRecord]:
         """Return the session's machines, newest first."""

@@ -69,4 +69,5 @@ def test_published_migrations_are_never_edited():
         ("catalog", 1): ("cf2a681a2039c936", "eb49b522af478ee9"),
         ("catalog", 2): ("c637419a8db8bde8", "b0638a908078989c"),
         ("catalog", 3): ("87ee33c21a61c52c", "029361864c0b97ab"),
+        ("catalog", 4): ("7e74511cb19eafec", "509f874239ae9c54"),
     }
