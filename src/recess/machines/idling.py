@@ -209,7 +209,9 @@ class Idling:
 
     async def recover(self) -> None:
         """Open the ports of machines that sleep; a port that is taken meanwhile moves."""
-        readable, _ = await self._parts.catalog.machines.survey_in_states([SUSPENDED])  # a damaged row costs only itself
+        readable, _ = await self._parts.catalog.machines.survey_in_states(
+            [SUSPENDED]
+        )  # a damaged row costs only itself
         for record in readable:
             if is_napping(record):
                 await self._open_door(record)
