@@ -12,12 +12,12 @@ import asyncio
 import ssl
 from collections import OrderedDict
 from collections.abc import Coroutine, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import h11
 
 from recess.broker.authority import Authorities
-from recess.broker.dial import Dialer, SystemDialer
+from recess.broker.dial import Dialer, Pipe, SystemDialer
 from recess.broker.gate import Gate
 from recess.broker.journal import Decision, Journal
 from recess.broker.policy import Policy
@@ -32,6 +32,15 @@ from recess.guestlink.link import ByteStream, IncomingHandler
 
 CONNECTIONS_MAX = 64  # per machine
 JOURNALS_MAX = 1000
+
+
+class Siblings(Protocol):
+    """How one machine reaches another by name."""
+
+    async def connect(self, machine_id: str, name: str, port: int) -> Pipe:
+        """Return a connection to a port of the machine that `name` means to this one. Raises Unavailable, and says no more
+        of a machine that is not of the same project than of one that is not there."""
+        ...
 
 
 class _Machine:
@@ -61,8 +70,13 @@ class Broker:
         self._clock = clock
         self._dialer: Dialer = dialer or SystemDialer()
         self._authorities = authorities
+        self._siblings: Siblings | None = None
         self._machines: dict[str, _Machine] = {}
         self._journals: OrderedDict[str, Journal] = OrderedDict()
+
+    def bind(self, siblings: Siblings) -> None:
+        """Say how machines reach each other; until then they do not."""
+        self._siblings = siblings
 
     def register(self, machine_id: str, epoch: int, policy: Policy) -> None:
         """Let a machine out under this policy. The same epoch again changes the policy of the calls to come; another
@@ -130,6 +144,7 @@ class Broker:
             secrets=self._secrets,
             dialer=self._dialer,
             tls_context=lambda host: self._tls_context(machine.policy, host),
+            sibling=lambda name, port: self._sibling(machine_id, name, port),
         )
         task = asyncio.create_task(_quietly(serve(guest, around)), name=f"broker-{machine_id}")
         machine.open.add(task)
@@ -147,6 +162,11 @@ class Broker:
         if machine.watcher is None:
             machine.watcher = asyncio.create_task(self._watch(machine_id, machine), name=f"broker-watch-{machine_id}")
         return True
+
+    async def _sibling(self, machine_id: str, name: str, port: int) -> Pipe:
+        if self._siblings is None:
+            raise Unavailable("machines do not reach each other on this node yet")
+        return await self._siblings.connect(machine_id, name, port)
 
     def _tls_context(self, policy: Policy, host: str | Address) -> ssl.SSLContext:
         if self._authorities is None or not policy.authority:

@@ -37,6 +37,7 @@ _SPECIAL: tuple[Network, ...] = tuple(
         "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8",
     )
 )  # fmt: skip
+MACHINES_DOMAIN = "recess.internal"  # below `.internal`, which the public DNS keeps free for private use
 _LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
@@ -112,9 +113,20 @@ def build_policy(
     )
 
 
+def machine_named(host: str | Address) -> str:
+    """Return which machine a host name means: "db" for db.recess.internal, "" for a host that is no machine."""
+    return (
+        host.removesuffix(f".{MACHINES_DOMAIN}")
+        if isinstance(host, str) and host.endswith(f".{MACHINES_DOMAIN}")
+        else ""
+    )
+
+
 def _names(rule: Rule, host: str) -> bool:
     if rule.host:
         return rule.host == host
+    if machine_named(host) and rule.suffix != f".{MACHINES_DOMAIN}":
+        return False  # `*` means public hosts
     return bool(rule.suffix) and (rule.suffix == "." or host.endswith(rule.suffix))
 
 

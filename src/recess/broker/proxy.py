@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import h11
 
-from recess.broker.dial import Dialer, connect_any
+from recess.broker.dial import Dialer, Pipe, connect_any
 from recess.broker.journal import Decision
 from recess.broker.placeholders import Binding, bound_to, uses
-from recess.broker.policy import Policy, decide_address, decide_target
+from recess.broker.policy import Policy, decide_address, decide_target, machine_named
 from recess.broker.relay import accept_connect, relay_request, tunnel
 from recess.broker.rules import Address
 from recess.broker.secrets import SecretStore
@@ -41,6 +41,7 @@ class Surroundings:
     tls_context: Callable[
         [str | Address], ssl.SSLContext
     ]  # our end towards the guest; raises Refused where there is none
+    sibling: Callable[[str, int], Awaitable[Pipe]]  # a port of another machine, by its name; raises Unavailable
 
 
 def describe(method: str, target: Target | None, allowed: bool, reason: str, wall_s: float) -> Decision:
@@ -86,8 +87,9 @@ async def _call(guest: GuestSide, request: h11.Request, around: Surroundings, ou
         asked = request.target.decode("ascii")
         target = read_inside(outer, asked) if outer is not None else read_target(around.policy(), method, asked)
         _ask_gate(around)
-        reason, addresses = await _judge(target, around)
-        bindings = () if target.route else bound_to(around.policy().bindings, target.host, target.port)
+        reason, way = await _judge(target, around)
+        plain = target.route is not None or bool(machine_named(target.host))  # a secret goes to a host outside only
+        bindings = () if plain else bound_to(around.policy().bindings, target.host, target.port)
         tls = around.tls_context(target.host) if target.verb == "connect" and bindings else None
         keys = await asyncio.to_thread(_keys_for, request, target, bindings, around.secrets)
     except RecessError as exc:
@@ -97,7 +99,7 @@ async def _call(guest: GuestSide, request: h11.Request, around: Surroundings, ou
     if tls is not None:
         await _inside(guest, target, tls, around)
         return
-    pipe = await connect_any(around.dialer, addresses, target.port, str(target.host) if target.tls else "")
+    pipe = await way()
     try:
         _ask_gate(around)
     except Fenced:
@@ -128,15 +130,31 @@ def _ask_gate(around: Surroundings) -> None:
         raise Fenced("this machine may not act: its lease has ended or a newer copy of it runs")
 
 
-async def _judge(target: Target, around: Surroundings) -> tuple[str, list[Address]]:
-    """Return the reason and the addresses that may be connected to. Raises Refused, Unavailable, Timeout."""
+async def _judge(target: Target, around: Surroundings) -> tuple[str, Callable[[], Awaitable[Pipe]]]:
+    """Return the reason, and what connects to where the target was judged to lead. Raises Refused, Unavailable, Timeout."""
+    if name := machine_named(target.host):
+        if target.tls:
+            raise Refused("a route to a machine of this project speaks http, not https")
+        if target.route is None and not (verdict := decide_target(around.policy(), target.host, target.port)).allowed:
+            raise _refused(verdict.reason, target)
+        return f"machine {name}", lambda: around.sibling(name, target.port)
+    reason, addresses = await _judge_addresses(target, around)
+    host = str(target.host) if target.tls else ""
+    return reason, lambda: connect_any(around.dialer, addresses, target.port, host)
+
+
+def _refused(reason: str, target: Target) -> Refused:
+    return Refused(reason, hint=f"start the machine with --allow {target.host}:{target.port}")
+
+
+async def _judge_addresses(target: Target, around: Surroundings) -> tuple[str, list[Address]]:
     policy = around.policy()
     if target.route is not None:
         reason = f"route {target.route.name}"
     else:
         verdict = decide_target(policy, target.host, target.port)
         if not verdict.allowed:
-            raise Refused(verdict.reason, hint=f"start the machine with --allow {target.host}:{target.port}")
+            raise _refused(verdict.reason, target)
         reason = verdict.reason
     if not isinstance(target.host, str):
         return reason, [target.host]

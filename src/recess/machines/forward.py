@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 
-from recess.errors import Conflict, InvalidSpec, RecessError
+from recess.errors import Conflict, InvalidSpec, RecessError, Unavailable
 from recess.guestlink.link import ByteStream, GuestLink
 from recess.machines.parts import UNDO
 
@@ -70,14 +71,45 @@ class Forwarder:
         self._servers.append(server)
         return ip, int(server.sockets[0].getsockname()[1]), guest_port
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest_port: int) -> None:
+    async def open(self, guest_port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Return a connection to a port of the machine that counts like a client's. Raises Unavailable (nobody listens
+        there, too many connections), and what reaching the machine raises."""
+        if self._room.locked():
+            raise Unavailable(f"{CONNECTIONS_MAX} connections to this machine are open")
+        near, far = socket.socketpair()
+        reader, writer = await asyncio.open_connection(sock=near, limit=_PIECE)
+        dialled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._serve(reader, writer, guest_port, dialled))
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+        task.add_done_callback(lambda _task: writer.close())  # also of a task that was cancelled before it began
+        task.add_done_callback(lambda _task: dialled.cancel())
+        try:
+            await dialled
+            return await asyncio.open_connection(sock=far, limit=_PIECE)
+        except UNDO as exc:
+            task.cancel()
+            far.close()
+            me = asyncio.current_task()
+            if isinstance(exc, asyncio.CancelledError) and me is not None and not me.cancelling():
+                raise Unavailable("the machine went away") from exc  # `stop`, not our caller
+            raise
+
+    async def _serve(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest_port: int,
+        dialled: asyncio.Future[None] | None = None,
+    ) -> None:  # fmt: skip
+        """Carry one connection to its end; `dialled` is told whether it came about."""
         async with self._room:
             stream: ByteStream | None = None
             try:
                 stream = await (await self._link_of()).dial(guest_port)
+                if dialled is not None and not dialled.done():
+                    dialled.set_result(None)
                 await _both_ways(reader, writer, stream)
-            except (RecessError, OSError):
-                pass  # to the client this is a server that hung up
+            except (RecessError, OSError) as exc:  # to the client this is a server that hung up
+                if dialled is not None and not dialled.done():
+                    dialled.set_exception(exc)
             finally:
                 if stream is not None:
                     with contextlib.suppress(RecessError):

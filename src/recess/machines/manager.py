@@ -36,6 +36,7 @@ from recess.machines.parts import UNDO, Parts
 from recess.machines.processes import Process, list_processes
 from recess.machines.records import check_spec, damaged_machine, machine_row, shown_machine, vm_spec
 from recess.machines.service import Changes, MachineRow, MachineSpec, ResumeReport, SnapshotRow
+from recess.machines.siblings import Siblings
 from recess.machines.snapshots import StoredSnapshots
 from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.stalls import check_goes, hint_of
@@ -70,6 +71,7 @@ class Manager:
             parts, self.fleet, self._launcher, self.templates, self._taker, self._back, self._climber, self._stored
         )
 
+        self.siblings = Siblings(parts, self.fleet)
         self.idling = Idling(
             parts, self.fleet, wake=lambda record: self._back.resume(record, int(record.meta.get("epoch", 0))),
             put_away=lambda record: self._taker.suspend(record, "idle"),

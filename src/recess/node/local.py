@@ -221,6 +221,7 @@ class LocalNode:
             first_pages=pagers.first_pages, volumes=NamedVolumes(config.home / "volumes"),
         )  # fmt: skip
         machines = Manager(parts)
+        broker.bind(machines.siblings)
         kept = await open_log(config, db, clock)
         log = kept.log
         sessions, counters, plain = await open_sessions(config, catalog, log, machines, clock, stack)

@@ -12,6 +12,7 @@ from recess.broker import Broker, OpenGate, SecretStore, SystemDialer, build_pol
 from recess.broker.broker import CONNECTIONS_MAX
 from recess.broker.policy import Policy
 from recess.clock import SystemClock
+from recess.errors import Unavailable
 from recess.testing.proxy_port import ProxyPort
 
 
@@ -326,3 +327,74 @@ async def test_the_journal_is_bounded(connect, broker: Broker) -> None:
     for _ in range(510):
         await guest.ask(b"GET /route/bare/x HTTP/1.1\r\nHost: p\r\n\r\n")
     assert len(broker.decisions("m1")) == 500
+
+
+class Doors:
+    """Siblings that are one loopback port, whatever their name; notes who asked."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.asked: list[tuple[str, str, int]] = []
+
+    async def connect(self, machine_id: str, name: str, port: int):
+        self.asked.append((machine_id, name, port))
+        if name == "gone":
+            raise Unavailable("no machine goes by the name gone in no project")
+        return await asyncio.open_connection("127.0.0.1", self.port)
+
+
+async def test_a_machine_is_called_by_name_once_a_rule_says_so(connect, broker, upstream) -> None:
+    doors = Doors(upstream.port)
+    broker.bind(doors)
+    status, _, body = await (await connect()).ask(b"GET http://db.recess.internal:5000/a HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert status == 403
+    assert "--allow db.recess.internal:5000" in str(problem(body)["hint"])
+    broker.register("m1", 1, build_policy(["*:*", "*.internal:*"]))  # public hosts, and private names of others
+    status, _, _ = await (await connect()).ask(b"GET http://db.recess.internal:5000/a HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, doors.asked) == (403, [])
+    for rule in ("db.recess.internal:5000", "*.recess.internal:*"):
+        broker.register("m1", 1, build_policy([rule]))
+        status, _, body = await (await connect()).ask(
+            b"GET http://db.recess.internal:5000/a HTTP/1.1\r\nHost: x\r\n\r\n"
+        )
+        assert (status, body) == (200, b"hello")
+    assert doors.asked == [("m1", "db", 5000)] * 2
+    assert upstream.requests[0].startswith(b"GET /a HTTP/1.1\r\nHost: db.recess.internal:5000\r\n")
+    assert broker.decisions("m1")[-1].reason == "machine db"
+
+
+async def test_anything_is_spoken_to_a_machine_by_connect(connect, broker, upstream) -> None:
+    broker.bind(Doors(upstream.port))
+    broker.register("m1", 1, build_policy(["db.recess.internal:5432"], secrets=["KEY@db.recess.internal:5432"]))
+    guest = await connect()
+    guest.writer.write(b"CONNECT db.recess.internal:5432 HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await guest.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+    status, _, body = await guest.ask(b"GET / HTTP/1.1\r\nHost: whoever\r\nX: recess-secret-KEY\r\n\r\n")
+    assert (status, body) == (200, b"hello")
+    assert b"recess-secret-KEY" in upstream.requests[0]  # a secret goes to hosts outside, not to a machine
+
+
+async def test_a_route_may_lead_to_a_machine_and_one_that_is_gone_is_503(connect, broker, upstream) -> None:
+    broker.bind(Doors(upstream.port))
+    routes = {
+        "api": "http://db.recess.internal:80/v1",
+        "tls": "https://db.recess.internal",
+        "no": "http://gone.recess.internal",
+    }
+    broker.register("m1", 1, build_policy([], routes))
+    guest = await connect()
+    status, _, body = await guest.ask(b"GET /route/api/x HTTP/1.1\r\nHost: p\r\n\r\n")
+    assert (status, body) == (200, b"hello")
+    assert upstream.requests[0].startswith(b"GET /v1/x ")
+    status, _, body = await (await connect()).ask(b"GET /route/tls/x HTTP/1.1\r\nHost: p\r\n\r\n")
+    assert status == 403
+    status, _, body = await (await connect()).ask(b"GET /route/no/x HTTP/1.1\r\nHost: p\r\n\r\n")
+    assert status == 503
+    assert "gone" in str(problem(body)["message"])
+
+
+async def test_without_anybody_who_knows_the_machines_none_is_reached(connect, broker) -> None:
+    broker.register("m1", 1, build_policy(["db.recess.internal:80"]))
+    status, _, body = await (await connect()).ask(b"GET http://db.recess.internal/ HTTP/1.1\r\nHost: p\r\n\r\n")
+    assert status == 503
+    assert "not reach each other" in str(problem(body)["message"])
