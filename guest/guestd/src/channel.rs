@@ -130,6 +130,9 @@ impl Server {
         if f.flags & frame::FLAG_RETRY != 0 {
             self.conn.pad();
         }
+        // Where no folder is given for what a thaw tells, there is no place for a token either.
+        let takes = self.opts.run_dir.iter().map(|_| "token".into()).collect();
+        let takes = Value::Arr(takes);
         let same = body.get("proto").and_then(Value::as_int) == Some(PROTO);
         let reply = obj([
             ("proto", PROTO.into()),
@@ -146,6 +149,7 @@ impl Server {
                 .into(),
             ),
             ("frozen", self.freezer.frozen.into()),
+            ("takes", takes),
         ]);
         self.conn.frame(frame::HELLO, 0, 0, reply.text().as_bytes());
         if same {

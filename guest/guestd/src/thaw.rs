@@ -28,6 +28,8 @@ pub struct Thaw {
     pub hostname: String,
     pub machine_id: String,
     pub env: Vec<(String, String)>,
+    /// What the machine proves itself with from now on; none: what it has stays.
+    pub token: Option<String>,
 }
 
 /// Where identity goes. In process mode the host's own identity is never touched.
@@ -90,6 +92,13 @@ pub fn parse(v: &Value) -> Outcome<Thaw> {
     if env.iter().any(|(_, v)| v.contains('\n')) {
         return Err(bad("env"));
     }
+    let token = match v.get("token") {
+        None => None,
+        Some(v) => {
+            let plain = v.as_str().filter(|s| is_token(s));
+            Some(plain.ok_or_else(|| bad("token"))?.to_string())
+        }
+    };
     Ok(Thaw {
         wall_ns: number("wall_ns").ok_or_else(|| bad("wall_ns"))?,
         entropy: text("entropy")
@@ -104,6 +113,7 @@ pub fn parse(v: &Value) -> Outcome<Thaw> {
             .ok_or_else(|| bad("hostname"))?,
         machine_id: machine_id.ok_or_else(|| bad("machine_id"))?,
         env,
+        token,
     })
 }
 
@@ -129,6 +139,9 @@ pub fn apply(t: &Thaw, places: &Places, kept: &mut Kept) -> Outcome<()> {
         kept.rewrite(&run.join("epoch"), &format!("{}\n", t.epoch))?;
         let lines: String = t.env.iter().map(|(k, v)| format!("{k}={v}\n")).collect();
         kept.rewrite(&run.join("env"), &lines)?;
+        if let Some(token) = &t.token {
+            kept.rewrite(&run.join("token"), token)?;
+        }
     }
     run_hooks(&places.hooks, t)
 }
@@ -353,6 +366,9 @@ mod tests {
             (1_764_000_000_123_456_789, 3, [0xAB; 32])
         );
         assert_eq!(t.env, vec![("A".to_string(), "b c".to_string())]);
+        assert_eq!(t.token, None);
+        let t = request("\"epoch\":3", "\"epoch\":3,\"token\":\"rcm_1\"").unwrap();
+        assert_eq!(t.token.as_deref(), Some("rcm_1"));
         for (change, to) in [
             ("gen_1", "a b"),
             ("dev-1", "a/b"),
@@ -361,6 +377,9 @@ mod tests {
             ("0f0f", "0f0g"),
             ("b c", "b\\nc"),
             ("\"A\"", "\"A=\""),
+            ("\"epoch\":3", "\"epoch\":3,\"token\":\"a b\""),
+            ("\"epoch\":3", "\"epoch\":3,\"token\":\"\""),
+            ("\"epoch\":3", "\"epoch\":3,\"token\":7"),
         ] {
             assert_eq!(
                 request(change, to).unwrap_err().kind,

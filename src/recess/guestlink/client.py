@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from recess.errors import GuestFailed, RecessError, Timeout
@@ -17,8 +18,9 @@ from recess.guestlink.channel import REQUEST_TIMEOUT_S, Channel
 from recess.guestlink.flows import Stream
 from recess.guestlink.frames import Decoder
 from recess.guestlink.hello import greet
-from recess.guestlink.link import ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw
+from recess.guestlink.link import TOKEN_PATH, ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw
 
+TAKES_TOKEN = "token"
 STALL_S = 30.0  # a file transfer that does not move for this long is given up
 REMOVE_TIMEOUT_S = 120.0
 MAX_LISTED = 10_000
@@ -82,6 +84,10 @@ class Link(Channel):
 
     async def thaw(self, thaw: Thaw, timeout_s: float = 10.0) -> None:
         """Reseed, set the clock and identity, run hooks, unfreeze. GuestFailed or Timeout: do not serve."""
+        if thaw.token and TAKES_TOKEN not in self.hello.takes:
+            # The guestd of an older snapshot. Before the thaw: no workload ever reads another machine's token.
+            await self.write_file(TOKEN_PATH, thaw.token.encode(), 0o444)
+            thaw = replace(thaw, token="")
         await self._strict(wire.thaw_body(thaw), timeout_s)
 
     async def unfreeze(self) -> None:

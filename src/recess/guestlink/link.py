@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+TOKEN_PATH = "/run/recess/token"  # in the machine; memory, so that no cold boot finds an old one
+
 
 @dataclass(frozen=True)
 class ExecRequest:
@@ -50,6 +52,7 @@ class Thaw:
     hostname: str
     machine_id: str
     env: Mapping[str, str] = field(default_factory=dict)  # written to /run/recess/env (broker port, labels)
+    token: str = field(default="", repr=False)  # written to /run/recess/token; empty: what is there stays
 
 
 @dataclass(frozen=True)

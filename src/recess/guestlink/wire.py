@@ -32,7 +32,8 @@ T = TypeVar("T")
 
 
 class Hello(msgspec.Struct):
-    """guestd's side of the hello. `mode` is "machine" or "process"."""
+    """guestd's side of the hello. `mode` is "machine" or "process"; `takes`: what a thaw may carry besides what every
+    version of guestd knows ("token"). A snapshot holds the guestd of its time, so this is asked of each anew."""
 
     proto: int
     nonce: str
@@ -40,6 +41,7 @@ class Hello(msgspec.Struct):
     boot_id: str = ""
     mode: str = ""
     frozen: bool = False
+    takes: list[str] = []
 
 
 class Fault(msgspec.Struct):
@@ -160,7 +162,7 @@ def thaw_body(thaw: Thaw) -> dict[str, Any]:
     """Return the thaw request. A machine id of ours becomes the 32 hex digits that /etc/machine-id must hold."""
     if len(thaw.entropy) != 32:
         raise BadInput(f"thaw: entropy is {len(thaw.entropy)} bytes, not 32")
-    return {
+    body: dict[str, Any] = {
         "op": "thaw",
         "wall_ns": thaw.wall_ns,
         "entropy": thaw.entropy.hex(),
@@ -170,6 +172,7 @@ def thaw_body(thaw: Thaw) -> dict[str, Any]:
         "machine_id": linux_machine_id(thaw.machine_id),
         "env": dict(thaw.env),
     }
+    return {**body, "token": thaw.token} if thaw.token else body
 
 
 def linux_machine_id(machine_id: str) -> str:

@@ -16,11 +16,12 @@ from recess.catalog.machines import MachineRecord
 from recess.catalog.once import Once
 from recess.crashpoints import crash_point
 from recess.errors import BadInput, Conflict, IllegalState, NotFound, RecessError, Refused, Unsupported
+from recess.guestlink.link import TOKEN_PATH
 from recess.machines.bringback import BringBack
 from recess.machines.climbing import Climber
 from recess.machines.exchange import Report
 from recess.machines.fleet import Fleet
-from recess.machines.identity import TOKEN_PATH, machine_of, mark_of
+from recess.machines.identity import machine_of, mark_of
 from recess.machines.ladder import RUNGS
 from recess.machines.launching import Launcher
 from recess.machines.parts import Parts

@@ -67,7 +67,6 @@ def make_thaw(machine_id: str, name: str, epoch: int, env: Mapping[str, str], wa
     )
 
 
-TOKEN_PATH = "/run/recess/token"  # in the machine; memory, so that no cold boot finds an old one
 _TOKEN = re.compile(r"rcm_(mch_[0-9a-z]{1,40})_[0-9a-f]{48}")
 
 

@@ -18,7 +18,7 @@ from recess.errors import RecessError
 from recess.guestlink.link import Thaw
 from recess.machines.contract import RestoreParts
 from recess.machines.forward import Forwarder, LinkOf
-from recess.machines.identity import TOKEN_PATH, guest_env, make_thaw, mark_of, new_token
+from recess.machines.identity import guest_env, make_thaw, mark_of, new_token
 from recess.machines.incoming import Incoming
 from recess.machines.live import Live
 from recess.machines.mainjob import MainJob
@@ -119,12 +119,11 @@ class Starter:
     async def _thaw(self, live: Live) -> None:
         # The handler and the policy come first: a workload that wakes up may call out in its first millisecond.
         self.let_out(live)
-        # Before it wakes: no workload ever reads a token of the machine that its memory was taken from.
+        # With the thaw: no workload ever reads a token of the machine that its memory was taken from.
         token = new_token(live.id)
         live.token_mark = mark_of(token)
-        await live.link.write_file(TOKEN_PATH, token.encode(), 0o444)
         if live.thaw is not None:
-            await live.link.thaw(live.thaw(), timeout_s=THAW_S)
+            await live.link.thaw(replace(live.thaw(), token=token), timeout_s=THAW_S)
         if live.spec.secrets and self._parts.egress is not None:
             await trust(live.link, self._parts.egress.certificate(policy_of(live.spec)))
         live.workload_frozen = False

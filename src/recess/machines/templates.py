@@ -26,7 +26,7 @@ from recess.errors import Corrupt, NotFound, RecessError
 from recess.ids import new_id
 from recess.machines import warmup
 from recess.machines.contract import DISK_NAME, BootFiles, Fingerprint, TemplateRef, VmSpec
-from recess.machines.identity import make_thaw
+from recess.machines.identity import make_thaw, new_token
 from recess.machines.mapped import DISK, MEMORY, MappedTemplate, file_part
 from recess.machines.parts import Parts
 from recess.snapshots.contract import PageSource, SnapshotMeta
@@ -279,7 +279,7 @@ class Templates:
         vm = await parts.driver_of(spec.driver).boot(vm_id, spec, directory, for_template=True)
         try:
             env = {"RECESS_NETWORK": "none"}
-            await vm.link.thaw(make_thaw(vm_id, "t", 0, env, parts.clock.wall_s()))
+            await vm.link.thaw(replace(make_thaw(vm_id, "t", 0, env, parts.clock.wall_s()), token=new_token(vm_id)))
             await warmup.warm_up(vm.link, parts.progress)
             await vm.link.freeze(sync=True, timeout_s=10.0)
             return await vm.export_template(temp)

@@ -12,6 +12,7 @@ import os
 import tarfile
 import time
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -411,10 +412,29 @@ class GuestLinkSuite:
         assert await guest.link.read_file(f"{guest.run_dir}/generation") == b"g-1\n"
         assert await guest.link.read_file(f"{guest.run_dir}/epoch") == b"7\n"
         assert b"FROM_THAW=a b\n" in await guest.link.read_file(f"{guest.run_dir}/env")
+        with pytest.raises(NotFound):
+            await guest.link.stat(f"{guest.run_dir}/token")
         out = (await run(guest.link, "sh", "-c", 'echo "$FROM_THAW [$http_proxy]"'))[1]
         assert out == b"a b []\n"
         out = (await run(guest.link, "sh", "-c", "echo $FROM_THAW", env={"FROM_THAW": "mine"}))[1]
         assert out == b"mine\n"
+
+    async def test_thaw_brings_a_token_before_anything_wakes(self, guest: GuestUnderTest) -> None:
+        path = f"{guest.run_dir}/token"
+        job = await guest.link.exec(ExecRequest(["sh", "-c", f"echo up; read x; cat {path}"], stdin=True))
+        lines = job.output()
+        assert await read_line(lines) == "up"
+        await guest.link.freeze()
+        await job.write(b"\n")
+        await guest.link.thaw(replace(thaw_with("g-t1", {}), token="rcm_first"))
+        assert await read_line(lines) == "rcm_first"
+        await guest.link.freeze()
+        await guest.link.thaw(thaw_with("g-t2", {}))
+        assert await guest.link.read_file(path) == b"rcm_first"
+        await guest.link.thaw(replace(thaw_with("g-t3", {}), token="rcm_2"))
+        assert await guest.link.read_file(path) == b"rcm_2"
+        with pytest.raises(GuestFailed, match="token"):
+            await guest.link.thaw(replace(thaw_with("g-t4", {}), token="two words"))
 
     async def test_thaw_fails_closed(self, guest: GuestUnderTest) -> None:
         hook = f"{guest.hooks}/50-suite"

@@ -7,7 +7,8 @@ import pytest
 
 from recess.catalog.once import KEEP_S, Once
 from recess.errors import Conflict, KeyReused, NameInUse, NotFound, OutOfSpace, Refused
-from recess.machines.identity import TOKEN_PATH, machine_of, new_token
+from recess.guestlink.link import TOKEN_PATH
+from recess.machines.identity import machine_of, new_token
 from recess.testing.crash import crashing
 from recess.testing.machine_room import SMALL
 

@@ -27,7 +27,7 @@ from recess.drivers.fake.state import (
 )
 from recess.drivers.fake.streams import MemoryStream, stream_pair
 from recess.errors import BadInput, GuestFailed, NotFound, Unavailable
-from recess.guestlink.link import ExecRequest, IncomingHandler, Thaw
+from recess.guestlink.link import TOKEN_PATH, ExecRequest, IncomingHandler, Thaw
 
 JOBS_MAX = 256
 STDIN_BYTES_MAX = 256 * 1024
@@ -184,6 +184,8 @@ class FakeGuest:
         self.files.write("/run/recess/generation", thaw.generation.encode() + b"\n")
         self.files.write("/run/recess/epoch", str(thaw.epoch).encode() + b"\n")
         self.files.write("/run/recess/env", "".join(f"{k}={v}\n" for k, v in thaw.env.items()).encode())
+        if thaw.token:
+            self.files.write(TOKEN_PATH, thaw.token.encode(), 0o444)
         self.unfreeze()
 
     def random(self, count: int) -> bytes:
