@@ -48,7 +48,7 @@ kvm-host: setup ## the Firecracker driver's tests in an emulated host with KVM (
 soak: setup ## the long run on real machines
 	@tools/soak.sh
 
-fuzz: setup ## look for bytes that a reader cannot take, two minutes for each of seven (FUZZ_ARGS)
+fuzz: setup ## look for bytes that a reader cannot take, two minutes for each of ten (FUZZ_ARGS)
 	@$(PY) -c 'import atheris' 2>/dev/null || $(PY) -m pip install -q 'atheris==3.0.0'
 	@$(PY) tools/fuzz.py $(FUZZ_ARGS)
 

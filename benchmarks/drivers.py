@@ -72,9 +72,10 @@ async def timed(work: Awaitable[T]) -> tuple[T, float]:
 class Side:
     """One driver's machine, and what was measured of it."""
 
-    def __init__(self, node: LocalNode, name: str) -> None:
+    def __init__(self, node: LocalNode, name: str, spec: MachineSpec) -> None:
         self.node = node
         self.name = name
+        self.spec = replace(spec, driver=name)
         self.samples: Samples = {key: [] for key, _, _ in ROWS}
 
     def note(self, key: str, value: float) -> None:
@@ -92,7 +93,7 @@ class Side:
     async def round(self) -> None:
         """Measure everything once, on a machine of its own."""
         machines, began = self.node.machines, time.perf_counter()
-        row = await machines.create(replace(SPEC, driver=self.name))
+        row = await machines.create(self.spec)
         self.note("start", time.perf_counter() - began)
         await self.run(row.id, ["true"])
         self.note("first_exec", time.perf_counter() - began)
@@ -144,7 +145,7 @@ def make_home(home: Path) -> Config:
     return load_config(home=home, driver="qemu")  # the others are asked for by name
 
 
-async def measure(repeats: int, wanted: Sequence[str]) -> dict[str, Any]:
+async def measure(repeats: int, wanted: Sequence[str], spec: MachineSpec = SPEC) -> dict[str, Any]:
     """Run it; returns sides (name to samples) and skipped (name to reason)."""
     scratch = Path(tempfile.mkdtemp(prefix="recess-bench-"))
     node = await LocalNode.open(make_home(scratch / "home"), progress=say)
@@ -157,10 +158,10 @@ async def measure(repeats: int, wanted: Sequence[str]) -> dict[str, Any]:
             if not trial.engine or (wanted and name not in wanted):
                 skipped[name] = trial.said if not trial.engine else "not asked for"
                 continue
-            side = Side(node, name)
+            side = Side(node, name, spec)
             sides[f"{name} ({trial.engine})"] = side.samples
             say(f"{name}: its template")
-            warm = await node.machines.create(replace(SPEC, driver=name))
+            warm = await node.machines.create(side.spec)
             await node.machines.remove(warm.id, force=True)
             running.append(side)
         for number in range(repeats):
@@ -183,8 +184,9 @@ async def _one(side: Side, skipped: dict[str, str]) -> None:
 
 
 def markdown(found: Mapping[str, Any], facts: Mapping[str, Any], repeats: int) -> str:
-    """Return the table: medians, with the ratio to a process of the host where there is one. Pure."""
+    """Return the table: medians, with the ratio to a process of the host where there is one, else to QEMU. Pure."""
     sides: Mapping[str, Samples] = found["sides"]
+    beside = next((name for name in sides if name.startswith("qemu ")), NATIVE)
     told = ", ".join(f"{key} {value}" for key, value in facts.items())
     lines = [
         f"Medians of {repeats} rounds ({told}).",
@@ -193,14 +195,15 @@ def markdown(found: Mapping[str, Any], facts: Mapping[str, Any], repeats: int) -
         "|---" * (len(sides) + 1) + "|",
     ]
     for key, title, factor in ROWS:
-        base = quantile(sides[NATIVE][key], 0.5)
+        base, unit = (NATIVE, "x") if sides[NATIVE][key] else (beside, "x qemu")
         cells = []
         for name, samples in sides.items():
             if not samples[key]:
                 cells.append("-")
                 continue
             p50 = quantile(samples[key], 0.5)
-            ratio = f" ({p50 / base:.3g} x)" if name != NATIVE and sides[NATIVE][key] else ""
+            low = quantile(sides[base][key], 0.5) if name != base and sides[base][key] else 0.0
+            ratio = f" ({p50 / low:.3g} {unit})" if low else ""
             cells.append(f"{p50 * factor:.3g}{ratio}")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += ["", *(f"- {name}: {why}" for name, why in found["skipped"].items())]
@@ -212,9 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="recess bench drivers", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--driver", action="append", default=[], help="only these")
+    parser.add_argument("--memory-mib", type=int, default=SPEC.memory_bytes >> 20, help="of each machine")
     parser.add_argument("--out", default="build/bench-drivers", help="folder for the table, the samples and the plots")
     args = parser.parse_args()
-    found = asyncio.run(measure(args.repeats, args.driver))
+    spec = replace(SPEC, memory_bytes=args.memory_mib << 20)
+    found = asyncio.run(measure(args.repeats, args.driver, spec))
     facts = machine_facts()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,9 @@ def test_damage(target, data):
         ("manifest", "recess.snapshots.manifest_v1._check_claims"),
         ("archive", "recess.snapshots.archive_v1._item"),
         ("guest", "recess.guestlink.channel.Channel._on_reply"),
+        ("gvisor_state", "recess.drivers.gvisor.pages._gather"),
+        ("page_faults", "recess.testing.fuzz_machines.parse_regions"),
+        ("proxy", "recess.broker.proxy.relay_request"),
     ],
 )
 def test_a_fault_of_ours_is_not_swallowed(monkeypatch, target, place):

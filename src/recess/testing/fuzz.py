@@ -7,7 +7,6 @@ target is given the bytes behind the hash. The driver is `tools/fuzz.py`, the co
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import tempfile
@@ -23,11 +22,6 @@ from recess.frames import RecodedReader, SeekableReader, WorkPool
 from recess.frames.index import decode_index
 from recess.frames.seekable import encode_tail
 from recess.frames.zstd import FRAME_RAW_BYTES_MAX, decode_frame
-from recess.guestlink import wire
-from recess.guestlink.channel import Channel
-from recess.guestlink.frames import Decoder
-from recess.guestlink.hello import greet
-from recess.guestlink.link import ByteStream
 from recess.snapshots.archive import Import
 from recess.snapshots.archive_v1 import ArchiveReader
 from recess.snapshots.keys import SNAPSHOT, key_of, make_id
@@ -38,13 +32,13 @@ from recess.snapshots.pack_v1 import KIND as PACK_KIND
 from recess.snapshots.pack_v1 import read_pack
 from recess.snapshots.pagemap_v1 import LEAF_PAGES, decode_tree
 from recess.snapshots.reader import VMSTATE_KIND, OpenSnapshot
+from recess.testing.fuzz_machines import guest, gvisor_state, page_faults, proxy
 from recess.units import MIB
 
 Target = Callable[[bytes], None]
 _KINDS = (LAYER_KIND, PACK_KIND, VMSTATE_KIND)
 _POOL = WorkPool(1)
 _FRAMES = 64  # of one file that are read
-_PATIENCE_S = 20.0  # for a wait that an end of input must end
 
 
 def _ranges(data: bytes) -> Callable[[int, int], bytes]:
@@ -177,91 +171,15 @@ def archive(data: bytes) -> None:
         Import(MemoryBlobs(), reader, Path(spool), lambda: 1 << 40, check).run(tell=lambda _: None)
 
 
-def guest(data: bytes) -> None:
-    """What a guest says: its hello, then frames to a host that has asked, pinged, and has streams and a job open."""
-    asyncio.run(_hear(data))
-
-
-class _Sink(asyncio.Transport):
-    """A transport whose other end takes everything."""
-
-    def __init__(self, protocol: asyncio.Protocol) -> None:
-        super().__init__()
-        self._protocol: asyncio.Protocol | None = protocol
-        protocol.connection_made(self)
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Take it."""
-
-    def is_closing(self) -> bool:
-        """Whether it was closed."""
-        return self._protocol is None
-
-    def close(self) -> None:
-        """Tell the protocol."""
-        protocol, self._protocol = self._protocol, None
-        if protocol is not None:
-            protocol.connection_lost(None)
-
-    def abort(self) -> None:
-        """The same."""
-        self.close()
-
-    def get_write_buffer_size(self) -> int:
-        """Nothing waits."""
-        return 0
-
-
-def _connected(reader: asyncio.StreamReader) -> asyncio.StreamWriter:
-    protocol = asyncio.StreamReaderProtocol(reader)
-    return asyncio.StreamWriter(_Sink(protocol), protocol, reader, asyncio.get_running_loop())
-
-
-async def _hear(data: bytes) -> None:
-    early = asyncio.StreamReader()
-    early.feed_data(data)
-    early.feed_eof()
-    writer = _connected(early)
-    with suppress(RecessError):
-        await greet(early, writer, Decoder(), _PATIENCE_S)
-    writer.close()
-    reader = asyncio.StreamReader()
-    channel = Channel(reader, _connected(reader), Decoder(), wire.Hello(wire.PROTO, "nonce"), [])
-
-    async def serve(_service: str, _meta: object, stream: ByteStream) -> None:
-        while await stream.read():
-            pass
-
-    channel.serve_incoming(serve)
-    working = asyncio.all_tasks() - {asyncio.current_task()}  # one that ends with an error would be forgotten
-    asked = [channel.ask({"op": "stats"})[1] for _ in range(3)]
-    stream, job = channel.new_stream(), channel.new_job()
-    for piece in (data[: len(data) // 2], data[len(data) // 2 :]):
-        if channel.failure is None:  # else it is closed
-            reader.feed_data(piece)
-        for _ in range(3):  # its turn to read, and that of those who wait for what it read
-            await asyncio.sleep(0)
-            working |= asyncio.all_tasks() - {asyncio.current_task()}
-    if channel.failure is None:
-        reader.feed_eof()
-    for waiting in (stream.read_all(MIB, _PATIENCE_S), job.wait(), *asked):
-        with suppress(RecessError):
-            async with asyncio.timeout(_PATIENCE_S):
-                await waiting
-    await channel.close()
-    for outcome in await asyncio.gather(*working, return_exceptions=True):
-        if isinstance(outcome, BaseException) and not isinstance(
-            outcome, RecessError | OSError | asyncio.CancelledError
-        ):
-            raise outcome
-
-
 TARGETS: dict[str, Target] = {
     "archive": archive,
     "frame": frame,
     "frames_file": frames_file,
     "frames_index": frames_index,
     "guest": guest,
+    "gvisor_state": gvisor_state,
     "manifest": manifest,
+    "page_faults": page_faults,
     "page_map": page_map,
+    "proxy": proxy,
 }

@@ -18,3 +18,9 @@ def test_the_table_has_medians_ratios_and_gaps() -> None:
     assert "| stored, MB | - | 2 |" in lines
     assert "| start, ms | - | - |" in lines
     assert lines[-1] == "- firecracker: it is not there"
+
+
+def test_what_no_process_can_be_measured_by_is_beside_qemu() -> None:
+    sides = {NATIVE: samples(), "firecracker (kvm)": samples(durable=[0.03]), "qemu (kvm)": samples(durable=[0.06])}
+    lines = markdown({"sides": sides, "skipped": {}}, {}, 1).splitlines()
+    assert "| snapshot durable, ms | - | 30 (0.5 x qemu) | 60 |" in lines

@@ -85,7 +85,7 @@ def test_the_kernels_words_about_a_process():
 def test_what_a_broken_restore_looks_like():
     good = PageDiff(100_000, 8_000, 200, 100, 110)
     assert judge(good, good) == ""
-    assert "memory" in judge(replace(good, changed=300), good)
+    assert "memory" in judge(replace(good, changed=600), good)
     assert "template's" in judge(replace(good, reverted=120), good)
     assert "disk" in judge(good, replace(good, changed=8_000))
     assert judge(replace(good, listed=100_000, changed=1_900), good) == ""

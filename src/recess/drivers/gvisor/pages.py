@@ -37,6 +37,9 @@ ZERO = 0xFFFFFFFF
 _MAGIC = b"RGV1"
 _HEAD = struct.Struct("<4sIII")
 _FILE_BYTES_MAX = 1 << 30
+# A file's pages for each number: equal pages share one, and zeros have none, so there may be more of them. Bounded, because
+# four bytes of a device state become a page of shared memory at a restore.
+_SHARE_MAX = 4
 _BATCH = 1024
 
 _POOL = WorkPool(name="gvisor-pages")
@@ -84,16 +87,15 @@ class Assigned:
 
 def assign(pages: Pages, known: Known, total: int) -> Assigned:
     """Give every page a number. `total` is how many numbers there are. Pages with one number are equal byte for byte; fingerprints only propose.
-    Raises OutOfSpace when there are more different pages than numbers.
+    Raises OutOfSpace when there are more different pages than numbers, or very many pages.
     """
+    if len(pages) > _SHARE_MAX * total:
+        raise _too_much(len(pages), total)
     filled = np.flatnonzero(pages.view(np.uint64).any(axis=1))
     same = first_equal([(pages, filled)], _POOL)
     unique = np.flatnonzero(same == np.arange(len(same)))
     if len(unique) > total:
-        raise OutOfSpace(
-            f"the machine uses {len(unique) * PAGE_BYTES >> 20} MiB, the machine has {total * PAGE_BYTES >> 20}",
-            hint="give the machine more memory",
-        )
+        raise _too_much(len(unique), total)
     prints = fingerprints(pages, filled[unique], _POOL)
     chosen = _numbers_for(prints, known, total)
     of_entry = np.zeros(len(filled), np.uint32)
@@ -102,6 +104,11 @@ def assign(pages: Pages, known: Known, total: int) -> Assigned:
     numbers[filled] = of_entry[same]
     order = np.argsort(chosen)
     return Assigned(numbers, filled[unique[order]], Known.of(prints, chosen))
+
+
+def _too_much(pages: int, total: int) -> OutOfSpace:
+    used, has = (count * PAGE_BYTES >> 20 for count in (pages, total))
+    return OutOfSpace(f"the machine uses {used} MiB, the machine has {has}", hint="give the machine more memory")
 
 
 def _numbers_for(prints: NDArray[np.uint64], known: Known, total: int) -> Numbers:
@@ -164,6 +171,8 @@ def unpack_state(state: bytes, total: int) -> tuple[Numbers, memoryview, memoryv
     start = _HEAD.size + 4 * count
     if len(state) != start + objects + meta or max(objects, meta) > _FILE_BYTES_MAX:
         raise Corrupt("the gVisor device state has not the length it says")
+    if count > _SHARE_MAX * total:
+        raise Corrupt(f"the gVisor device state lists {count} pages for a machine of {total}")
     numbers = np.frombuffer(state, "<u4", count, _HEAD.size)
     used = numbers[numbers != ZERO]
     if len(used) and int(used.max()) >= total:

@@ -94,6 +94,13 @@ def test_more_pages_than_the_machine_has_are_refused():
         pages.assign(content(*range(1, TOTAL + 2)), Known(), TOTAL)
 
 
+def test_so_are_very_many_pages_though_they_are_few_different_ones():
+    most = pages.assign(content(*[0, 1] * 2 * TOTAL), Known(), TOTAL)
+    assert len(most.numbers) == 4 * TOTAL
+    with pytest.raises(OutOfSpace, match="the machine has"):
+        pages.assign(content(*[0, 1] * 2 * TOTAL, 1), Known(), TOTAL)
+
+
 def good_state() -> bytes:
     return struct.pack("<4sIII", b"RGV1", 2, 1, 1) + struct.pack("<II", 3, pages.ZERO) + b"om"
 
@@ -113,6 +120,7 @@ def test_a_good_state_is_read():
         good_state().replace(b"RGV1", b"RGV2"),
         struct.pack("<4sIII", b"RGV1", 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
         struct.pack("<4sIII", b"RGV1", 1, 0, 0) + struct.pack("<I", TOTAL),
+        struct.pack("<4sIII", b"RGV1", 4 * TOTAL + 1, 0, 0) + bytes(4 * (4 * TOTAL + 1)),
     ],
 )
 def test_a_state_that_lies_is_corrupt(state):
