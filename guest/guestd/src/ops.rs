@@ -108,6 +108,10 @@ impl Server {
             }
             "thaw" => self.thaw(a),
             "dial" => self.dial(id, a),
+            "door" => {
+                self.open_socket(&files::path(a.text("path")?)?)?;
+                done()
+            }
             "stat" | "list" | "read" | "write" | "tar" | "untar" | "remove" => self.file(id, op, a),
             other => Err(Fail::new(
                 "unsupported",
@@ -363,6 +367,19 @@ impl Server {
     }
 
     fn dial(&mut self, id: u32, a: &Args) -> Answer {
+        if a.0.get("path").is_some() {
+            let stream = a.stream()?;
+            let fd = doors::dial_unix(&files::path(a.text("path")?)?)?;
+            self.add_stream(
+                stream,
+                End::Socket {
+                    w: Watched::new(fd),
+                    dialing: None,
+                    incoming: false,
+                },
+            )?;
+            return done();
+        }
         let port = a.number("port", 1, 65535)? as u16;
         let ip = match a.text_or("host", "127.0.0.1") {
             "localhost" => IpAddr::V4(Ipv4Addr::LOCALHOST),

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from recess.errors import BadInput, RecessError
-from recess.machines.service import Changes, MachineRow, MachineSpec, Mount, ResumeReport, SnapshotRow
+from recess.machines.service import Changes, MachineRow, MachineSpec, Mount, Port, ResumeReport, SnapshotRow
 from recess.units import MIB, parse_duration, parse_size
 
 log = logging.getLogger(__name__)
@@ -103,15 +103,25 @@ def _str_tuple(value: Any, name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _ports(value: Any) -> tuple[tuple[str, int, int], ...]:
-    out: list[tuple[str, int, int]] = []
+def _ports(value: Any) -> tuple[Port, ...]:
+    out: list[Port] = []
     for item in value if isinstance(value, list) else [None]:
         if not isinstance(item, list | tuple) or len(item) != 3:
             raise BadInput("spec.ports: expected a list of [host_ip, host_port, guest_port]")
         ip, host, guest = item
-        if not isinstance(ip, str) or not all(type(p) is int and 0 <= p < 65536 for p in (host, guest)):
-            raise BadInput("spec.ports: a port is a number from 0 to 65535")
+        inner = (guest,) if not isinstance(guest, str) else ()
+        if not isinstance(ip, str) or not all(type(p) is int and 0 <= p < 65536 for p in (host, *inner)):
+            raise BadInput("spec.ports: a port is a number from 0 to 65535, or in the machine the path of a socket")
         out.append((ip, host, guest))
+    return tuple(out)
+
+
+def _sockets(value: Any) -> tuple[tuple[str, str], ...]:
+    out = []
+    for item in value if isinstance(value, list) else [None]:
+        if not isinstance(item, list | tuple) or len(item) != 2 or not all(isinstance(path, str) for path in item):
+            raise BadInput("spec.sockets: expected a list of [host_path, guest_path]")
+        out.append((str(item[0]), str(item[1])))
     return tuple(out)
 
 
@@ -145,6 +155,8 @@ def parse_spec(data: Mapping[str, Any]) -> MachineSpec:
             out[name] = _str_map(value, name)
         elif name == "ports":
             out[name] = _ports(value)
+        elif name == "sockets":
+            out[name] = _sockets(value)
         elif name == "idle_s":
             out[name] = parse_duration(field(data, name, str if isinstance(value, str) else float, None))
         elif name == "volumes":

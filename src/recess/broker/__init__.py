@@ -10,7 +10,7 @@ from recess.broker.dial import Dialer, SystemDialer
 from recess.broker.gate import Gate, OpenGate
 from recess.broker.journal import Decision
 from recess.broker.placeholders import Binding, parse_bindings, placeholder_of
-from recess.broker.policy import Policy, Route, build_policy, parse_route
+from recess.broker.policy import Policy, Route, build_policy, is_socket_path, parse_route
 from recess.broker.rules import Rule, parse_rule
 from recess.broker.secrets import Secret, SecretStore
 
@@ -29,6 +29,7 @@ __all__ = [
     "SecretStore",
     "SystemDialer",
     "build_policy",
+    "is_socket_path",
     "new_authority_id",
     "parse_bindings",
     "parse_route",

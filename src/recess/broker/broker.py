@@ -17,17 +17,18 @@ from typing import Any, Protocol
 import h11
 
 from recess.broker.authority import Authorities
-from recess.broker.dial import Dialer, Pipe, SystemDialer
+from recess.broker.dial import Dialer, Pipe, SystemDialer, abort, connect_socket
 from recess.broker.gate import Gate
 from recess.broker.journal import Decision, Journal
 from recess.broker.policy import Policy
 from recess.broker.proxy import Surroundings, describe, serve
+from recess.broker.relay import carry
 from recess.broker.rules import Address
 from recess.broker.secrets import SecretStore
 from recess.broker.targets import Target
 from recess.broker.wire import GuestSide
 from recess.clock import Clock
-from recess.errors import RecessError, Refused, Unavailable
+from recess.errors import Fenced, RecessError, Refused, Unavailable
 from recess.guestlink.link import ByteStream, IncomingHandler
 
 CONNECTIONS_MAX = 64  # per machine
@@ -121,11 +122,15 @@ class Broker:
         return len(machine.open) if machine else 0
 
     def handler(self, machine_id: str) -> IncomingHandler:
-        """Return the handler of this machine's "proxy" streams; it may be set before `register` and never raises."""
+        """Return the handler of this machine's "proxy" and "socket" streams; it may be set before `register` and never
+        raises."""
 
         async def handle(service: str, metadata: Mapping[str, Any], stream: ByteStream) -> None:
             try:
-                await self._accept(machine_id, GuestSide(stream))
+                if service == "socket":
+                    await self._accept_socket(machine_id, str(metadata.get("path", "")), stream)
+                else:
+                    await self._accept(machine_id, GuestSide(stream))
             finally:
                 await _close(stream)
 
@@ -146,7 +151,40 @@ class Broker:
             tls_context=lambda host: self._tls_context(machine.policy, host),
             sibling=lambda name, port: self._sibling(machine_id, name, port),
         )
-        task = asyncio.create_task(_quietly(serve(guest, around)), name=f"broker-{machine_id}")
+        await self._run(machine_id, machine, serve(guest, around))
+
+    async def _accept_socket(self, machine_id: str, path: str, stream: ByteStream) -> None:
+        """Join a connection to a door in the machine with the host's socket it stands for; what cannot be is hung up on."""
+        machine = self._machines.get(machine_id)
+        if machine is not None and len(machine.open) < CONNECTIONS_MAX:
+            await self._run(machine_id, machine, self._serve_socket(machine_id, machine, path, stream))
+
+    async def _serve_socket(self, machine_id: str, machine: _Machine, path: str, stream: ByteStream) -> None:
+        host = machine.policy.sockets.get(path, "")
+
+        def note(allowed: bool, reason: str) -> None:
+            shown = host or path
+            self._add(machine_id, Decision(self._clock.wall_s(), "socket", shown, 0, "", "", allowed, reason))
+
+        if not host:
+            note(False, "no such socket is shared with this machine")
+            return
+        try:
+            if not self._may_act(machine_id, machine):
+                raise Fenced("this machine may not act")
+            pipe = await connect_socket(host)
+            if not self._may_act(machine_id, machine):  # connecting took time
+                abort(pipe[1])
+                raise Fenced("this machine may not act")
+        except RecessError as exc:
+            note(False, exc.message)
+            return
+        note(True, f"socket {path}")
+        await carry(stream, pipe)
+
+    async def _run(self, machine_id: str, machine: _Machine, work: Coroutine[Any, Any, None]) -> None:
+        """Serve one connection as one of the machine's, which a cut ends."""
+        task = asyncio.create_task(_quietly(work), name=f"broker-{machine_id}")
         machine.open.add(task)
         try:
             await asyncio.wait({task})  # its cancellation (a cut) is not ours
@@ -191,12 +229,15 @@ class Broker:
             machine.watcher = None
 
     def _note(self, machine_id: str, method: str, target: Target | None, allowed: bool, reason: str) -> None:
+        self._add(machine_id, describe(method, target, allowed, reason, self._clock.wall_s()))
+
+    def _add(self, machine_id: str, decision: Decision) -> None:
         journal = self._journals.get(machine_id)
         if journal is None:
             journal = self._journals[machine_id] = Journal()
             if len(self._journals) > JOURNALS_MAX:
                 self._journals.popitem(last=False)
-        journal.add(describe(method, target, allowed, reason, self._clock.wall_s()))
+        journal.add(decision)
 
 
 async def _refuse(guest: GuestSide, error: RecessError) -> None:

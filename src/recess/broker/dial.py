@@ -67,6 +67,17 @@ class SystemDialer:
             raise Unavailable(f"cannot connect to {address} port {port}: {exc.strerror or exc}") from None
 
 
+async def connect_socket(path: str) -> Pipe:
+    """Connect to a Unix socket of this host. Raises Unavailable or Timeout."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            return await asyncio.open_unix_connection(path, limit=64 * 1024)
+    except TimeoutError:
+        raise Timeout(f"connecting to {path} took more than {CONNECT_TIMEOUT_S:.0f} s") from None
+    except OSError as exc:
+        raise Unavailable(f"cannot connect to {path}: {exc.strerror or exc}") from None
+
+
 async def connect_any(dialer: Dialer, addresses: list[Address], port: int, tls_host: str) -> Pipe:
     """Connect to the first address that answers. Raises the last error."""
     last: Unavailable | Timeout = Unavailable("no address to connect to")

@@ -22,6 +22,7 @@ from recess.errors import BadInput
 
 RULES_MAX = 1000
 ROUTES_MAX = 64
+SOCKETS_MAX = 16  # as many doors guestd opens
 
 _ROUTE_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -70,6 +71,7 @@ class Policy:
     routes: Mapping[str, Route] = field(default_factory=dict)
     bindings: tuple[Binding, ...] = ()  # secrets that are filled in towards their hosts
     authority: str = ""  # in whose name the broker speaks TLS to the guest for them
+    sockets: Mapping[str, str] = field(default_factory=dict)  # path in the machine -> Unix socket of the host
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,28 @@ def parse_route(name: str, upstream: str, *, secret: str | None = None, required
     return Route(name, upstream.rstrip("/"), secret=name if secret is None else secret, required=required)
 
 
+def is_socket_path(path: str) -> bool:
+    """Tell whether this can be a Unix socket's path: absolute, nothing to climb, short enough for the kernel (sun_path)."""
+    plain = path.startswith("/") and not path.endswith("/") and "\0" not in path and ".." not in path.split("/")
+    return plain and len(path.encode()) < 108
+
+
+def parse_sockets(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return where in the machine which Unix socket of the host is. Raises BadInput."""
+    for path in (path for pair in pairs for path in pair if not is_socket_path(path)):
+        raise BadInput(f"not a path of a socket: {path[:120]!r}", hint="absolute, at most 107 bytes")
+    found = {guest: host for host, guest in pairs}
+    if len(found) < len(pairs) or len(pairs) > SOCKETS_MAX:
+        raise BadInput(f"at most {SOCKETS_MAX} sockets, each at a path of its own")
+    return found
+
+
 def build_policy(
-    allow: Sequence[str] = (), routes: Mapping[str, str] | None = None, secrets: Sequence[str] = (), authority: str = ""
-) -> Policy:
-    """Return the policy for a machine spec's `allow`, `routes` (name -> upstream base URL) and `secrets` ("NAME@host");
-    a secret's hosts need no rule of their own. Raises BadInput."""
+    allow: Sequence[str] = (), routes: Mapping[str, str] | None = None, secrets: Sequence[str] = (), authority: str = "",
+    sockets: Sequence[tuple[str, str]] = (),
+) -> Policy:  # fmt: skip
+    """Return the policy for a machine spec's `allow`, `routes` (name -> upstream base URL), `secrets` ("NAME@host") and
+    `sockets` (host path, path in the machine); a secret's hosts need no rule of their own. Raises BadInput."""
     named, bindings = routes or {}, parse_bindings(secrets)
     if len(allow) > RULES_MAX or len(named) > ROUTES_MAX:
         raise BadInput(f"a policy holds at most {RULES_MAX} rules and {ROUTES_MAX} routes")
@@ -110,6 +129,7 @@ def build_policy(
         routes={name: parse_route(name, upstream) for name, upstream in named.items()},
         bindings=bindings,
         authority=authority,
+        sockets=parse_sockets(sockets),
     )
 
 

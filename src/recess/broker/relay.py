@@ -91,13 +91,22 @@ async def _download(guest: GuestSide, upstream: UpstreamSide, target: Target) ->
 
 async def tunnel(guest: GuestSide, pipe: Pipe) -> None:
     """Answer CONNECT with 200 and carry bytes both ways until both ends have closed or one has failed."""
-    reader, writer = pipe
     try:
         if early := await accept_connect(guest):
-            writer.write(early)
+            pipe[1].write(early)
+    except BaseException:
+        abort(pipe[1])
+        raise
+    await carry(guest.stream, pipe)
+
+
+async def carry(stream: ByteStream, pipe: Pipe) -> None:
+    """Carry bytes both ways until both ends have closed or one has failed. Raises Unavailable."""
+    reader, writer = pipe
+    try:
         async with asyncio.TaskGroup() as both:
-            both.create_task(_pump_up(guest.stream, writer))
-            both.create_task(_pump_down(reader, guest.stream))
+            both.create_task(_pump_up(stream, writer))
+            both.create_task(_pump_down(reader, stream))
     except* (OSError, RecessError) as group:
         raise Unavailable(f"the tunnel broke: {group.exceptions[0]}") from group
     finally:

@@ -105,19 +105,28 @@ def parse_env(items: tuple[str, ...], files: tuple[str, ...], environ: dict[str,
     return out
 
 
-def parse_port(text: str) -> tuple[str, int, int]:
-    """Return Docker's -p as (host ip, host port, guest port): "80", "8080:80", "127.0.0.1:8080:80". 0: any free port.
+def parse_port(text: str) -> tuple[str, int, int | str]:
+    """Return Docker's -p as (host address, host port, guest port): "80", "8080:80", "127.0.0.1:8080:80". 0: any free port.
 
-    Ports are bound to 127.0.0.1 unless an address is given.
+    Ports are bound to 127.0.0.1 unless an address is given. A path in place of the host's side is a Unix socket of the host
+    ("./app.sock:80"), one in place of the guest's a socket in the machine ("8080:/run/app.sock").
     """
-    parts = text.removesuffix("/tcp").split(":")
-    try:
-        numbers = [int(p or 0) for p in parts[-2:]] if len(parts) > 1 else [0, int(parts[0])]
-    except ValueError as exc:
-        raise BadInput(f"-p {text}: a port is a number") from exc
-    if len(parts) > 3 or not all(0 <= n < 65536 for n in numbers) or numbers[1] == 0:
+    outer, _, last = text.removesuffix("/tcp").rpartition(":")
+    guest = last if last.startswith("/") else _port(text, last)
+    if guest == 0:
         raise BadInput(f"-p {text}: expected [IP:][HOST_PORT:]GUEST_PORT")
-    return (parts[0] if len(parts) == 3 else "127.0.0.1", numbers[0], numbers[1])
+    if "/" in outer:
+        return (str(Path(outer).expanduser().absolute()), 0, guest)
+    ip, sep, host = outer.rpartition(":")
+    if ":" in ip and not ip.startswith("["):
+        raise BadInput(f"-p {text}: expected [IP:][HOST_PORT:]GUEST_PORT")
+    return (ip if sep else "127.0.0.1", _port(text, host or "0"), guest)
+
+
+def _port(text: str, number: str) -> int:
+    if not number.isascii() or not number.isdigit() or not 0 <= int(number) < 65536:
+        raise BadInput(f"-p {text}: a port is a number from 0 to 65535")
+    return int(number)
 
 
 def stdin_bytes() -> bytes:

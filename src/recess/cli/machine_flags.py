@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from recess.cli.common import callers_env, parse_env, parse_pairs, parse_port
-from recess.cli.volume_flags import parse_mount, parse_volume
+from recess.cli.volume_flags import parse_mount, parse_socket, parse_volume, split_sockets
 from recess.units import parse_duration
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -32,7 +32,8 @@ _OPTIONS = (
         "-v", "--volume", "volume", multiple=True, metavar="HOST:GUEST[:ro]", help="A folder of the host, or a volume by its name."
     ),
     click.option("--mount", multiple=True, metavar="KEY=VALUE,...", help="The same: type, source, target, readonly, size."),
-    click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST", help="Publish a port on 127.0.0.1."),
+    click.option("-p", "--publish", multiple=True, metavar="[IP:][HOST:]GUEST", help="Publish a port on 127.0.0.1, or a Unix socket by its path."),
+    click.option("--socket", multiple=True, metavar="HOST:GUEST", help="Let it use a Unix socket of the host; -v does, too."),
     click.option(
         "--net", "--network", "network", default="broker", type=click.Choice(["broker", "none", "full"]), help="Network."
     ),
@@ -68,6 +69,7 @@ def parse_labels(items: tuple[str, ...]) -> dict[str, str]:
 def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:
     """Return the machine spec, as the API takes it; what was not said is left to the image."""
     restart = "" if flags["restart"] == "no" else flags["restart"]
+    volumes, sockets = split_sockets(list(map(parse_volume, flags["volume"])))
     return {
         "image": image,
         "driver": flags["driver"],
@@ -90,5 +92,6 @@ def spec_of(image: str, command: tuple[str, ...], flags: dict[str, Any]) -> dict
         "restart": restart,
         "idle_s": parse_duration(flags["idle"]),
         "secrets": list(flags["secret"]),
-        "volumes": [*map(parse_volume, flags["volume"]), *map(parse_mount, flags["mount"])],
+        "volumes": [*volumes, *map(parse_mount, flags["mount"])],
+        "sockets": [*sockets, *map(parse_socket, flags["socket"])],
     }

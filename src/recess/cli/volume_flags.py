@@ -1,4 +1,5 @@
-"""Docker's `-v` and `--mount` as the API's volumes. Pure but for the working folder, which relative paths start from."""
+"""Docker's `-v` and `--mount` as the API's volumes and sockets. Pure but for the working folder, which relative paths start
+from, and a look at whether a path is a socket."""
 
 from __future__ import annotations
 
@@ -44,6 +45,21 @@ def parse_mount(text: str) -> dict[str, Any]:
         raise BadInput(f"--mount {text}: a volume is called by its name", hint="type=bind for a folder of the host")
     readonly = found.get("readonly", "false").lower() in ("", "true", "1")
     return {"source": source, "target": target, "readonly": readonly, "size_bytes": found.get("size") or None}
+
+
+def parse_socket(text: str) -> list[str]:
+    """Return "HOST:GUEST", a Unix socket of the host and where the machine finds it. Raises BadInput."""
+    host, sep, guest = text.partition(":")
+    if not sep or not host or not guest.startswith("/") or ":" in guest:
+        raise BadInput(f"--socket {text}: expected HOST:GUEST, two paths")
+    return [str(Path(host).expanduser().absolute()), guest]
+
+
+def split_sockets(volumes: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Return the volumes that are folders or files, and those that are Unix sockets, as in `-v /run/docker.sock:/run/d.sock`:
+    nothing can be copied of those, and the machine is let to use them."""
+    sockets = [v for v in volumes if v["source"].startswith("/") and Path(v["source"]).is_socket()]
+    return [v for v in volumes if v not in sockets], [[v["source"], v["target"]] for v in sockets]
 
 
 def source_of(text: str) -> str:

@@ -105,15 +105,21 @@ class Link(Channel):
 
     # ---- streams
 
-    async def dial(self, port: int, host: str = "127.0.0.1") -> ByteStream:
-        """Open a TCP connection inside the guest. Unavailable when nobody listens; `host` is an address."""
+    async def dial(self, port: int | str, host: str = "127.0.0.1") -> ByteStream:
+        """Open a connection inside the guest: TCP to an address and port, or the Unix socket at a path. Unavailable when
+        nobody listens, NotFound when no socket is there."""
         stream = self.new_stream()
+        where = {"path": port} if isinstance(port, str) else {"port": port, "host": host}
         try:
-            await self.request({"op": "dial", "stream": stream.number, "port": port, "host": host})
+            await self.request({"op": "dial", "stream": stream.number, **where})
         except BaseException:
             stream.abort()
             raise
         return stream
+
+    async def open_door(self, path: str) -> None:
+        """Listen at this path in the guest. Raises BadInput, OutOfSpace."""
+        await self.request({"op": "door", "path": path})
 
     # ---- files
 

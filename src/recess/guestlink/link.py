@@ -165,8 +165,13 @@ class GuestLink(Protocol):
         """Only let the workload run again: the same machine, nothing was restored."""
         ...
 
-    async def dial(self, port: int, host: str = "127.0.0.1") -> ByteStream:
-        """Open a TCP connection inside the guest."""
+    async def dial(self, port: int | str, host: str = "127.0.0.1") -> ByteStream:
+        """Open a TCP connection inside the guest, or one to the Unix socket at the path `port`."""
+        ...
+
+    async def open_door(self, path: str) -> None:
+        """Listen at this path in the guest; each connection is a stream of the service "socket", whose metadata say `path`.
+        It lasts as long as the guest's memory. Again is well. BadInput: what is there is no socket, or too many."""
         ...
 
     def serve_incoming(self, handler: IncomingHandler) -> None:

@@ -24,6 +24,7 @@ def asks_for(manifest: Mapping[str, Any], snapshot_id: str) -> list[str]:
     out += [f"use the secret {name!r} at {hosts}" for name, _, hosts in (text.partition("@") for text in spec.secrets)]
     out += [f"listen on {ip}" for ip, _, _ in spec.ports if not ip.startswith("127.") and ip != "::1"]
     out += [f"have a copy of the host's {m.source} (when `recess sync` is asked for)" for m in spec.volumes]
+    out += [f"use the host's socket {host}" for host, _ in spec.sockets]
     if spec.network == "full":
         out.append("use the network of this host")
     return out

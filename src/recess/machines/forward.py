@@ -9,18 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
+import stat
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from recess.errors import Conflict, InvalidSpec, RecessError, Unavailable
 from recess.guestlink.link import ByteStream, GuestLink
 from recess.machines.parts import UNDO
+from recess.machines.service import Port
 
 CONNECTIONS_MAX = 256  # per machine; more wait in the listener's backlog
 _PIECE = 65536
 
 LinkOf = Callable[[], Awaitable[GuestLink]]
-Port = tuple[str, int, int]  # host ip, host port, guest port
 
 
 class Forwarder:
@@ -29,6 +32,7 @@ class Forwarder:
     def __init__(self, link_of: LinkOf) -> None:
         self._link_of = link_of
         self._servers: list[asyncio.Server] = []
+        self._paths: list[str] = []  # of Unix sockets that are ours
         self._open: set[asyncio.Task[None]] = set()
         self._room = asyncio.Semaphore(CONNECTIONS_MAX)
         self.ports: list[Port] = []
@@ -52,7 +56,7 @@ class Forwarder:
             raise
         return list(self.ports)
 
-    async def _listen(self, ip: str, host_port: int, guest_port: int, fall_back: bool) -> Port:
+    async def _listen(self, ip: str, host_port: int, guest_port: int | str, fall_back: bool) -> Port:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             if task is not None:
@@ -60,6 +64,10 @@ class Forwarder:
                 task.add_done_callback(self._open.discard)
             await self._serve(reader, writer, guest_port)
 
+        if ip.startswith("/"):
+            self._servers.append(await asyncio.start_unix_server(serve, sock=_socket_at(ip), limit=_PIECE))
+            self._paths.append(ip)
+            return ip, 0, guest_port
         try:
             server = await asyncio.start_server(serve, ip, host_port, limit=_PIECE)
         except OSError as exc:
@@ -71,7 +79,7 @@ class Forwarder:
         self._servers.append(server)
         return ip, int(server.sockets[0].getsockname()[1]), guest_port
 
-    async def open(self, guest_port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async def open(self, guest_port: int | str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Return a connection to a port of the machine that counts like a client's. Raises Unavailable (nobody listens
         there, too many connections), and what reaching the machine raises."""
         if self._room.locked():
@@ -96,7 +104,7 @@ class Forwarder:
             raise
 
     async def _serve(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest_port: int,
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, guest_port: int | str,
         dialled: asyncio.Future[None] | None = None,
     ) -> None:  # fmt: skip
         """Carry one connection to its end; `dialled` is told whether it came about."""
@@ -122,11 +130,50 @@ class Forwarder:
         """Close listeners and connections; may be called twice."""
         for server in self._servers:
             server.close()
+        for path in self._paths:
+            _forget(path)
+        self._paths.clear()
         for task in list(self._open):
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
         self._servers.clear()
         self.ports.clear()
+
+
+def _socket_at(path: str) -> socket.socket:
+    """Return a bound Unix socket, its owner's alone. One that a server left behind which is no more is replaced.
+
+    Raises Conflict (somebody serves there, or it is something else), InvalidSpec (no such folder, no right to it).
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise Conflict(f"{path} is there and is no socket", hint="publish at another path")
+            if _is_served(path):
+                raise Conflict(f"somebody serves at {path}", hint="publish at another path")
+            Path(path).unlink()
+        sock.bind(path)
+        Path(path).chmod(0o600)  # before it listens: nobody else has come in
+    except OSError as exc:
+        sock.close()
+        raise InvalidSpec(f"cannot listen at {path}: {exc.strerror or exc}") from exc
+    except UNDO:
+        sock.close()
+        raise
+    return sock
+
+
+def _forget(path: str) -> None:
+    with contextlib.suppress(OSError):
+        Path(path).unlink()
+
+
+def _is_served(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    return code in (0, errno.EAGAIN, errno.EACCES)  # a full backlog, another user's: it lives
 
 
 async def _both_ways(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, stream: ByteStream) -> None:

@@ -222,7 +222,7 @@ class Idling:
             return
         door = Forwarder(self._fleet.link_of(record.id))
         with suppress(RecessError):
-            found = await door.start([(str(ip), int(host), int(guest)) for ip, host, guest in ports], fall_back=True)
+            found = await door.start([(str(ip), int(host), guest) for ip, host, guest in ports], fall_back=True)
             self._fleet.doors[record.id] = door
             meta = {**record.meta, "ports": [list(port) for port in found]}
             await self._parts.catalog.machines.update(record.id, meta=meta)

@@ -33,9 +33,11 @@ BEFORE = "it was made from a machine of that driver"
 
 
 def child_spec(spec: MachineSpec, changes: Changes | None = None) -> MachineSpec:
-    """Return the spec of a new machine made from an older one: published ports move to free host ports."""
+    """Return the spec of a new machine made from an older one: published ports move to free host ports; a Unix socket of
+    the host stays the parent's, as there is no other one to move to."""
     changes = changes or Changes()
-    moved = tuple((ip, 0, guest) for ip, _, guest in spec.ports) if changes.ports is None else changes.ports
+    ports = tuple((ip, 0, guest) for ip, _, guest in spec.ports if not ip.startswith("/"))
+    moved = ports if changes.ports is None else changes.ports
     held = tuple(replace(mount, held=True) for mount in spec.volumes)  # the parent's: a child's copy is its own
     return replace(
         spec, ports=moved, env={**spec.env, **changes.env}, labels={**spec.labels, **changes.labels}, volumes=held
@@ -116,6 +118,7 @@ class Launcher:
                 said = await self._fleet.mounting.meet(live, record, cold=origin.cold)
                 status = "; ".join(word for word in (status, said) if word)
             if fresh or origin.cold:
+                await self._fleet.starter.open_sockets(live)
                 await self._fleet.starter.start_main(live)
             record = await self._parts.catalog.machines.update(
                 record.id, state=RUNNING, exit_code=None, status=status, template=origin.template.id, meta=meta,

@@ -75,7 +75,7 @@ class Egress(Protocol):
         ...
 
     def handler(self, machine_id: str) -> IncomingHandler:
-        """Return the handler of its "proxy" streams."""
+        """Return the handler of its "proxy" and "socket" streams."""
         ...
 
     def open_connections(self, machine_id: str) -> int:

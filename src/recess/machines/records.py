@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from recess.broker import is_socket_path
 from recess.catalog import Damaged
 from recess.catalog.machines import MachineRecord
 from recess.catalog.snapshots import SnapshotRecord
@@ -132,7 +133,10 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
     if spec.network not in ("broker", "none", "full"):
         raise InvalidSpec(f"network: broker, none or full, got {spec.network!r}")
     if spec.network == "full" and not can.network_full:
-        raise Unsupported("this driver gives machines no network card", hint="use --net broker with --allow")
+        raise Unsupported(
+            "this driver gives machines no network card",
+            hint="--net broker with --allow HOST lets them out by HTTP and CONNECT, and a freeze breaks no address",
+        )
     if not 0 <= spec.idle_s <= IDLE_S_MAX:
         raise InvalidSpec(f"idle: from 0 to {IDLE_S_MAX} s, got {spec.idle_s:g}")
     if spec.idle_s and not can.snapshot:
@@ -141,9 +145,10 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
         raise InvalidSpec("restart: needs a command, and a machine that is not removed when it ends")
     if len(spec.ports) > PORTS_MAX:
         raise InvalidSpec(f"ports: at most {PORTS_MAX}")
-    for ip, host, guest in spec.ports:
-        if not ip or not 0 <= host < 65536 or not 0 < guest < 65536:
-            raise InvalidSpec(f"port {ip}:{host}:{guest}: a guest port is 1 to 65535, a host port 0 to 65535")
+    for port in spec.ports:
+        _check_port(*port)
+    if spec.sockets and spec.network == "none":
+        raise InvalidSpec("sockets: a machine with --net none has no way to the host's", hint="use --net broker")
     for key in spec.env:
         if not key or "=" in key or "\0" in key or "\n" in key:
             raise InvalidSpec(f"env: not a variable name: {key!r}")
@@ -152,6 +157,19 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
     if not spec.cwd.startswith("/"):
         raise InvalidSpec(f"cwd: an absolute path is needed, got {spec.cwd!r}")
     _check_volumes(spec.volumes)
+
+
+def _check_port(ip: str, host: int, guest: int | str) -> None:
+    shown = f"port {ip}:{host}:{guest}" if host else f"port {ip}:{guest}"
+    if ip.startswith("/") and host:
+        raise InvalidSpec(f"{shown}: a socket has no port")
+    if not ip or not 0 <= host < 65536:
+        raise InvalidSpec(f"{shown}: a host port is 0 to 65535")
+    if isinstance(guest, int) and not 0 < guest < 65536:
+        raise InvalidSpec(f"{shown}: a guest port is 1 to 65535")
+    for path in (text for text in (ip, guest) if isinstance(text, str) and (text is guest or text.startswith("/"))):
+        if not is_socket_path(path):
+            raise InvalidSpec(f"{shown}: {path!r} is no path of a socket", hint="absolute, at most 107 bytes")
 
 
 def _check_volumes(volumes: Sequence[Mount]) -> None:

@@ -25,6 +25,11 @@ class Mount:
     held: bool = False
 
 
+Port = tuple[str, int, int | str]
+"""A published port: host address, host port, guest port. A path for the address (host port 0) is a Unix socket of the host, a
+path for the guest port one in the machine."""
+
+
 @dataclass(frozen=True)
 class MachineSpec:
     """What a user asks for. Sizes in bytes. `argv` is the main process (empty: none, the machine just runs)."""
@@ -45,7 +50,8 @@ class MachineSpec:
     routes: Mapping[str, str] = field(default_factory=dict)  # route name -> upstream base URL (secret joined by name)
     secrets: tuple[str, ...] = ()  # "NAME@host[:port],…": the guest holds a placeholder, the broker the value
     authority: str = ""  # in whose name the broker speaks TLS to the guest for them; forks and restores keep it
-    ports: tuple[tuple[str, int, int], ...] = ()  # (host ip, host port, guest port)
+    ports: tuple[Port, ...] = ()
+    sockets: tuple[tuple[str, str], ...] = ()  # (a Unix socket of the host, where the machine finds it)
     labels: Mapping[str, str] = field(default_factory=dict)
     restart: str = ""  # of the main process: no | on-failure[:TIMES] | always | unless-stopped
     driver: str = ""  # "": the node's own choice
@@ -60,7 +66,7 @@ class Changes:
 
     env: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
-    ports: tuple[tuple[str, int, int], ...] | None = None
+    ports: tuple[Port, ...] | None = None
 
 
 @dataclass(frozen=True)

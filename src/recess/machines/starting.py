@@ -25,6 +25,7 @@ from recess.machines.mainjob import MainJob
 from recess.machines.outputlog import OutputLog
 from recess.machines.parts import NO_PAGES, UNDO, Parts
 from recess.machines.records import spec_from_json
+from recess.machines.service import Port
 from recess.machines.templates import Template
 from recess.machines.trust import policy_of, trust
 
@@ -133,10 +134,17 @@ class Starter:
         egress = self._parts.egress
         if egress is not None and live.spec.network != "none":
             egress.register(live.id, live.epoch, policy_of(live.spec))
-            self._incoming.set(live.id, "proxy", egress.handler(live.id))
+            for service in ("proxy", "socket"):
+                self._incoming.set(live.id, service, egress.handler(live.id))
         live.link.serve_incoming(self._incoming.router(live.id))
 
-    async def open_ports(self, live: Live, *, fall_back: bool) -> list[tuple[str, int, int]]:
+    async def open_sockets(self, live: Live) -> None:
+        """Put the host's sockets into a machine that has just booted; a restored one has them in its memory. Raises BadInput
+        (something else is at that path), OutOfSpace, Unsupported (its guestd is too old)."""
+        for _, path in live.spec.sockets:
+            await live.link.open_door(path)
+
+    async def open_ports(self, live: Live, *, fall_back: bool) -> list[Port]:
         """Listen on the machine's published ports; returns them as they are. Raises Conflict without `fall_back`."""
         live.forwarder = self._doors.pop(live.id, None)
         if live.forwarder is not None:

@@ -27,7 +27,7 @@ _BUNDLE_VARIABLES = (
 
 def policy_of(spec: MachineSpec) -> Policy:
     """Return the broker's policy for a machine. Raises BadInput."""
-    return build_policy(spec.allow, spec.routes, spec.secrets, spec.authority)
+    return build_policy(spec.allow, spec.routes, spec.secrets, spec.authority, spec.sockets)
 
 
 def with_authority(spec: MachineSpec) -> MachineSpec:

@@ -53,6 +53,13 @@ class SocketStream:
             await self._writer.wait_closed()
 
 
+async def dial_here(port: int | str, host: str) -> SocketStream:
+    """Connect to a port of this host, or to the Unix socket at a path. Raises OSError."""
+    if isinstance(port, str):
+        return SocketStream(*await asyncio.open_unix_connection(port))
+    return SocketStream(*await asyncio.open_connection(host, port))
+
+
 class Door:
     """Opens at once. `talk(stream)` runs as a task for each connection; the stream is closed when it ends."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import socket
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 from recess.errors import Unsupported
 from recess.guestlink.link import ExecRequest, IncomingHandler, JobInfo, Thaw
 from recess.ids import new_id
-from recess.plain.door import SocketStream
+from recess.plain.door import SocketStream, dial_here
 from recess.plain.folder import FolderFiles
 from recess.plain.jobs import PlainJob, PlainJobs
 
@@ -86,9 +85,13 @@ class PlainLink(FolderFiles):
         """Let them run."""
         self.processes.signal(signal.SIGCONT)
 
-    async def dial(self, port: int, host: str = "127.0.0.1") -> SocketStream:
-        """Connect to a port of this host."""
-        return SocketStream(*await asyncio.open_connection(host, port))
+    async def dial(self, port: int | str, host: str = "127.0.0.1") -> SocketStream:
+        """Connect to a port, or a socket, of this host."""
+        return await dial_here(port, host)
+
+    async def open_door(self, path: str) -> None:
+        """A plain process uses the host's sockets as it is."""
+        raise Unsupported("a plain process has this host's sockets already", hint="leave out --socket")
 
     def serve_incoming(self, handler: IncomingHandler) -> None:
         """The machine's door is its service's business."""

@@ -32,6 +32,15 @@ while data := c.recv(65536): c.sendall(data)
 c.sendall(b"bye"); c.close()
 """
 
+UNIX_SERVER = """
+import socket, sys
+s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print("ready", flush=True)
+c, _ = s.accept()
+n = 0
+while data := c.recv(65536): n += len(data)
+c.sendall(str(n).encode()); c.close()
+"""
+
 UNIX_CLIENT = """
 import socket, sys
 s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b"hello"); s.shutdown(socket.SHUT_WR)
@@ -323,6 +332,55 @@ class GuestLinkSuite:
             await guest.link.dial(port)
         with pytest.raises(BadInput):
             await guest.link.dial(port, "example.com")
+
+    async def test_a_unix_socket_is_dialled_by_its_path(self, guest: GuestUnderTest) -> None:
+        path = f"{guest.run_dir}/echo.sock"
+        job = await guest.link.exec(ExecRequest(["python3", "-c", UNIX_SERVER, path]))
+        assert await read_line(job.output()) == "ready"
+        stream = await guest.link.dial(path)
+        async with asyncio.timeout(BOUND_S):
+            await stream.write(b"x" * 300_000)
+            await stream.close_write()
+            assert await read_to_end(stream) == b"300000"
+            assert await job.wait() == 0
+        await stream.close()
+        with pytest.raises(Unavailable):
+            await guest.link.dial(path)  # it is there, and nobody listens
+        with pytest.raises(NotFound):
+            await guest.link.dial(f"{guest.run_dir}/none.sock")
+        for bad in ("relative.sock", "/" + "x" * 200):
+            with pytest.raises(BadInput):
+                await guest.link.dial(bad)
+
+    async def test_doors_that_the_host_asks_for(self, guest: GuestUnderTest) -> None:
+        seen: list[tuple[str, str]] = []
+
+        async def handler(service: str, meta: Mapping[str, Any], stream: ByteStream) -> None:
+            seen.append((service, str(meta.get("path", ""))))
+            await stream.write(b"re: " + await read_to_end(stream))
+
+        guest.link.serve_incoming(handler)
+        for name in ("deep/er/one.sock", "two.sock"):
+            await guest.link.open_door(f"{guest.run_dir}/{name}")
+        await guest.link.open_door(f"{guest.run_dir}/two.sock")  # again is well
+        for name in ("two.sock", "deep/er/one.sock", "session.sock"):
+            code, out, _ = await run(guest.link, "python3", "-c", UNIX_CLIENT, f"{guest.run_dir}/{name}")
+            assert (code, out) == (0, b"re: hello")
+        expected = [
+            ("socket", f"{guest.run_dir}/two.sock"),
+            ("socket", f"{guest.run_dir}/deep/er/one.sock"),
+            ("session", ""),
+        ]
+        assert seen == expected
+        await guest.link.write_file(f"{guest.run_dir}/file", b"kept")
+        for bad in (f"{guest.run_dir}/file", "relative.sock", "/" + "x" * 200):
+            with pytest.raises(BadInput):
+                await guest.link.open_door(bad)
+        assert await guest.link.read_file(f"{guest.run_dir}/file") == b"kept"
+        for number in range(14):
+            await guest.link.open_door(f"{guest.run_dir}/{number}.sock")
+        with pytest.raises(BadInput, match="over 16"):
+            await guest.link.open_door(f"{guest.run_dir}/more.sock")
 
     async def test_the_guest_opens_streams(self, guest: GuestUnderTest) -> None:
         client = await guest.link.exec(ExecRequest(["python3", "-c", UNIX_CLIENT, f"{guest.run_dir}/session.sock"]))

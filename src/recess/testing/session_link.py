@@ -16,7 +16,7 @@ from typing import Any
 from recess.errors import NotFound, Unsupported
 from recess.guestlink.link import ExecRequest, IncomingHandler, Job, JobInfo, Thaw
 from recess.ids import new_id
-from recess.plain.door import SocketStream
+from recess.plain.door import SocketStream, dial_here
 from recess.plain.folder import FolderFiles
 
 
@@ -177,10 +177,13 @@ class ProcessLink(FolderFiles):
         """Let them run."""
         self.signal_all(signal.SIGCONT)
 
-    async def dial(self, port: int, host: str = "127.0.0.1") -> SocketStream:
-        """Connect to a port of this host."""
-        reader, writer = await asyncio.open_connection(host, port)
-        return SocketStream(reader, writer)
+    async def dial(self, port: int | str, host: str = "127.0.0.1") -> SocketStream:
+        """Connect to a port, or a socket, of this host."""
+        return await dial_here(port, host)
+
+    async def open_door(self, path: str) -> None:
+        """The harness has none."""
+        raise Unsupported("the process harness opens no doors")
 
     def serve_incoming(self, handler: IncomingHandler) -> None:
         """The harness routes streams itself."""

@@ -55,6 +55,8 @@ def test_words_of_states_and_ports():
     assert status_of(row(state="suspended")) == "Suspended"
     assert ports_of(row()) == ["127.0.0.1:8080->80/tcp"]
     assert ports_of(row(state="suspended")) == []
+    sockets = {"ports": [["/a.sock", 0, 80], ["127.0.0.1", 8080, "/b.sock"]]}
+    assert ports_of(row(meta=sockets)) == ["/a.sock->80/tcp", "127.0.0.1:8080->/b.sock"]
 
 
 @pytest.mark.parametrize(("text", "keys"), [("", DETACH), ("ctrl-p,ctrl-q", DETACH), ("ctrl-],x", b"\x1dx")])

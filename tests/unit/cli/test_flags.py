@@ -1,9 +1,11 @@
 """Docker's flag values, parsed."""
 
+import socket
+
 import pytest
 
 from recess.cli.common import parse_env, parse_pairs, parse_port
-from recess.cli.volume_flags import parse_mount, parse_volume
+from recess.cli.volume_flags import parse_mount, parse_socket, parse_volume, split_sockets
 from recess.errors import BadInput
 
 
@@ -14,6 +16,11 @@ from recess.errors import BadInput
         ("8080:80", ("127.0.0.1", 8080, 80)),
         ("0.0.0.0:8080:80/tcp", ("0.0.0.0", 8080, 80)),
         ("127.0.0.1::80", ("127.0.0.1", 0, 80)),
+        ("/run/app.sock:80", ("/run/app.sock", 0, 80)),
+        ("/run/app.sock:/run/inner.sock", ("/run/app.sock", 0, "/run/inner.sock")),
+        ("8080:/run/inner.sock", ("127.0.0.1", 8080, "/run/inner.sock")),
+        ("0.0.0.0:8080:/run/inner.sock", ("0.0.0.0", 8080, "/run/inner.sock")),
+        ("/run/inner.sock", ("127.0.0.1", 0, "/run/inner.sock")),
     ],
 )
 def test_port_forms(text, expected):
@@ -58,3 +65,20 @@ def test_volumes(monkeypatch, tmp_path):
     for bad in ("source=a", "type=tmpfs,target=/x,source=y", "source=a/b,target=/x", "colour=red"):
         with pytest.raises(BadInput):
             parse_mount(bad)
+
+
+def test_a_volume_that_is_a_socket_is_shared_as_one(tmp_path):
+    with socket.socket(socket.AF_UNIX) as held:
+        held.bind(str(tmp_path / "a.sock"))
+        volumes = [
+            parse_volume(f"{tmp_path}/a.sock:/run/a.sock"),
+            parse_volume(f"{tmp_path}:/work"),
+            parse_volume("name:/data"),
+        ]
+        folders, sockets = split_sockets(volumes)
+    assert [one["target"] for one in folders] == ["/work", "/data"]
+    assert sockets == [[f"{tmp_path}/a.sock", "/run/a.sock"]]
+    assert parse_socket("/h.sock:/g.sock") == ["/h.sock", "/g.sock"]
+    for bad in ("/h.sock", ":/g", "/h:relative", "/h:/g:ro"):
+        with pytest.raises(BadInput):
+            parse_socket(bad)

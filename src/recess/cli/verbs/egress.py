@@ -16,7 +16,8 @@ FOLLOW_EVERY_S = 0.5
 def _line(decision: Mapping[str, Any]) -> str:
     when = time.strftime("%H:%M:%S", time.localtime(decision["wall_s"]))
     told = "allowed" if decision["allowed"] else "DENIED "
-    place = f"{decision['host']}:{decision['port']}" if decision["host"] else "-"
+    port = f":{decision['port']}" if decision["port"] else ""  # a Unix socket has none
+    place = f"{decision['host']}{port}" if decision["host"] else "-"
     return f"{when}  {told}  {decision['method']:<8} {place}  ({decision['reason']})"
 
 

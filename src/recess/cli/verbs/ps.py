@@ -21,7 +21,17 @@ def ports_of(row: Json) -> list[str]:
     """Return a machine's published ports as "127.0.0.1:8080->80"; [] of one that does not run."""
     if row["state"] not in ("running", "paused") and not row["meta"].get("napping"):
         return []
-    return [f"{ip}:{host}->{guest}/tcp" for ip, host, guest in row["meta"].get("ports") or []]
+    return [f"{shown_host(ip, host)}->{shown_guest(guest)}" for ip, host, guest in row["meta"].get("ports") or []]
+
+
+def shown_host(ip: str, host: int) -> str:
+    """Return where a port is published: "127.0.0.1:8080", or the path of a Unix socket."""
+    return ip if ip.startswith("/") else f"{ip}:{host}"
+
+
+def shown_guest(guest: int | str) -> str:
+    """Return a port of a machine as Docker words it, "80/tcp", or the path of its Unix socket."""
+    return guest if isinstance(guest, str) else f"{guest}/tcp"
 
 
 def status_of(row: Json) -> str:

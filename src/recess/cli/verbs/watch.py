@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from recess.cli.common import Invocation, parse_pairs, verb
+from recess.cli.verbs.ps import shown_guest, shown_host
 from recess.errors import BadInput, Conflict, NotFound
 from recess.sdk.transport import Json
 from recess.units import format_bytes, format_duration, parse_duration
@@ -48,7 +49,7 @@ def port(inv: Invocation, machine: str, guest: str) -> None:
     if wanted and not found:
         raise NotFound(f"machine {row['name']} publishes no port {guest}", hint="recess port shows those it does")
     data = [{"ip": ip, "host": host, "guest": inner} for ip, host, inner in found]
-    lines = [f"{ip}:{host}" if wanted else f"{inner}/tcp -> {ip}:{host}" for ip, host, inner in found]
+    lines = [("" if wanted else f"{shown_guest(inner)} -> ") + shown_host(ip, host) for ip, host, inner in found]
     inv.out.data(data, "\n".join(lines) if lines else None)
 
 

@@ -77,8 +77,8 @@ class Process:
                 return
             await asyncio.sleep(left)
 
-    def listen(self, port: int, handler: Callable[[MemoryStream], Awaitable[None]]) -> None:
-        """Serve TCP connections to this port until the process ends."""
+    def listen(self, port: int | str, handler: Callable[[MemoryStream], Awaitable[None]]) -> None:
+        """Serve connections to this port, or to the socket at this path, until the process ends."""
         self.guest.listeners[port] = (self.job.job_id, handler)
 
     async def connect_out(self, service: str, metadata: Mapping[str, Any]) -> MemoryStream:
@@ -98,7 +98,7 @@ class FakeGuest:
         self.disk = disk
         self.files = FileTree(memory, disk, self.wall_s)
         self.gate = asyncio.Event()
-        self.listeners: dict[int, tuple[str, Callable[[MemoryStream], Awaitable[None]]]] = {}
+        self.listeners: dict[int | str, tuple[str, Callable[[MemoryStream], Awaitable[None]]]] = {}
         self.incoming: IncomingHandler | None = None
         self.streams: set[MemoryStream] = set()
         self.vcpus = asyncio.Event()
@@ -294,7 +294,7 @@ class FakeGuest:
 
     # --- streams ---------------------------------------------------------------------------------------------
 
-    def dial(self, port: int) -> MemoryStream:
+    def dial(self, port: int | str) -> MemoryStream:
         """Connect to a listener inside; raises GuestFailed when there is none."""
         if port not in self.listeners:
             raise GuestFailed(f"connection refused: port {port}")

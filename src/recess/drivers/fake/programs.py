@@ -221,9 +221,24 @@ async def _false(call: Call) -> int:
     return 1
 
 
+async def _knock(call: Call) -> int:
+    """Send a word to the host through the socket at a path and print the answer: `knock PATH WORD`."""
+    path = call.path(call.argv[1])
+    if call.process.guest.files.get(path) is None:
+        await call.write(f"knock: {path}: no such socket\n", fd=2)
+        return 1
+    stream = await call.process.connect_out("socket", {"path": path, "pid": call.process.job.pid, "uid": 0})
+    await stream.write(call.argv[2].encode() + b"\n")
+    await stream.close_write()
+    while data := await stream.read():
+        await call.write(data.decode(errors="replace"))
+    return 0
+
+
 async def _httpd(call: Call) -> int:
-    """Serve the current folder over HTTP/1.0: `httpd PORT`, also as `python3 -m http.server PORT`."""
-    port = int(next((a for a in reversed(call.argv[1:]) if a.isdigit()), "8000"))
+    """Serve the current folder over HTTP/1.0: `httpd PORT|PATH`, also as `python3 -m http.server PORT`."""
+    path_asked = next((a for a in call.argv[1:] if a.startswith("/")), "")
+    port = path_asked or int(next((a for a in reversed(call.argv[1:]) if a.isdigit()), "8000"))
     files, cwd = call.process.guest.files, call.cwd
 
     async def serve(stream: MemoryStream) -> None:
@@ -260,7 +275,7 @@ BUILTINS: Mapping[str, Builtin] = {
     "sha256sum": _sha256sum, "wc": _wc, "ls": _ls, "mkdir": _mkdir, "rm": _rm, "test": _test, "[": _test,
     "sleep": _sleep, "hostname": _hostname, "env": _env, "printenv": _env, "pwd": _pwd, "id": _id, "whoami": _id,
     "date": _date, "kill": _kill, "true": _true, ":": _true, "sync": _true, "wait": _true, "touch": _touch,
-    "false": _false, "httpd": _httpd, "python3": _python, "python": _python,
+    "false": _false, "httpd": _httpd, "knock": _knock, "python3": _python, "python": _python,
 }  # fmt: skip
 
 
