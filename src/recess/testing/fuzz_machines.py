@@ -104,16 +104,24 @@ def _no_tls(host: str | Address) -> ssl.SSLContext:
     raise Refused(f"no TLS for {host} here")
 
 
+async def _sibling(name: str, port: int) -> Pipe:
+    if name != "other":
+        raise Unavailable("no such machine")
+    return await _Upstreams().connect(plain_address("192.0.2.1"), port, "")
+
+
 def _note(_method: str, _target: Target | None, _allowed: bool, _reason: str) -> None:
     return
 
 
 async def _ask(data: bytes) -> None:
     routes = {"llm": "https://llm.test/v1"}
-    policy = build_policy(allow=["*.test", "192.0.2.1", "api.test:443"], routes=routes, secrets=["key@key.test"])
+    policy = build_policy(
+        allow=["*.test", "192.0.2.1", "other.recess.internal:80"], routes=routes, secrets=["key@key.test"]
+    )
     around = Surroundings(
         may_act=lambda: True, policy=lambda: policy, note=_note, secrets=SecretStore(extra={"key": "value-of-it"}),
-        dialer=_Upstreams(), tls_context=_no_tls,
+        dialer=_Upstreams(), tls_context=_no_tls, sibling=_sibling,
     )  # fmt: skip
     with suppress(RecessError):
         async with asyncio.timeout(_PATIENCE_S):
