@@ -25,7 +25,7 @@ import pytest
 
 from recess.config import Config, load_config
 from recess.crashpoints import Crashed
-from recess.drivers.qemu.cgroup import Groups
+from recess.drivers.kept.cgroup import Groups
 from recess.images import ImageStore, ensure_boot_files
 from recess.testing.firecracker_rig import why_no_firecracker
 from recess.testing.guestlink_process import writable_cgroup

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from recess.drivers.kept.keeper import read_pids
 from recess.drivers.qemu import QemuDriver, QemuVm
-from recess.drivers.qemu.keeper import read_pids
 from recess.drivers.qemu.pool_member import FOLDER
 from recess.images.disk import data_extents
 from recess.machines.contract import DISK_NAME, Driver, RestoreParts, TemplateRef, Vm

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from recess.demo.processes import processes_of, wait_gone
+from recess.drivers.kept.keeper import read_pids
 from recess.drivers.qemu import QemuDriver, QemuVm, pool_member
-from recess.drivers.qemu.keeper import read_pids
 from recess.drivers.qemu.pool_member import FOLDER, Member
 from recess.errors import DriverFailed, OutOfSpace
 from recess.machines.contract import RestoreParts, TemplateRef, Vm

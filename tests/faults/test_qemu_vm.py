@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from recess.drivers.qemu import QemuDriver, QemuVm, capture, disk, start
-from recess.drivers.qemu.keeper import read_pids
+from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import read_pids
+from recess.drivers.qemu import QemuDriver, QemuVm, capture, start
 from recess.drivers.qemu.memory import MemoryCapture
 from recess.errors import DriverFailed, GuestFailed, MissingTool, OutOfSpace, RecessError
 from recess.guestlink.link import ExecRequest

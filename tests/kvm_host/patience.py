@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recess.drivers.firecracker import port, start
-from recess.drivers.qemu import host, keeper
+from recess.drivers.kept import keeper
+from recess.drivers.qemu import host
 from recess.node import pagers
 from tests.machines import ordinary_user
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
-from recess.drivers.qemu.keeper import read_pids
-from recess.drivers.qemu.layout import layout_for
+from recess.drivers.kept.keeper import read_pids
+from recess.drivers.kept.layout import layout_for
 from recess.errors import OutOfSpace
 from recess.guestlink.link import ExecRequest
 from recess.machines.service import MachineSpec

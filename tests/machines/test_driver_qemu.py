@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recess.drivers.qemu import QemuVm, disk
-from recess.drivers.qemu.cgroup import Groups, Limits
-from recess.drivers.qemu.keeper import read_pids
+from recess.drivers.kept import disk
+from recess.drivers.kept.cgroup import Groups, Limits
+from recess.drivers.kept.keeper import read_pids
+from recess.drivers.qemu import QemuVm
 from recess.errors import DriverFailed, InvalidSpec, Unsupported
 from recess.machines.contract import DISK_NAME, RestoreParts
 from recess.testing.driver_suite import NO_PAGES, lines, quiet_capture, shell

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from recess.blobs import LocalBlobs
-from recess.drivers.qemu import QemuVm, disk
+from recess.drivers.kept import disk
+from recess.drivers.qemu import QemuVm
 from recess.errors import RecessError
 from recess.machines.athand import AtHand
 from recess.machines.contract import PageSet, RestoreParts, TemplateRef, Vm

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recess.drivers.qemu import QemuVm, disk
-from recess.drivers.qemu.keeper import read_pids
+from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import read_pids
+from recess.drivers.qemu import QemuVm
 from recess.drivers.qemu.memory import begin_tracking
 from recess.guestlink.link import ExecRequest
 from recess.machines.contract import Capture

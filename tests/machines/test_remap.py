@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recess.drivers.qemu import QemuVm, disk
-from recess.drivers.qemu.keeper import read_pids
+from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import read_pids
+from recess.drivers.qemu import QemuVm
 from recess.machines.contract import Capture, RestoreParts, Vm
 from recess.machines.mapped import mapped_capture
 from recess.testing.driver_suite import new_thaw, quiet_capture, shell

@@ -241,7 +241,12 @@ class Transfers:
         """Take over a snapshot that another home put into this node's shared store. Raises NotFound, BadInput."""
         store = self._store
         if not isinstance(store, SharedStore):
-            raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
+            raise NotFound(
+                f"no such snapshot: {ref}",
+                hint="list what there is with `recess snapshots ls`",
+                kind="snapshot",
+                ref=ref,
+            )
         snapshot_id = await asyncio.to_thread(store.find, ref)
         await asyncio.to_thread(self._unpack_found, snapshot_id)
         self._progress(f"{ref} is another home's: found in {self._config.store}")

@@ -83,7 +83,12 @@ class Refs:
             snapshot_id = key.rpartition("/")[2].partition("_")[2]
             if is_id(snapshot_id, SNAPSHOT) and self._blobs.exists(key_of(snapshot_id)):
                 return snapshot_id
-        raise NotFound(f"no such snapshot in the store: {name}", kind="snapshot", ref=name)
+        raise NotFound(
+            f"no such snapshot in the store: {name}",
+            hint="list what there is with `recess snapshots ls`",
+            kind="snapshot",
+            ref=name,
+        )
 
     def drop_names(self, *, before_s: float) -> int:
         """Drop names, older than a wall time, of snapshots that are gone; return how many."""

@@ -137,7 +137,12 @@ class Store:
         """Return the whole id for an unambiguous prefix of one (with `snp_`). Raises NotFound, BadInput."""
         matches = [full for full in self.list_ids() if full.startswith(ref)] if ref.startswith(f"{SNAPSHOT}_") else []
         if not matches:
-            raise NotFound(f"no such snapshot: {ref}", kind="snapshot", ref=ref)
+            raise NotFound(
+                f"no such snapshot: {ref}",
+                hint="list what there is with `recess snapshots ls`",
+                kind="snapshot",
+                ref=ref,
+            )
         if len(matches) > 1:
             raise BadInput(f"{ref} is the start of {len(matches)} snapshots", hint="write more of it")
         return matches[0]

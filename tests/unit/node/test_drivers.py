@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
-from recess.drivers.qemu.layout import vms_in
+from recess.drivers.kept.layout import vms_in
 from recess.errors import BadInput, DriverFailed, MissingTool
 from recess.node import drivers
 from recess.node.drivers import Trial, choose_drivers, strongest

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recess.drivers.firecracker.calls import Call
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed, Timeout
 
 API_SOCKET = "api.sock"

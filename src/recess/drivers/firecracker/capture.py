@@ -26,11 +26,11 @@ from recess.crashpoints import crash_point
 from recess.drivers.firecracker import calls, ledger
 from recess.drivers.firecracker.handles import PAUSED, Handles, end_machine, running
 from recess.drivers.firecracker.ledger import Plan
-from recess.drivers.qemu import disk
-from recess.drivers.qemu.handles import Steps, all_of, in_thread
-from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
-from recess.drivers.qemu.memory import all_brought
-from recess.drivers.qemu.template import move_sparse
+from recess.drivers.kept import disk
+from recess.drivers.kept.capturing import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.kept.disk import move_sparse
+from recess.drivers.kept.keeper import all_brought
+from recess.drivers.kept.steps import Steps, all_of, in_thread
 from recess.errors import OutOfSpace, RecessError
 from recess.images.disk import clone_sparse
 from recess.images.files import space_errors

@@ -14,8 +14,8 @@ from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
 from recess.drivers.firecracker.jail import JAIL_FOLDER
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
-from recess.drivers.qemu.keeper import end_vm
-from recess.drivers.qemu.layout import layout_for, vms_in
+from recess.drivers.kept.keeper import end_vm
+from recess.drivers.kept.layout import layout_for, vms_in
 from recess.errors import DriverFailed
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 

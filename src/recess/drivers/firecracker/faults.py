@@ -19,8 +19,8 @@ from collections.abc import Container
 from pathlib import Path
 
 from recess.drivers.firecracker.calls import FAULT_SOCKET
-from recess.drivers.qemu.keeper import Keeper
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.keeper import Keeper
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed, Timeout
 from recess.machines.contract import LazyMemory
 from recess.units import PAGE_BYTES

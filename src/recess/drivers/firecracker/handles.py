@@ -14,9 +14,9 @@ from recess.drivers.firecracker.jail import remove as remove_jail
 from recess.drivers.firecracker.journal import Journal
 from recess.drivers.firecracker.ledger import Ledger
 from recess.drivers.firecracker.port import Port
-from recess.drivers.qemu.handles import died
-from recess.drivers.qemu.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import died
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint, LazyMemory
 

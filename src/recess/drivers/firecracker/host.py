@@ -19,9 +19,9 @@ from recess.drivers.firecracker.api import API_SOCKET, Api
 from recess.drivers.firecracker.calls import KERNEL_FILE, Call
 from recess.drivers.firecracker.jail import why_no_jail
 from recess.drivers.firecracker.tiny import tiny_kernel
-from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper, Obituary, end_vm
+from recess.drivers.kept.layout import Layout
 from recess.errors import DriverFailed, MissingTool, RecessError
 
 MINIMUM_VERSION = (1, 16, 1)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from recess.drivers.firecracker.api import API_SOCKET
 from recess.drivers.firecracker.calls import SHM
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept.layout import Layout
 from recess.units import MIB
 
 UIDS = range(2_100_000_000, 2_100_065_536)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept.layout import Layout
 from recess.images.files import space_errors
 from recess.machines.contract import VmSpec
 

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.drivers.firecracker.calls import DIFF, FULL, RAM_FILE
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
 from recess.errors import DriverFailed
 from recess.images.files import space_errors
 from recess.units import MIB, PAGE_BYTES

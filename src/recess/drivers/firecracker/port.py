@@ -17,7 +17,7 @@ import socket
 from pathlib import Path
 
 from recess.drivers.firecracker.calls import GUEST_PORT, VSOCK_SOCKET
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed, Timeout
 from recess.guestlink.client import Link, connect
 from recess.guestlink.lasting import Carrier, LastingTransport

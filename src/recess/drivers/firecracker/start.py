@@ -34,11 +34,11 @@ from recess.drivers.firecracker.jail import command as jail_command
 from recess.drivers.firecracker.journal import Journal, write_journal
 from recess.drivers.firecracker.ledger import Ledger, read_ledger, write_ledger
 from recess.drivers.firecracker.port import Port
-from recess.drivers.qemu import disk
-from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.handles import Steps, all_of, in_thread, unless_dead
-from recess.drivers.qemu.keeper import Keeper, read_pids
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept import disk
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper, read_pids
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import Steps, all_of, in_thread, unless_dead
 from recess.errors import Conflict, DriverFailed, InvalidSpec, MissingTool, RecessError, Unsupported
 from recess.images.cpio import read_file
 from recess.images.files import space_errors

@@ -23,7 +23,7 @@ from recess.drivers.gvisor.handles import end_machine
 from recess.drivers.gvisor.journal import read_journal
 from recess.drivers.gvisor.runsc import CONTAINER, FLAGS, PLATFORM, Runsc, find_runsc, inspect_runsc
 from recess.drivers.gvisor.vm import GvisorVm
-from recess.drivers.qemu.layout import layout_for, vms_in
+from recess.drivers.kept.layout import layout_for, vms_in
 from recess.errors import DriverFailed, MissingTool
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 

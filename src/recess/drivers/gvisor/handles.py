@@ -20,8 +20,8 @@ from recess.drivers.gvisor.journal import Journal
 from recess.drivers.gvisor.pages import Known, Pages
 from recess.drivers.gvisor.port import Port, StartRelay
 from recess.drivers.gvisor.runsc import CONTAINER, Runsc
-from recess.drivers.qemu.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
+from recess.drivers.kept.layout import Layout
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint
 from recess.units import PAGE_BYTES

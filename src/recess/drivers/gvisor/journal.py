@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept.layout import Layout
 from recess.machines.contract import VmSpec
 
 

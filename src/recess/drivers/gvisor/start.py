@@ -33,9 +33,9 @@ from recess.drivers.gvisor.journal import Journal, read_journal, write_journal
 from recess.drivers.gvisor.pages import Known
 from recess.drivers.gvisor.port import Port
 from recess.drivers.gvisor.runsc import CONTAINER, PAUSED, RUNNING, Runsc
-from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.keeper import Keeper
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper
+from recess.drivers.kept.layout import Layout
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Timeout, Unsupported
 from recess.images.cpio import read_file
 from recess.images.files import space_errors

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recess.drivers.qemu.layout import LINK_SOCKET, Layout
+from recess.drivers.kept.layout import LINK_SOCKET, Layout
 from recess.machines.contract import VmSpec
 
 MACHINE_TYPE = "microvm"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.cgroup import Groups, Limits, remove
-from recess.drivers.qemu.handles import in_thread, unless_dead
-from recess.drivers.qemu.keeper import Keeper, end_vm
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.cgroup import Groups, Limits, remove
+from recess.drivers.kept.keeper import Keeper, end_vm
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import in_thread, unless_dead
 from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.qmp import Qmp
 from recess.errors import DriverFailed

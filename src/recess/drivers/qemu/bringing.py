@@ -6,8 +6,9 @@ faults, or that is told not to (`page_tracking`), falls back to putting everythi
 
 from __future__ import annotations
 
-from recess.drivers.qemu import disk
-from recess.drivers.qemu.handles import Handles, in_thread
+from recess.drivers.kept import disk
+from recess.drivers.kept.steps import in_thread
+from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.memory import begin_lazy, begin_tracking, map_in_place
 from recess.machines.contract import MappedMemory, PageSet, RestoreParts
 

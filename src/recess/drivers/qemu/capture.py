@@ -24,10 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
+from recess.drivers.kept.capturing import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.kept.steps import Steps, all_of, in_thread
 from recess.drivers.qemu.argv import DISK_NODE
-from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, passed_file
-from recess.drivers.qemu.journal import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.qemu.handles import Handles, passed_file
 from recess.drivers.qemu.memory import MemoryCapture, plan_capture
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.drivers.qemu.state import save_state

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from recess.config import Config
+from recess.drivers.kept.cgroup import Groups
+from recess.drivers.kept.keeper import end_vm
+from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
-from recess.drivers.qemu.cgroup import Groups
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
-from recess.drivers.qemu.keeper import end_vm
-from recess.drivers.qemu.layout import layout_for, vms_in
 from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import start_member, sweep
 from recess.drivers.qemu.vm import QemuVm

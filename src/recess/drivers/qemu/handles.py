@@ -2,43 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import functools
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
+from recess.drivers.kept.keeper import Keeper, last_words
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import died
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal
-from recess.drivers.qemu.keeper import Keeper, Obituary, last_words
-from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.linkport import LinkPort
 from recess.drivers.qemu.memory import UNTRACKED, Tracking
 from recess.drivers.qemu.qmp import Qmp, QmpRefused
-from recess.errors import DriverFailed, RecessError
+from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint, LazyMemory
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Steps:
-    """Durations of the steps of one procedure, in seconds, by name."""
-
-    def __init__(self) -> None:
-        self.timings_s: dict[str, float] = {}
-        self.started = self._last = time.monotonic()
-
-    def mark(self, name: str) -> None:
-        """Name the time since the last mark."""
-        now = time.monotonic()
-        self.timings_s[name], self._last = now - self._last, now
-
-    def total(self) -> float:
-        """Return the seconds since the beginning."""
-        return time.monotonic() - self.started
 
 
 @dataclass
@@ -82,57 +63,6 @@ class Handles:
         await self.port.close()
         await self.qmp.close()
         self.keeper.close()
-
-
-def died(what: str, obituary: Obituary) -> DriverFailed:
-    """Return the error for a VM that ended while something was done with it."""
-    return DriverFailed(f"the VM ended during {what}: {obituary.line()}", log=obituary.log, end=obituary.end)
-
-
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run blocking work in a thread. A cancellation is raised when the thread is through, not before: it may hold
-    descriptors that the canceller is about to close, or be starting a process."""
-    return await to_the_end(asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs)))
-
-
-async def to_the_end(work: Awaitable[T]) -> T:
-    """Return the result; a cancellation is raised when the work is through, not before."""
-    future = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        if not future.cancelled():
-            future.exception()
-        raise
-
-
-async def all_of(*work: Awaitable[Any]) -> list[Any]:
-    """Return all results; raise the first error only when all are through, so that nothing goes on behind it."""
-    results = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
-async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or raise DriverFailed as soon as the VM is gone."""
-    task = asyncio.ensure_future(work)
-    try:
-        waiting: set[asyncio.Future[Any]] = {task, keeper.death}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise died(what, keeper.death.result())
-        error = task.exception()
-        if isinstance(error, RecessError) and not isinstance(error, QmpRefused):
-            # A VM that ends cuts its channels before the keeper has told; its end is the better reason.
-            obituary = await last_words(keeper)
-            if obituary is not None:
-                raise died(what, obituary) from error
-        return task.result()
-    finally:
-        task.cancel()
 
 
 @contextlib.asynccontextmanager

@@ -22,7 +22,9 @@ from typing import Any
 import msgspec
 
 from recess.config import Config
-from recess.drivers.qemu import keeper as keepers
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper, Obituary, end_vm, last_words
+from recess.drivers.kept.layout import Layout
 from recess.drivers.qemu.argv import (
     CONSOLE_FD,
     CPU_MODEL,
@@ -33,8 +35,6 @@ from recess.drivers.qemu.argv import (
     cpu_argument,
     cpu_properties,
 )
-from recess.drivers.qemu.keeper import Keeper, Obituary, end_vm, last_words
-from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
 from recess.drivers.qemu.qmp import Qmp
 from recess.errors import DriverFailed, MissingTool, RecessError

@@ -20,7 +20,7 @@ import termios
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from recess.drivers.qemu.layout import LINK_SOCKET, Layout, socket_address
+from recess.drivers.kept.layout import LINK_SOCKET, Layout, socket_address
 from recess.errors import DriverFailed, RecessError
 from recess.guestlink.client import Link, connect
 

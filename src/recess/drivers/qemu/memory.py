@@ -10,20 +10,18 @@ This module knows the keeper's requests; it must know nothing of disks, device s
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any
 
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper
 from recess.drivers.qemu.journal import Journal
-from recess.drivers.qemu.keeper import Keeper
-from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
+from recess.errors import DriverFailed, OutOfSpace, RecessError
 from recess.machines.contract import LazyMemory, MappedMemory
 
 NONE = "none"
-_BROUGHT_S, _LOOK_S = 120.0, 2.0
 _MODES = {
     "kernel": "every write is noted",
     "user": "every write is noted; without the right to catch the kernel's own faults, memory is never restored lazily",
@@ -107,30 +105,6 @@ async def find_tracking(keeper: Keeper) -> Tracking:
     return Tracking(way, _MODES.get(way, "an earlier server started it so"), base)
 
 
-async def all_brought(keeper: Keeper) -> None:
-    """Return when no pager brings pages any more: the keeper tells, whichever server ordered the pager. Raises Timeout,
-    DriverFailed."""
-    try:
-        async with asyncio.timeout(_BROUGHT_S):
-            keeper.filled.clear()  # before it is asked: it may be told between the answer and our waiting
-            while (await keeper.tracking())[2]:
-                await _told(keeper)
-                keeper.filled.clear()
-    except TimeoutError as exc:
-        raise Timeout(f"the machine's memory was not there within {_BROUGHT_S:g} s") from exc
-
-
-async def _told(keeper: Keeper) -> None:
-    """Return when the keeper says that all is there, or the VM is gone; and now and then, for a keeper of an earlier
-    version, which says nothing."""
-    waiting: set[asyncio.Future[Any]] = {asyncio.ensure_future(keeper.filled.wait()), keeper.death, keeper.gone}
-    try:
-        await asyncio.wait(waiting, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for one in waiting - {keeper.death, keeper.gone}:
-            one.cancel()
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a capture asks the keeper for. `tracked`: delta or all; else `kind`: private, file or file-all.
@@ -165,7 +139,7 @@ class MemoryCapture:
         """Copy what can be copied early and touch what the pause will need."""
         if self.plan.tracked:
             if self.plan.kind == "all":
-                await all_brought(self._keeper)
+                await keepers.all_brought(self._keeper)
             await self._keeper.prepare(self.plan.kind)
         elif self.plan.kind == "private":
             await self._keeper.prepare()

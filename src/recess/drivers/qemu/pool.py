@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
-from recess.drivers.qemu.handles import to_the_end
+from recess.drivers.kept.steps import to_the_end
 from recess.drivers.qemu.pool_member import Kind, Member, Order
 from recess.drivers.qemu.pool_sizes import KEEP_S, STARTS_MAX, Facts, wanted
 from recess.errors import RecessError

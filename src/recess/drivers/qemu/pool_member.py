@@ -32,17 +32,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
+from recess.drivers.kept.cgroup import Limits
+from recess.drivers.kept.keeper import Process, read_pids
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.stats import process_stats
+from recess.drivers.kept.steps import all_of, in_thread
 from recess.drivers.qemu.argv import Qemu, command
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.capture import track_disk
-from recess.drivers.qemu.cgroup import Limits
-from recess.drivers.qemu.handles import all_of, in_thread
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, write_journal
-from recess.drivers.qemu.keeper import Process, read_pids
-from recess.drivers.qemu.layout import Layout
-from recess.drivers.qemu.vm import process_stats
 from recess.errors import DriverFailed
 from recess.images.files import space_errors
 from recess.machines.contract import TemplateRef, VmSpec

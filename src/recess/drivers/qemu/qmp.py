@@ -14,7 +14,8 @@ import socket
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from recess.drivers.qemu.layout import MONITOR_SOCKET, socket_address
+from recess.drivers.kept.layout import MONITOR_SOCKET, socket_address
+from recess.drivers.kept.steps import RefusedAlive
 from recess.errors import DriverFailed, Timeout
 
 LINE_LIMIT = 4 << 20
@@ -23,10 +24,8 @@ LINE_LIMIT = 4 << 20
 EventFilter = Callable[[Mapping[str, Any]], bool]
 
 
-class QmpRefused(DriverFailed):
+class QmpRefused(RefusedAlive):
     """QEMU answered a command with an error; `details`: command, error_class, description."""
-
-    code = "driver_failed"
 
     def __init__(self, command: str, error: Mapping[str, Any]) -> None:
         description = str(error.get("desc", "no description"))

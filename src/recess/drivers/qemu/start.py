@@ -19,17 +19,18 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
+from recess.drivers.kept.cgroup import Limits
+from recess.drivers.kept.keeper import end_vm
+from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.bringing import bring_memory
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
-from recess.drivers.qemu.cgroup import Limits
-from recess.drivers.qemu.handles import Handles, Steps, all_of, in_thread, unless_dead
+from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
-from recess.drivers.qemu.keeper import end_vm
-from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.memory import begin_tracking, find_tracking
 from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import Member, order_for

@@ -16,7 +16,8 @@ import socket
 from collections.abc import Mapping
 from typing import Any
 
-from recess.drivers.qemu.handles import all_of, passed_file
+from recess.drivers.kept.steps import all_of
+from recess.drivers.qemu.handles import passed_file
 from recess.drivers.qemu.qmp import Qmp
 from recess.errors import Corrupt, DriverFailed, Timeout, Unsupported
 

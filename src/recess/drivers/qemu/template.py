@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 
-from recess.drivers.qemu import disk
-from recess.drivers.qemu.handles import Handles, in_thread
-from recess.drivers.qemu.keeper import end_vm, read_pids
+from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import end_vm, read_pids
+from recess.drivers.kept.steps import in_thread
+from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.state import save_state
 from recess.images.files import space_errors
 from recess.machines.contract import TemplateRef
@@ -75,27 +74,12 @@ def cpu_s(pid: int) -> float:
 def _move_ram(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     disk.punch_zero_pages(source)
-    move_sparse(source, target)
+    disk.move_sparse(source, target)
 
 
 def _finish(vm: Handles, ref: TemplateRef, state: bytes) -> None:
-    move_sparse(vm.layout.disk, ref.disk)
+    disk.move_sparse(vm.layout.disk, ref.disk)
     with space_errors(str(ref.vmstate)):
         aside = ref.vmstate.with_name("vmstate.new")
         aside.write_bytes(state)
         aside.replace(ref.vmstate)
-
-
-def move_sparse(source: Path, target: Path) -> None:
-    """Rename, or copy the data between filesystems. Raises OutOfSpace, OSError."""
-    try:
-        source.replace(target)
-    except OSError:
-        target.unlink(missing_ok=True)
-        fd = disk.create_sparse(target, source.stat().st_size)
-        try:
-            disk.copy_data(source, fd)
-        finally:
-            os.close(fd)
-        shutil.copymode(source, target)
-        source.unlink()

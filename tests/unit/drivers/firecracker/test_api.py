@@ -11,7 +11,7 @@ import pytest
 
 from recess.drivers.firecracker import calls
 from recess.drivers.firecracker.api import API_SOCKET, Api, Refused
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed, Timeout
 
 

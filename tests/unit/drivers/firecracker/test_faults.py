@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from recess.drivers.firecracker.calls import FAULT_SOCKET
 from recess.drivers.firecracker.faults import FaultSocket, may_catch_faults, parse_regions
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed
 
 SIZE = 1 << 20

@@ -11,7 +11,7 @@ from recess.config import load_config
 from recess.drivers.firecracker import FirecrackerDriver, host
 from recess.drivers.firecracker.start import check_spec
 from recess.drivers.firecracker.tiny import tiny_kernel
-from recess.drivers.qemu.keeper import Obituary
+from recess.drivers.kept.keeper import Obituary
 from recess.errors import DriverFailed, InvalidSpec, MissingTool, Unsupported
 from recess.node.drivers import choose_drivers
 from tests.unit.drivers.firecracker.test_calls import make_spec

@@ -13,9 +13,9 @@ from recess.config import load_config
 from recess.drivers.firecracker import jail as jails
 from recess.drivers.firecracker.handles import end_machine, family
 from recess.drivers.firecracker.jail import UIDS, Jail
-from recess.drivers.qemu import keeper as keepers
-from recess.drivers.qemu.keeper import Keeper
-from recess.drivers.qemu.layout import Layout, layout_for
+from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.keeper import Keeper
+from recess.drivers.kept.layout import Layout, layout_for
 from recess.units import MIB
 
 # In the jailer's place: says what it was given and what it sees, and stays.

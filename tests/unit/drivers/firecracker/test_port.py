@@ -11,7 +11,7 @@ import pytest
 
 from recess.drivers.firecracker.calls import GUEST_PORT, VSOCK_SOCKET
 from recess.drivers.firecracker.port import Port
-from recess.drivers.qemu.layout import socket_address
+from recess.drivers.kept.layout import socket_address
 from recess.errors import DriverFailed, RecessError, Timeout
 from recess.testing.guestlink_process import guestd_process
 

@@ -19,7 +19,7 @@ from recess.drivers.firecracker import FirecrackerVm, start
 from recess.drivers.firecracker.host import HostFacts
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.ledger import is_poisoned
-from recess.drivers.qemu.layout import layout_for
+from recess.drivers.kept.layout import layout_for
 from recess.errors import Conflict, DriverFailed, IllegalState, InvalidSpec, MissingTool, RecessError
 from recess.images.boot import build_initrd
 from recess.machines.contract import Capture, Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec

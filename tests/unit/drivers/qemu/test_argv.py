@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from recess.drivers.kept.layout import Layout
 from recess.drivers.qemu.argv import FILTER_OPTION, Qemu, command, kernel_command_line
-from recess.drivers.qemu.layout import Layout
 from recess.machines.contract import BootFiles, VmSpec
 
 BOOT = BootFiles(Path("/i/vmlinux"), "k", Path("/i/initrd"), "n", Path("/i/root,1.erofs"), "r", "debug=1")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from recess.drivers.kept.keeper import Process
+from recess.drivers.kept.layout import Layout
 from recess.drivers.qemu.argv import Qemu
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.host import HostFacts
-from recess.drivers.qemu.keeper import Process
-from recess.drivers.qemu.layout import Layout
 from recess.drivers.qemu.pool import BACK_OFF_S, WarmPool, free_memory
 from recess.drivers.qemu.pool_member import FOLDER, Member, Order, order_for, sweep
 from recess.drivers.qemu.pool_sizes import KEEP_S

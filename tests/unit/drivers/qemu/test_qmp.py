@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from recess.drivers.qemu.layout import MONITOR_SOCKET
+from recess.drivers.kept.layout import MONITOR_SOCKET
 from recess.drivers.qemu.qmp import LINE_LIMIT, Qmp, QmpRefused
 from recess.errors import DriverFailed, Timeout
 

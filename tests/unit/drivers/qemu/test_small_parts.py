@@ -9,22 +9,16 @@ from pathlib import Path
 import pytest
 
 from recess.config import Config
+from recess.drivers.kept.capturing import clear_capturing, interrupted_capture, mark_capturing
+from recess.drivers.kept.keeper import parse_obituary
+from recess.drivers.kept.layout import Layout, layout_for
+from recess.drivers.kept.stats import parse_smaps
 from recess.drivers.qemu import host
 from recess.drivers.qemu.argv import Qemu
 from recess.drivers.qemu.host import HostFacts, choose_accelerator, host_facts
-from recess.drivers.qemu.journal import (
-    Journal,
-    clear_capturing,
-    interrupted_capture,
-    mark_capturing,
-    read_journal,
-    write_journal,
-)
-from recess.drivers.qemu.keeper import parse_obituary
-from recess.drivers.qemu.layout import Layout, layout_for
+from recess.drivers.qemu.journal import Journal, read_journal, write_journal
 from recess.drivers.qemu.pvh import EXIT_CODE, tiny_kernel
 from recess.drivers.qemu.start import check_spec
-from recess.drivers.qemu.vm import parse_smaps
 from recess.errors import BadInput, DriverFailed, InvalidSpec, MissingTool
 from recess.machines.contract import BootFiles, VmSpec
 

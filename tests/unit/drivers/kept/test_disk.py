@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recess.drivers.qemu import disk
+from recess.drivers.kept import disk
 from recess.errors import DriverFailed
 
 BLOCKS = 64

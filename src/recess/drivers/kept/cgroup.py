@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from recess.drivers.qemu.keeper import Process
+from recess.drivers.kept.keeper import Process
 from recess.machines.contract import VmSpec
 from recess.units import MIB
 

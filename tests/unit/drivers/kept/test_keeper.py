@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
-from recess.drivers.qemu import disk
-from recess.drivers.qemu.keeper import Keeper, Obituary, Process, end_vm, launch, read_obituary, read_pids, wait_gone
-from recess.drivers.qemu.layout import KEEPER_SOCKET, Layout, socket_address
+from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import Keeper, Obituary, Process, end_vm, launch, read_obituary, read_pids, wait_gone
+from recess.drivers.kept.layout import KEEPER_SOCKET, Layout, socket_address
 from recess.errors import DriverFailed
 
 _clients: list[Keeper] = []

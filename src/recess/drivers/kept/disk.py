@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -246,3 +247,18 @@ def punch_zero_pages(path: Path) -> None:
                 for first, stop in _runs(zero):
                     offset, length = at + int(zero[first]) * PAGE_BYTES, (stop - first) * PAGE_BYTES
                     libc.fallocate(fd, mode, ctypes.c_long(offset), ctypes.c_long(length))
+
+
+def move_sparse(source: Path, target: Path) -> None:
+    """Rename, or copy the data between filesystems. Raises OutOfSpace, OSError."""
+    try:
+        source.replace(target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        fd = create_sparse(target, source.stat().st_size)
+        try:
+            copy_data(source, fd)
+        finally:
+            os.close(fd)
+        shutil.copymode(source, target)
+        source.unlink()

@@ -17,8 +17,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from recess.drivers.qemu.layout import KEEPER_SOCKET, Layout, socket_address
+from recess.drivers.kept.layout import KEEPER_SOCKET, Layout, socket_address
 from recess.errors import DriverFailed, OutOfSpace, Timeout
 
 _MESSAGE_LIMIT = 8192
@@ -26,6 +27,7 @@ _START_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 1.0
 _END_S = 5.0
 _NO_BASE = "-"
+_BROUGHT_S, _LOOK_S = 120.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -395,3 +397,27 @@ def _drop(answer: asyncio.Future[tuple[str, int | None]]) -> None:
         fd = answer.result()[1]
         if fd is not None:
             os.close(fd)
+
+
+async def all_brought(keeper: Keeper) -> None:
+    """Return when no pager brings pages any more: the keeper tells, whichever server ordered the pager. Raises Timeout,
+    DriverFailed."""
+    try:
+        async with asyncio.timeout(_BROUGHT_S):
+            keeper.filled.clear()  # before it is asked: it may be told between the answer and our waiting
+            while (await keeper.tracking())[2]:
+                await _told(keeper)
+                keeper.filled.clear()
+    except TimeoutError as exc:
+        raise Timeout(f"the machine's memory was not there within {_BROUGHT_S:g} s") from exc
+
+
+async def _told(keeper: Keeper) -> None:
+    """Return when the keeper says that all is there, or the VM is gone; and now and then, for a keeper of an earlier
+    version, which says nothing."""
+    waiting: set[asyncio.Future[Any]] = {asyncio.ensure_future(keeper.filled.wait()), keeper.death, keeper.gone}
+    try:
+        await asyncio.wait(waiting, timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for one in waiting - {keeper.death, keeper.gone}:
+            one.cancel()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from recess.config import load_config
-from recess.drivers.qemu import disk
-from recess.drivers.qemu.cgroup import FOLDER, Groups, Limits, own_group, remove
-from recess.drivers.qemu.keeper import Keeper, Process, launch, read_obituary, read_pids
-from recess.drivers.qemu.layout import Layout
+from recess.drivers.kept import disk
+from recess.drivers.kept.cgroup import FOLDER, Groups, Limits, own_group, remove
+from recess.drivers.kept.keeper import Keeper, Process, launch, read_obituary, read_pids
+from recess.drivers.kept.layout import Layout
 from recess.errors import DriverFailed
 from recess.machines.contract import BootFiles, VmSpec
 from recess.units import GIB, MIB
