@@ -20,8 +20,6 @@ import os
 import signal
 import socket
 import sys
-import threading
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,21 +67,19 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
         os.close(runs)
     expected = [*order["first"], *library.first_pages]
     # Read while the machine starts, and beside everything else: it waits for none of it.
-    ahead = threading.Thread(target=_read_ahead, args=(library, _groups(library, expected)), name="ahead", daemon=True)
-    ahead.start()
+    library.prefetch(_groups(library, expected))
     message, fds = _receive(sock, 2)
     if message is None:
         return
     uffd, pipe = fds
     if message["whole"]:
-        ahead.join()  # it looks up groups, and they are numbered anew
         library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
     first = _groups(library, [*message["first"], *expected])
     kept = None if message["whole"] else _kept_file(library, order)
     server = FaultServer(
         Uffd(uffd, segments, protect=not message["whole"]), library.book, library,
-        first=_once_read(ahead, first), keep=None if kept is None else kept.keep,
+        first=first, fill_groups=library.fill_groups, keep=None if kept is None else kept.keep,
     )  # fmt: skip
     _say(sock, {"serving": True})
     report = server.run()
@@ -95,18 +91,6 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     else:
         where = {"ground": library.template_id, "pages": library.pages_total}
         _say(sock, {**filled, "kept": where}, [kept.fd, _ranges_file(library)])
-
-
-def _read_ahead(library: SnapshotPages, groups: list[int]) -> None:
-    """Read groups together; what goes wrong with one comes up when it is fetched."""
-    with contextlib.suppress(RecessError):
-        library.prefetch(groups)
-
-
-def _once_read(ahead: threading.Thread, groups: list[int]) -> Iterator[int]:
-    """Yield the groups to bring first, as soon as what was to be read ahead is there."""
-    ahead.join()
-    yield from groups
 
 
 def _kept_file(library: SnapshotPages, order: dict[str, Any]) -> KeptFile | None:

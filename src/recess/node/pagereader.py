@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 from recess.blobs import BlobStore
 from recess.errors import Corrupt
 from recess.frames import WorkPool
+from recess.node.frames_ahead import FAR, NEAR, FramesAhead
 from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book, number_groups
 from recess.paging.firstpages import FIRST, decode_first
+from recess.paging.server import FILL_GROUPS
 from recess.snapshots.keys import LAYER, make_id
 from recess.snapshots.layer_v1 import LayerReader
-from recess.snapshots.pagemap import KIND_LAYER, expand
+from recess.snapshots.pagemap import KIND_LAYER
 from recess.snapshots.reader import OpenSnapshot
 from recess.units import PAGE_BYTES
 
 _READERS = 4  # reads at a time, when many are asked for: a store afar answers late
 
+FAR_FILL = 8  # times as much is on its way together when the store is far
 _RUN = 16  # pages of a group that is not a frame
 
 
@@ -64,12 +67,27 @@ class SnapshotPages:
             self._layers.append(snapshot.layer(make_id(LAYER, digest)) if is_layer else None)
             self._blocks.append(None if is_layer else map_pages(files[digest]))
         self._gaps = gaps_of(self._map.pages)
-        self._ready: dict[tuple[int, int], Pages] = {}  # frames that were read ahead, by source and number
+        self._ahead = FramesAhead(*self._frames(), FAR if far else NEAR)
+        self.fill_groups = FILL_GROUPS * (FAR_FILL if far else 1)
         hints = snapshot.manifest.spec.get(FIRST)
         self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
         self.template_id, self.pages_total = snapshot.manifest.template, self._map.pages_total
         self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
         self.book = self._make_book()
+
+    def _frames(self) -> tuple[dict[int, LayerReader], dict[int, NDArray[np.int64]]]:
+        """Return the layers by the number of their source, and of each the frames in use."""
+        layers = {number: layer for number, layer in enumerate(self._layers, start=1) if layer is not None}
+        used = {}
+        for number, layer in layers.items():
+            frames = self._map.position[self._map.source == number].astype(np.int64) // layer.pages_per_frame
+            used[number] = np.flatnonzero(np.bincount(frames, minlength=layer.frame_count))
+        return layers, used
+
+    def close(self) -> None:
+        """End its threads. May be called twice."""
+        self._ahead.close()
+        self._pool.close()
 
     def take_all(self) -> None:
         """Count every page as absent: those that are not listed are the template's."""
@@ -101,31 +119,13 @@ class SnapshotPages:
 
     def prefetch(self, groups: Sequence[int]) -> None:
         """See `recess.paging.book.Library`. Frames that are neighbours in their layer come by one ranged read."""
-        wanted: dict[int, list[int]] = {}
+        wanted: list[tuple[int, int]] = []
         for group in groups:
             number, at = self._source_of(self._pages_of(group))
             layer = self._layers[number - 1] if number > 0 else None
             if layer is not None:
-                wanted.setdefault(number, []).append(int(self._map.position[at[0]]) // layer.pages_per_frame)
-        ready: dict[tuple[int, int], Pages] = {}
-        tasks: list[Callable[[], None]] = []
-        for number, frames in wanted.items():
-            layer = self._layers[number - 1]
-            if layer is None:
-                continue
-            per_frame = layer.pages_per_frame
-            ordered = np.unique(np.array(frames, np.int64))
-            ends = np.minimum((ordered + 1) * per_frame, layer.slots)
-            slots = expand(ordered * per_frame, ends - ordered * per_frame)
-            firsts = np.searchsorted(slots, ordered * per_frame)
-            of_row = dict(zip(firsts.tolist(), ordered.tolist(), strict=True))
-
-            def keep(low: int, _high: int, pages: Pages, number: int = number, of_row: dict[int, int] = of_row) -> None:
-                ready[number, of_row[low]] = pages
-
-            tasks += layer.visits(slots, keep)
-        self._pool.each(tasks)
-        self._ready = ready
+                wanted.append((number, int(self._map.position[at[0]]) // layer.pages_per_frame))
+        self._ahead.expect(wanted)
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:
         """See `recess.paging.book.Library`."""
@@ -139,10 +139,8 @@ class SnapshotPages:
         if layer is None:
             return _pieces(pages, self._block_pages(number, position)), 0
         frame = int(position[0]) // layer.pages_per_frame
-        whole = self._ready.pop((number, frame), None)
-        if whole is None:
-            whole = layer.frame(frame)
-        return _pieces(pages, whole[position - frame * layer.pages_per_frame]), layer.frame_bytes(frame)
+        whole, read = self._ahead.get(number, frame)
+        return _pieces(pages, whole[position - frame * layer.pages_per_frame]), read
 
     def _source_of(self, pages: Numbers) -> tuple[int, NDArray[np.int64]]:
         """Return the number of the source that a group's pages are in, and their rows in the map: 0 for zeros, -1 for the

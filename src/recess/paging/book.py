@@ -32,8 +32,8 @@ class Library(Protocol):
     """Where groups come from. Called from several threads; raises Corrupt, NotFound, Unavailable."""
 
     def prefetch(self, groups: Sequence[int]) -> None:
-        """Read what these groups need, in as few reads as can be, and keep it until it is fetched or the next call. A
-        group that is fetched meanwhile is read by whoever fetches it."""
+        """Begin to read what these groups need, in the order in which they will be fetched and in as few reads as can be;
+        returns at once. What fails on the way comes up when the group is fetched."""
         ...
 
     def fetch(self, group: int) -> tuple[list[Piece], int]:

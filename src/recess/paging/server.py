@@ -22,7 +22,7 @@ FILL_AFTER_S = 0.5
 """The fill leaves the machine's first moments to its faults: on few cores they would wait for it."""
 
 FILL_GROUPS = 32
-"""Read together by the fill: 2 MiB of memory, one request where they lie together."""
+"""Asked for together by the fill unless it is told otherwise: 2 MiB of memory, one request where they lie together."""
 
 _NICE = 10
 _ABSENT, _ON_ITS_WAY, _THERE = 0, 1, 2
@@ -42,8 +42,8 @@ class Report:
 
 
 class FaultServer:
-    """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks; `keep`
-    is given every piece once it is there, from any thread, and raises nothing."""
+    """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks;
+    `fill_groups`: how many the fill asks for together; `keep` is given every piece once it is there, from any thread, and raises nothing."""
 
     def __init__(
         self,
@@ -52,6 +52,7 @@ class FaultServer:
         library: Library,
         *,
         fill_after_s: float = FILL_AFTER_S,
+        fill_groups: int = FILL_GROUPS,
         first: Iterable[int] = (),
         keep: Callable[[Piece], None] | None = None,
     ) -> None:
@@ -59,6 +60,7 @@ class FaultServer:
         self._book = book
         self._library = library
         self._fill_after_s = fill_after_s
+        self._fill_groups = fill_groups
         self._first = first
         self._keep = keep
         self._state = bytearray(book.groups)
@@ -139,8 +141,8 @@ class FaultServer:
             self._ended.wait(self._fill_after_s)
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # of this thread only
-            for low in range(0, self._book.groups, FILL_GROUPS):
-                here = range(low, min(low + FILL_GROUPS, self._book.groups))
+            for low in range(0, self._book.groups, self._fill_groups):
+                here = range(low, min(low + self._fill_groups, self._book.groups))
                 absent = [group for group in here if self._state[group] == _ABSENT]
                 self._library.prefetch(absent)
                 for group in absent:

@@ -138,6 +138,32 @@ class LayerReader:
         """Return the verified pages of one frame, in slot order. Raises Corrupt."""
         return np.frombuffer(self._file.frame(number), np.uint8).reshape(-1, PAGE_BYTES)
 
+    def frames(self, numbers: Sequence[int]) -> dict[int, PageData]:
+        """Return the verified pages of several frames (ascending, no doubles), read together. Raises Corrupt."""
+        found: dict[int, PageData] = {}
+
+        def sink(number: int, raw: bytes) -> None:
+            found[number] = np.frombuffer(raw, np.uint8).reshape(-1, PAGE_BYTES)
+
+        for task in self._file.tasks(np.array(numbers, np.int64), sink):
+            task()
+        return found
+
+    @property
+    def frame_count(self) -> int:
+        """How many frames there are."""
+        return self._file.table.count
+
+    def frame_span(self, number: int) -> tuple[int, int]:
+        """Return where a frame lies in the file as it was written: offset and length, in bytes."""
+        return int(self._file.table.offsets[number]), self.frame_bytes(number)
+
+    def frames_within(self, number: int, size: int) -> range:
+        """Return the frames that lie in the same stretch of the file: of `size` bytes, aligned to them."""
+        starts = self._file.table.offsets[:-1]
+        low = int(starts[number]) // size * size
+        return range(*(int(np.searchsorted(starts, at)) for at in (low, low + size)))
+
     def frame_bytes(self, number: int) -> int:
         """Return how many stored bytes a frame has."""
         return int(self._file.table.compressed[number])

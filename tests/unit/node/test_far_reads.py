@@ -1,6 +1,7 @@
 """A snapshot in a bucket, behind a real S3 server: of a large one only what is needed travels, in few requests."""
 
 import secrets
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from recess.node.pagereader import SnapshotPages
 from recess.snapshots import RawPart, SnapshotMeta
 from recess.snapshots.blobcheck import checked_pieces
 from recess.snapshots.keys import is_layer_key
+from recess.snapshots.layer_v1 import LayerReader
 from recess.snapshots.shared import SharedStore
 from recess.testing.blob_server import s3_server
 from recess.units import MIB
@@ -107,52 +109,90 @@ def test_a_copy_that_is_damaged_is_dropped_and_read_anew(made, home, tmp_path):
     np.testing.assert_array_equal(home.store.overlay(ref, "disk0", template=None, sparing=True).data, disk)
 
 
-def library(blobs, ref, tmp_path, far):
+@pytest.fixture
+def library(made, tmp_path):
+    """What opens the snapshot's memory over a store; all of it is closed in the end."""
     template = tmp_path / "ram"
     with template.open("wb") as file:
         file.truncate(4096 << 16)
-    return SnapshotPages(blobs, ref, "memory", template, {}, far=far)
+    opened = []
+
+    def open_over(blobs, far=True):
+        opened.append(SnapshotPages(blobs, made[0], "memory", template, {}, far=far))
+        return opened[-1]
+
+    yield open_over
+    for one in opened:
+        one.close()
+
+
+def check(pages, group, memory):
+    for piece in pages.fetch(group)[0]:
+        np.testing.assert_array_equal(piece.data, memory[piece.first : piece.first + len(piece.data)])
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_a_working_set_that_lies_together_comes_by_one_request(made, bucket, tmp_path, far):
-    ref, memory, _ = made
+def test_a_working_set_that_lies_together_comes_by_one_request(made, bucket, library, far):
+    _, memory, _ = made
     meter = MeteredBlobs(bucket)
-    pages = library(meter, ref, tmp_path, far)
+    pages = library(meter, far)
     wanted = [pages.book.group_of(page) for page in range(MEMORY // 2, MEMORY // 2 + 60 * FRAME, FRAME)]
     before = meter.traffic
     pages.prefetch(wanted)
-    came = meter.traffic - before
-    assert came.read_calls == (1 if far else 8)
-    between = meter.traffic
     for group in wanted:
-        for piece in pages.fetch(group)[0]:
-            np.testing.assert_array_equal(piece.data, memory[piece.first : piece.first + len(piece.data)])
-    assert meter.traffic == between
-    assert sum(pages.fetch(group)[1] for group in wanted[:1]) > 0
+        check(pages, group, memory)
+    assert (meter.traffic - before).read_calls == (1 if far else 8)
+    assert pages.fetch(wanted[0])[1] > 0
 
 
-def test_what_could_not_be_read_ahead_is_read_when_it_is_touched(made, bucket, tmp_path, monkeypatch):
-    ref, memory, _ = made
-    pages = library(bucket, ref, tmp_path, True)
-    group = pages.book.group_of(MEMORY - 1)
+def test_a_page_that_nobody_expected_brings_what_lies_around_it(made, bucket, library):
+    _, memory, _ = made
+    meter = MeteredBlobs(bucket)
+    pages = library(meter)
+    before = meter.traffic
+    groups = range(8)  # noise: two frames are 128 KiB
+    for group in groups:
+        check(pages, group, memory)
+    came = meter.traffic - before
+    assert came.read_calls <= len(groups) / 2 + 1
+    assert came.read_bytes <= (len(groups) + 1) * 4096 * (FRAME + 1)
 
-    def unavailable(tasks):
+
+def test_what_could_not_be_read_ahead_is_read_when_it_is_touched(made, bucket, library, monkeypatch):
+    _, memory, _ = made
+    pages = library(bucket)
+
+    def unavailable(layer, numbers):
         raise Unavailable("the store is down")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pages._pool, "each", unavailable)
-        with pytest.raises(Unavailable):
-            pages.prefetch([group])
-    (piece, *_), _ = pages.fetch(group)
-    np.testing.assert_array_equal(piece.data, memory[piece.first : piece.first + len(piece.data)])
+    monkeypatch.setattr(LayerReader, "frames", unavailable)
+    group = pages.book.group_of(MEMORY - 1)
+    pages.prefetch([group])
+    check(pages, group, memory)
+    monkeypatch.setattr(LayerReader, "frame", unavailable)
+    with pytest.raises(Unavailable):
+        pages.fetch(pages.book.group_of(0))
 
 
-def test_scattered_pages_come_side_by_side(made, bucket, tmp_path):
-    ref, _, _ = made
-    meter = MeteredBlobs(bucket)
-    pages = library(meter, ref, tmp_path, True)
+class Crowd(MeteredBlobs):
+    """A store that answers only when so many ask at once, once there is somebody to wait for."""
+
+    crowd = None
+
+    def get_ranges(self, key, ranges):
+        if self.crowd is not None:
+            self.crowd.wait(30)
+        return super().get_ranges(key, ranges)
+
+
+def test_scattered_pages_come_side_by_side(made, bucket, library):
+    _, memory, _ = made
+    store = Crowd(bucket)
+    pages = library(store)
+    store.crowd = threading.Barrier(4)  # a request alone would wait for ever
     wanted = [pages.book.group_of(page) for page in range(0, MEMORY, 8 * FRAME)]
-    before = meter.traffic
+    before = store.traffic
     pages.prefetch(wanted)
-    assert (meter.traffic - before).read_calls == 2  # one a layer, of many ranges
+    for group in wanted:
+        check(pages, group, memory)
+    assert (store.traffic - before).read_calls == len(wanted) == 16
