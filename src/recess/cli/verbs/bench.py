@@ -1,4 +1,4 @@
-"""`recess bench snapshots|drivers|codec|lazy|cli|all`: hands over to the benchmarks, which are programs of their own.
+"""`recess bench snapshots|large|drivers|codec|lazy|cli|all`: hands over to the benchmarks, which are programs of their own.
 
 They measure from beneath the API (drivers, stores, bare QEMU), so the command line, which knows only HTTP, starts them
 and nothing more.
@@ -21,6 +21,7 @@ _MODULES = {
     "codec": "benchmarks.codec",
     "lazy": "benchmarks.lazy",
     "cli": "benchmarks.cli",
+    "large": "benchmarks.large",
     "all": "benchmarks.run",
 }
 _START = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
@@ -39,8 +40,8 @@ def benchmarks_root(package: Path = _PACKAGE) -> Path:
 @click.argument("what", type=click.Choice(sorted(_MODULES)))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(what: str, arguments: tuple[str, ...]) -> int:
-    """Measure: `snapshots` beside other ways to put a guest away, `codec` for levels over real guests, `lazy` for how soon
-    a large machine is back, `drivers` for what a machine costs under each, `cli` for what a user waits for, `all` budgets.
+    """Measure: `snapshots` beside other ways to put a guest away, `large` for what changes in a large machine cost, `lazy` for
+    how soon it is back, `codec` for levels over real guests, `drivers` for what a machine costs under each, `cli` for what a user waits for, `all` budgets.
 
     The rest of the line goes to the benchmark; `recess bench snapshots --help` shows it. They use the images of the home
     and a home of their own for everything else.
