@@ -1,24 +1,30 @@
 """One side of the session benchmark as a process that can be killed: the same loop in each system's own recommended style.
 
-    python benchmarks/session_worker.py SIDE FOLDER TURNS LINE     (MODEL and PAY: addresses, from the environment)
+    python -m benchmarks.session_worker SIDE FOLDER TURNS LINE     (from the environment, see `Job`: MODEL, PAY, FULL, FORKS, LUNCH,
+                                                                    DATABASE_URL)
 
 Every turn asks the model once and charges once. A start in a FOLDER that holds an earlier run goes on with it. LINE is 0, or 1
-for the same loop with one line more in it: newer code. Peers run under a Python of their own that has their packages.
+for the same loop with one line more in it: newer code. Peers (`benchmarks.session_peers`) run under a Python of their own that has
+their packages, so this module imports nothing but the standard library before it knows its side.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
+import sqlite3
+import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, PAY = os.environ.get("MODEL", ""), os.environ.get("PAY", "")
 
 AGENT = """
 import json, os, urllib.error, urllib.request
@@ -43,7 +49,7 @@ async def model(messages, turn):
     if any(m["role"] == "tool" for m in since):
         yield "done"
     else:
-        said = http("POST", os.environ["MODEL"] + "/reply", {"turn": turn, "messages": len(messages)})
+        said = http("POST", os.environ["MODEL"] + "/reply", {"turn": turn, "messages": messages if os.environ["FULL"] else len(messages)})
         yield {"text": said["text"], "tool_calls": [{"id": "c", "name": "charge", "arguments": {"turn": turn}}]}
 
 @agent(backend="process", idle="1h", tools=[charge])
@@ -58,6 +64,44 @@ async def loop(s):
 """
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a worker is to do. `full`: the model is sent the whole transcript. `forks`: so many at the end, at the head. `lunch`: so
+    many entries of a dict, and a dev server, that the loop needs. `database`: a Postgres that two workers share."""
+
+    folder: Path
+    turns: int
+    line: int
+    model: str
+    pay: str
+    full: bool
+    forks: int
+    lunch: int
+    database: str
+
+    @classmethod
+    def read(cls, argv: list[str]) -> Job:
+        """From the command line and the environment."""
+        env = os.environ
+        return cls(
+            Path(argv[0]), int(argv[1]), int(argv[2]), env["MODEL"], env["PAY"], bool(env.get("FULL")),
+            int(env.get("FORKS", "0")), int(env.get("LUNCH", "0")), env.get("DATABASE_URL", ""),
+        )  # fmt: skip
+
+    def reply(self, turn: int, messages: list[Any]) -> str:
+        """Ask the model."""
+        body = {"turn": turn, "messages": messages if self.full else len(messages)}
+        return str(http("POST", self.model + "/reply", body)["text"])
+
+    def charge(self, turn: int, key: str) -> str:
+        """Charge."""
+        return str(http("POST", self.pay + "/charges", {"turn": turn, "key": key})["text"])
+
+    def mark(self, name: str, value: Any = None) -> None:
+        """Tell the world that a point was reached."""
+        http("POST", self.model + "/mark", {"name": name, "value": value})
+
+
 def http(method: str, url: str, body: Any = None) -> Any:
     """Call a server of the benchmark."""
     data = None if body is None else json.dumps(body).encode()
@@ -65,24 +109,75 @@ def http(method: str, url: str, body: Any = None) -> Any:
         return json.load(answer)
 
 
-async def recess(folder: Path, turns: int, line: int) -> None:
+def asked(turn: int) -> dict[str, Any]:
+    """Return the user's message of a turn."""
+    return {"role": "user", "content": str(turn)}
+
+
+def called(turn: int, text: str) -> dict[str, Any]:
+    """Return the model's reply of a turn, as the transcript has it: it asks for the charge."""
+    return {"role": "assistant", "content": text, "tool_calls": [{"id": f"c{turn}", "name": "charge"}]}
+
+
+def charged(turn: int, text: str) -> dict[str, Any]:
+    """Return the charge's result."""
+    return {"role": "tool", "tool_call_id": f"c{turn}", "content": text}
+
+
+def stored(folder: Path) -> int:
+    """Return the bytes of a folder's files, databases written out and shortened to what they need."""
+    for path in [*folder.rglob("*.db"), *folder.rglob("*.sqlite")]:
+        with sqlite3.connect(path, timeout=30) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        db.close()
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "worker.log")
+
+
+def kitchen(entries: int, folder: Path) -> tuple[dict[str, str], str, subprocess.Popen[bytes]]:
+    """Fill a dict and start a dev server that answers; return both. A process that begins anew has neither. (Its source runs in the
+    guest as well.)"""
+    table = {str(n): hashlib.sha256(str(n).encode()).hexdigest() for n in range(entries + 1)}
+    said = folder / "dev.log"
+    said.unlink(missing_ok=True)
+    with said.open("wb") as log:
+        command = [sys.executable, "-u", "-m", "http.server", "0", "-b", "127.0.0.1", "-d", str(folder)]
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    while "port" not in (words := said.read_text().split()):
+        if server.poll() is not None:
+            raise RuntimeError("the dev server ended")
+        time.sleep(0.002)
+    address = f"http://127.0.0.1:{words[words.index('port') + 1]}/"
+    with urllib.request.urlopen(address, timeout=60) as page:
+        page.read()
+    return table, address, server
+
+
+async def recess(job: Job) -> None:
     """A session of a local server, its agent as a plain process."""
     sys.path.insert(0, str(ROOT / "src"))
     from recess.config import load_config
     from recess.node.local import LocalNode
 
-    node = await LocalNode.open(load_config({}, home=folder / "h", run_dir=folder / "r", driver="fake"))
-    code = AGENT.replace("LINE", 'await s.note(line="newer")' if line else "pass")
-    await node.sessions.deploy("loop", {"agent.py": code}, {"env": {"MODEL": MODEL, "PAY": PAY}})
+    config = load_config(home=job.folder / "h", run_dir=job.folder / "r", driver="fake", **(
+        {"database_url": job.database, "lease_s": 6.0} if job.database else {}
+    ))  # fmt: skip
+    node = await LocalNode.open(config)
+    job.mark("up")
     known = await node.sessions.list_sessions()
+    if not known or job.line:
+        code = AGENT.replace("LINE", 'await s.note(line="newer")' if job.line else "pass")
+        env = {"MODEL": job.model, "PAY": job.pay, "FULL": "1" if job.full else ""}
+        await node.sessions.deploy("loop", {"agent.py": code}, {"env": env})
     row = known[0] if known else await node.sessions.start("loop")
     ended = 0
     async with asyncio.TaskGroup() as group:
-        group.create_task(_send_all(node, row.id, turns))
+        group.create_task(_send_all(node, row.id, job.turns))
         async for item in node.sessions.follow(row.id):
             ended += getattr(item, "kind", "") == "turn.end"
-            if ended >= turns:
+            if ended >= job.turns:
                 break
+    if job.forks:
+        await _fork(job, node, row.id)
     await node.close(detach=False)
 
 
@@ -91,92 +186,24 @@ async def _send_all(node: Any, session: str, turns: int) -> None:
         await node.sessions.send(session, str(turn), key=f"m{turn}")  # known keys append nothing
 
 
-def dbos(folder: Path, turns: int, line: int) -> None:
-    """One durable workflow, its calls as steps; `launch` recovers it."""
-    from dbos import DBOS, SetWorkflowID
-
-    DBOS(config={"name": "bench", "system_database_url": f"sqlite:///{folder}/dbos.sqlite", "log_level": "ERROR",
-                 "run_admin_server": False})  # fmt: skip
-
-    @DBOS.step()
-    def model(turn: int) -> str:
-        return str(http("POST", MODEL + "/reply", {"turn": turn, "messages": 2 * turn})["text"])
-
-    @DBOS.step()
-    def charge(turn: int) -> Any:
-        return http("POST", PAY + "/charges", {"turn": turn, "key": f"{DBOS.workflow_id}-{DBOS.step_id}"})
-
-    if line:
-
-        @DBOS.workflow(name="loop")
-        def loop(turns: int) -> None:
-            for turn in range(1, turns + 1):
-                charge(-turn)
-                model(turn)
-                charge(turn)
-    else:
-
-        @DBOS.workflow(name="loop")
-        def loop(turns: int) -> None:
-            for turn in range(1, turns + 1):
-                model(turn)
-                charge(turn)
-
-    DBOS.launch()
-    with SetWorkflowID("one"):
-        DBOS.start_workflow(loop, turns).get_result()
-    DBOS.destroy()
-
-
-def langgraph(folder: Path, turns: int, line: int) -> None:
-    """A graph of a model and a tool node over the SQLite saver, one thread, one invocation a message."""
-    from operator import add
-    from typing import Annotated, TypedDict
-
-    from langgraph.checkpoint.sqlite import SqliteSaver
-    from langgraph.graph import END, START, StateGraph
-
-    # Not as a class: its annotations would be names of this function, which nobody else can look up.
-    State = TypedDict("State", {"messages": Annotated[list, add], "turn": int})  # noqa: UP013
-
-    def model(state: Any) -> Any:
-        said = http("POST", MODEL + "/reply", {"turn": state["turn"], "messages": len(state["messages"])})
-        return {"messages": [{"role": "assistant", "content": said["text"]}]}
-
-    def charge(state: Any) -> Any:
-        body = {"turn": state["turn"], "key": f"t{state['turn']}"}
-        return {"messages": [{"role": "tool", "content": json.dumps(http("POST", PAY + "/charges", body))}]}
-
-    graph = StateGraph(State)
-    graph.add_node("model", model)
-    graph.add_node("charge", charge)
-    if line:
-        graph.add_node("newer", lambda state: {"messages": [{"role": "system", "content": "newer"}]})
-        graph.add_edge(START, "newer")
-        graph.add_edge("newer", "model")
-    else:
-        graph.add_edge(START, "model")
-    graph.add_edge("model", "charge")
-    graph.add_edge("charge", END)
-    config: Any = {"configurable": {"thread_id": "one"}}
-    with SqliteSaver.from_conn_string(f"{folder}/langgraph.sqlite") as saver:
-        app = graph.compile(checkpointer=saver)
-        state = app.get_state(config)
-        if state.next:
-            app.invoke(None, config, durability="sync")  # what was cut goes on at its node
-        first = int(app.get_state(config).values.get("turn", 0)) + 1
-        for turn in range(first, turns + 1):
-            asked = {"messages": [{"role": "user", "content": str(turn)}], "turn": turn}
-            app.invoke(asked, config, durability="sync")
+async def _fork(job: Job, node: Any, session: str) -> None:
+    head = (await node.sessions.get(session)).head
+    before, began = stored(job.folder), time.perf_counter()
+    for number in range(job.forks):
+        await node.sessions.fork(session, at=head, name=f"way-{number}")
+    took = time.perf_counter() - began
+    job.mark("forked", {"s": took, "bytes": stored(job.folder) - before})
 
 
 def main(argv: list[str]) -> int:
     """Run one side to its end."""
-    side, folder, turns, line = argv[0], Path(argv[1]), int(argv[2]), int(argv[3])
-    if side == "recess":
-        asyncio.run(recess(folder, turns, line))
+    job = Job.read(argv[1:])
+    if argv[0] == "recess":
+        asyncio.run(recess(job))
     else:
-        {"dbos": dbos, "langgraph": langgraph}[side](folder, turns, line)
+        from benchmarks import session_peers
+
+        session_peers.SIDES[argv[0]](job)
     return 0
 
 

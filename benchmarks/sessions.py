@@ -1,284 +1,328 @@
-"""Long sessions, killed: Recess beside DBOS and LangGraph (SQLite), one model server and one payment provider for all, the same loop
-in each system's own style (`benchmarks.session_worker`).
+"""Long sessions, killed: Recess beside DBOS, LangGraph (SQLite), Restate and Temporal's Replayer, one model server and one payment
+provider for all, the same loop in each system's own style (`benchmarks.session_worker`, `benchmarks.session_peers`).
 
-    python -m benchmarks.sessions [--turns 50,200] [--kills 5] [--out DIR] [--peers PYTHON]     (make bench-sessions)
+    python -m benchmarks.sessions [--peers PYTHON] [--out DIR] [--only length,card] [--turns 100,1000,5000,20000] [--kills 200]
+                                  [--orphans 1000] [--repeats 3] [--wall-s 600] [--entries 1,64,1024] ...     (make bench-sessions)
 
-    length   seconds from the start of a new process to its next model call, after SIGKILL at turn N of everything
-    card     turns that were charged twice, when the process is killed after the provider counted and before it answered
-    deploy   whether a run that was killed in mid-turn goes on under code with one line more
-
-The provider counts each POST and lets itself be asked by key, but does not itself refuse a repeated key: with one that does, none
-of the systems charges twice. Peers are measured under `--peers`, a Python that has their packages (`tools/bench_peers.sh`); without it
-Recess alone. Sides take turns. Writes sessions.csv, sessions.md and sessions.png.
+What is measured is said in `benchmarks.session_cells` and `benchmarks.session_own`. Peers are measured under `--peers`, a Python that
+has their packages (`tools/bench_peers.sh`); without it Recess alone. A cell that was not measured says why. Sides take turns.
+Writes sessions.csv, sessions.md and sessions.png. The defaults are small, for some ten minutes of a quiet machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
+from benchmarks import session_cells as cells
+from benchmarks import session_own
 from benchmarks.figures import quantile
 from benchmarks.plots import plot_panels
+from benchmarks.session_world import ROOT
+from recess.errors import RecessError
+from recess.testing.postgres_server import PostgresServer
 
-PEERS = ("dbos", "langgraph")
-PATIENCE_S = 60.0
-DEPLOY_S = 20.0
+WORKERS = ("dbos", "langgraph", "restate")
+FIGURES = ("length", "wall", "card", "deploy", "lunch", "orphan", "race", "reconnect", "fork")
+SERVER = ROOT / "build/restate/node_modules/@restatedev/restate-server-linux-x64/bin/restate-server"
 STRENGTHS = {
-    "recess": "files, processes and memory come along; here only a plain process, so its memory is not",
-    "dbos": "no second process; durable steps in any program; changed code is a new version by design, and what an old version "
-    "began waits for a process of that version",
-    "langgraph": "state is a plain value at each node: cheap to inspect, to branch and to change code around",
+    "recess": "files, processes and memory come along (in `lunch`; elsewhere here a plain process, so its memory is not); its own "
+    "process is a whole server, so it starts slower than a library",
+    "dbos": "no second process; durable steps in any program; its step outputs are the whole state, at any size; changed code is a "
+    "new version by design, and what an old version began waits for a process of that version",
+    "langgraph": "state is a plain value at each node: cheap to inspect, to branch (faster than Recess here) and to change code around",
+    "restate": "its replay is fast, from a server in Rust that streams the journal; a server that stays up while only the service dies "
+    "recovers without the server's start, which is in `length` here and not in `replay`",
+    "temporal": "the Replayer alone, on a synthetic history and in Python: no server, no network, no cache of workflows",
+}
+NO_SERVER = "the Replayer has no server, so nothing is recorded, charged or stored"
+REASONS = {
+    **{(figure, "temporal"): NO_SERVER for figure in FIGURES if figure not in ("length", "deploy")},
+    ("wall", "temporal"): "documented, not measured: 51,200 events or 50 MB a history (some 4,260 turns of this loop)",
+    (
+        "race",
+        "restate",
+    ): "its one server is the writer; a service that stands still is its server's to time out, by minutes",
+    ("fork", "restate"): "a running invocation cannot be forked",
+    ("reconnect", "dbos"): "a library: no stream over HTTP to cut off",
+    ("reconnect", "langgraph"): "a library: no stream over HTTP to cut off",
+    ("reconnect", "restate"): "no stream of a reply to cut off",
 }
 
 
-class World:
-    """The model and the provider. A turn in `hold_model` or `hold_pay` is counted and not answered until `release`."""
+@dataclass(frozen=True)
+class Row:
+    """One figure of one side. `value` is None where it was not measured, and `why` says why not."""
 
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, float]] = []
-        self.charges: Counter[int] = Counter()
-        self.keys: dict[str, int] = {}
-        self.hold_model = self.hold_pay = 0
-        self.reached = threading.Event()
-        self.free = threading.Event()
-        world = self
+    figure: str
+    side: str
+    value: float | None
+    unit: str = ""
+    n: int = 1
+    samples: tuple[float, ...] = ()
+    why: str = ""
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args: Any) -> None:
-                pass
+    def cell(self) -> str:
+        """Return it as a cell of a table."""
+        return "-" if self.value is None else f"{self.value:.3g} {self.unit}".replace("inf", "> all")
 
-            def do_GET(self) -> None:
-                key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
-                self._answer({"turn": world.keys[key]} if key in world.keys else {})
 
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                turn = int(body["turn"])
-                if self.path == "/reply":
-                    world.asked.append((turn, time.monotonic()))
-                    held = turn == world.hold_model
-                else:
-                    world.charges[turn] += 1
-                    world.keys[str(body["key"])] = turn
-                    held = turn == world.hold_pay
-                if held:
-                    world.reached.set()
-                    world.free.wait(PATIENCE_S)
-                self._answer({"text": "words " * 40})
+@dataclass
+class Run:
+    """What is measured, how often, and on which sides (name to Python)."""
 
-            def _answer(self, data: Any) -> None:
-                raw = json.dumps(data).encode()
+    given: argparse.Namespace
+    sides: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    database: Callable[[], str] = str
+
+    def samples(self, figure: str, side: str, unit: str, found: Sequence[float]) -> None:
+        """Keep and print the median of some samples."""
+        self.keep(Row(figure, side, quantile(list(found), 0.5), unit, len(found), tuple(found)))
+
+    def keep(self, row: Row) -> None:
+        """Keep and print a row."""
+        self.rows.append(row)
+        print(f"{row.figure:24} {row.side:10} {row.cell()} {row.why}", flush=True)
+
+    def each(self, figure: str, measure: Callable[[str, str], None], *also: str) -> None:
+        """Measure a figure on every side (`also`: the names of its rows); a side that cannot says why."""
+        for name, python in self.sides.items():
+            why = REASONS.get((figure, name), "")
+            if not why:
                 try:
-                    self.send_response(200)
-                    self.send_header("Content-Length", str(len(raw)))
-                    self.end_headers()
-                    self.wfile.write(raw)
-                except OSError:
-                    pass  # its client was killed
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def arm(self, *, model: int = 0, pay: int = 0) -> None:
-        """Hold the answer for a turn."""
-        self.hold_model, self.hold_pay = model, pay
-        self.reached.clear()
-        self.free.clear()
-
-    def release(self) -> None:
-        """Hold nothing any more."""
-        self.hold_model = self.hold_pay = 0
-        self.free.set()
-
-    def close(self) -> None:
-        """End."""
-        self.release()
-        self._server.shutdown()
-        self._server.server_close()
-
-
-class Side:
-    """One system's worker over a folder."""
-
-    def __init__(self, name: str, python: str, folder: Path, world: World) -> None:
-        self.name = name
-        self._command = [python, str(Path(__file__).with_name("session_worker.py")), name, str(folder)]
-        self._folder = folder
-        self._world = world
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self, turns: int, *, line: int = 0) -> float:
-        """Start it; returns when."""
-        env = {**os.environ, "MODEL": self._world.url, "PAY": self._world.url}
-        log = (self._folder / "worker.log").open("ab")
-        began = time.monotonic()
-        self._process = subprocess.Popen([*self._command, str(turns), str(line)], env=env, stdout=log, stderr=log)
-        log.close()
-        return began
-
-    def kill(self) -> None:
-        """SIGKILL to it and to all that it started: processes that have the folder in their command line."""
-        mine = str(self._folder).encode()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and int(entry.name) != os.getpid():
-                try:
-                    if mine in (entry / "cmdline").read_bytes():
-                        os.kill(int(entry.name), signal.SIGKILL)
-                except OSError:
+                    measure(name, python)
                     continue
-        if self._process is not None:
-            self._process.wait()
+                except (RuntimeError, OSError, RecessError) as failed:
+                    why = f"failed: {failed}"
+            for one in also or (figure,):
+                self.keep(Row(one, name, None, why=" ".join(why.split())[:300]))
 
-    def running(self) -> bool:
-        """Tell whether it has not ended."""
-        return self._process is not None and self._process.poll() is None
+    # --- the figures --------------------------------------------------------------------------------------------------
 
-    def tail(self) -> str:
-        """Return the end of what it printed."""
-        return (self._folder / "worker.log").read_text(errors="replace")[-1500:]
+    def length(self) -> None:
+        """Each side in turn, round by round, so that what else the host does meets all alike."""
+        for turns in map(int, self.given.turns.split(",")):
+            whole: dict[str, list[cells.Recovered]] = {name: [] for name in self.sides}
+
+            def once(name: str, python: str, turns: int = turns, whole: dict[str, Any] = whole) -> None:
+                whole[name].append(cells.length(name, python, turns))
+
+            failed: dict[str, str] = {}
+            for _ in range(self.given.repeats):
+                for name, python in self.sides.items():
+                    if name != "temporal" and name not in failed:
+                        try:
+                            once(name, python)
+                        except (RuntimeError, OSError) as exc:
+                            failed[name] = " ".join(str(exc).split())[:300]
+            for name in self.sides:
+                if name == "temporal":
+                    self._replayer(turns)
+                elif name in failed:
+                    self.keep(Row(f"length {turns}", name, None, why=failed[name]))
+                else:
+                    self.samples(f"length {turns}", name, "s", [one.whole for one in whole[name]])
+                    self.samples(f"replay {turns}", name, "s", [one.replay for one in whole[name]])
+
+    def _replayer(self, turns: int) -> None:
+        found = temporal(self.sides["temporal"], turns, self.given.repeats)
+        self.keep(Row(f"length {turns}", "temporal", None, why="no process is recovered: see replay"))
+        self.samples(f"replay {turns}", "temporal", "s", found["replay"])
+
+    def wall(self) -> None:
+        """How far it goes in a while; how large a result it takes."""
+
+        def turns(name: str, python: str) -> None:
+            seconds = self.given.wall_s
+            self.keep(Row(f"turns in {seconds:g} s", name, cells.turns_in(name, python, seconds), "turns"))
+
+        def entry(name: str, python: str) -> None:
+            taken = 0
+            for mib in map(int, self.given.entries.split(",")):
+                if not cells.takes(name, python, mib << 20):
+                    break
+                taken = mib
+            self.keep(Row("largest result taken", name, taken, f"of {self.given.entries} MiB"))
+
+        self.each("wall", turns, f"turns in {self.given.wall_s:g} s")
+        self.each("wall", entry, "largest result taken")
+
+    def card(self) -> None:
+        """Double charges."""
+        kills = self.given.kills
+        self.each("card", lambda n, p: self.keep(Row("card", n, cells.card(n, p, kills), f"of {kills}", kills)))
+
+    def deploy(self) -> None:
+        """What goes on under newer code."""
+        runs = self.given.deploys
+
+        def share(name: str, python: str) -> None:
+            if name == "temporal":
+                survived = 0 if temporal(python, 3, 1)["deploy"] else runs
+            else:
+                survived = sum(cells.deploy(name, python) for _ in range(runs))
+            self.keep(Row("deploy", name, survived, f"of {runs} go on", runs))
+
+        self.each("deploy", share)
+
+    def lunch(self) -> None:
+        """What a user waits for after lunch."""
+        entries, repeats = self.given.lunch, self.given.repeats
+
+        def back(name: str, python: str) -> None:
+            if name != "recess":
+                self.samples("lunch", name, "s", [cells.lunch(name, python, entries) for _ in range(repeats)])
+                return
+            found = asyncio.run(session_own.lunch(entries, repeats))
+            self.samples("lunch", name, "s", found["back"])
+            self.keep(Row(f"lunch: the work itself, once, in the guest ({found['driver']})", name, found["work"], "s"))
+            self.keep(Row("lunch: kept while away", name, found["bytes"] / 1e6, "MB"))
+
+        self.each("lunch", back)
+
+    def orphan(self) -> None:
+        """Valid transcripts after kills."""
+        kills = self.given.orphans
+
+        def valid(name: str, python: str) -> None:
+            good, faults = cells.orphan(name, python, kills)
+            self.keep(Row("orphan", name, good, f"of {kills} valid", kills, why="; ".join(faults[:1])))
+
+        self.each("orphan", valid)
+
+    def race(self) -> None:
+        """Two workers on one run."""
+        races = self.given.races
+
+        def both(name: str, python: str) -> None:
+            found = [cells.race(name, python, self.database() if name != "langgraph" else "") for _ in range(races)]
+            wrong = sum(doubled + lost for doubled, lost in found)
+            self.keep(Row("race", name, wrong, f"doubled or lost in {races}", races))
+
+        self.each("race", both)
+
+    def reconnect(self) -> None:
+        """A client that is cut off."""
+
+        def cut(name: str, _python: str) -> None:
+            found = asyncio.run(session_own.reconnect())
+            self.keep(Row("reconnect", name, found["wrong"], f"wrong in {found['drops']} drops", found["drops"]))
+            self.keep(Row("reconnect, a client without ids", name, found["plain_wrong"], "pieces doubled or missing"))
+
+        self.each("reconnect", cut)
+
+    def fork(self) -> None:
+        """Many forks."""
+        turns, forks = self.given.fork_turns, self.given.forks
+        head = f"fork x{forks} at turn {turns}"
+
+        def all_of_them(name: str, python: str) -> None:
+            found = cells.fork(name, python, turns, forks)
+            self.keep(Row(head, name, found["s"], "s", forks))
+            self.keep(Row(f"{head}: bytes", name, found["bytes"] / 1e3, "kB", forks))
+
+        self.each("fork", all_of_them, head, f"{head}: bytes")
 
 
-@contextmanager
-def side_of(name: str, python: str) -> Iterator[tuple[Side, World]]:
-    """A fresh side with a world of its own; everything is ended and removed."""
-    world = World()
-    with tempfile.TemporaryDirectory(prefix="bs") as folder:
-        side = Side(name, python, Path(folder), world)
-        try:
-            yield side, world
-        finally:
-            side.kill()
-            world.close()
+def temporal(python: str, turns: int, repeats: int) -> dict[str, Any]:
+    """Return what the Replayer's program found. Raises RuntimeError with its last words."""
+    command = [python, "-m", "benchmarks.session_temporal", str(turns), str(repeats)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-1000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def length(name: str, python: str, turns: int) -> float:
-    """Return how long a new process takes to its next model call, after SIGKILL at that turn."""
-    with side_of(name, python) as (side, world):
-        world.arm(model=turns + 1)
-        side.start(turns + 1)
-        if not world.reached.wait(PATIENCE_S + turns * 0.5):
-            raise RuntimeError(f"{name} did not get to turn {turns + 1}:\n{side.tail()}")
-        side.kill()
-        before = len(world.asked)
-        world.arm(model=turns + 1)
-        began = side.start(turns + 1)
-        if not world.reached.wait(PATIENCE_S + turns * 0.05):
-            raise RuntimeError(f"{name} did not recover at turn {turns}:\n{side.tail()}")
-        return world.asked[before][1] - began
-
-
-def card(name: str, python: str, kills: int) -> int:
-    """Return how many of so many turns were charged twice."""
-    with side_of(name, python) as (side, world):
-        for turn in range(1, kills + 1):
-            world.arm(pay=turn)
-            side.start(kills)
-            if not world.reached.wait(PATIENCE_S):
-                raise RuntimeError(f"{name} did not get to the charge of turn {turn}:\n{side.tail()}")
-            side.kill()
-            world.release()
-        world.arm(pay=-1)
-        side.start(kills)
-        deadline = time.monotonic() + PATIENCE_S
-        while world.charges[kills] == 0 or side.running():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not end:\n{side.tail()}")
-            time.sleep(0.05)
-        return sum(world.charges[turn] > 1 for turn in range(1, kills + 1))
-
-
-def deploy(name: str, python: str) -> bool:
-    """Tell whether a run that was killed in turn 3 goes on to its next model call under newer code."""
-    with side_of(name, python) as (side, world):
-        world.arm(model=3)
-        side.start(5)
-        if not world.reached.wait(PATIENCE_S):
-            raise RuntimeError(f"{name} did not get to turn 3:\n{side.tail()}")
-        side.kill()
-        world.arm(model=4)
-        side.start(5, line=1)
-        return world.reached.wait(DEPLOY_S)
-
-
-def measure(sides: dict[str, str], turns: list[int], kills: int, repeats: int) -> list[dict[str, Any]]:
-    """Run everything; one row a side and figure."""
-    rows: list[dict[str, Any]] = []
-    for count in turns:
-        took: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(repeats):
-            for name, python in sides.items():
-                took[name].append(length(name, python, count))
-                print(f"length {count} {name}: {took[name][-1]:.2f} s", flush=True)
-        rows += [
-            {"figure": f"length {count}", "side": name, "value": quantile(found, 0.5), "unit": "s", "n": len(found),
-             "samples": found}
-            for name, found in took.items()
-        ]  # fmt: skip
-    for name, python in sides.items():
-        rows.append(
-            {"figure": "card", "side": name, "value": card(name, python, kills), "unit": f"of {kills}", "n": kills}
-        )
-        rows.append({"figure": "deploy", "side": name, "value": int(deploy(name, python)), "unit": "goes on", "n": 1})
-        print(f"card, deploy {name}: {rows[-2]['value']} of {kills}, {bool(rows[-1]['value'])}", flush=True)
-    return rows
-
-
-def write(rows: list[dict[str, Any]], sides: dict[str, str], out: Path) -> str:
+def write(rows: Sequence[Row], sides: Sequence[str], out: Path) -> str:
     """Write CSV, Markdown and PNG; return what to print."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "sessions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["figure", "side", "value", "unit", "n"])
-        writer.writerows([[row[key] for key in ("figure", "side", "value", "unit", "n")] for row in rows])
-    figures = list(dict.fromkeys(row["figure"] for row in rows))
+        writer.writerow(["figure", "side", "value", "unit", "n", "not_measured"])
+        for row in rows:
+            writer.writerow([row.figure, row.side, row.value, row.unit, row.n, row.why if row.value is None else ""])
+    figures = list(dict.fromkeys(row.figure for row in rows))
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
     for figure in figures:
-        found = {row["side"]: row for row in rows if row["figure"] == figure}
-        cells = [f"{found[name]['value']:.3g} {found[name]['unit']}" for name in sides]
-        lines.append(f"| {figure} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"- {name}: {STRENGTHS[name]}" for name in sides), ""]
-    (out / "sessions.md").write_text("\n".join(lines))
-    lengths = [figure for figure in figures if figure.startswith("length")]
+        found = {row.side: row for row in rows if row.figure == figure}
+        lines.append(f"| {figure} | " + " | ".join(found[n].cell() if n in found else "-" for n in sides) + " |")
+    lines += ["", *(f"- {name}: {STRENGTHS[name]}" for name in sides), "", "Not measured:", ""]
+    reasons = {(row.side, row.why): row.figure for row in reversed(rows) if row.value is None}
+    lines += [f"- {side}, {figure}: {why}" for (side, why), figure in reversed(reasons.items())] or ["- nothing"]
+    (out / "sessions.md").write_text("\n".join([*lines, ""]))
+    return "\n".join([*lines, "", plot(rows, sides, out / "sessions.png")])
+
+
+def plot(rows: Sequence[Row], sides: Sequence[str], target: Path) -> str:
+    """Write a panel for each figure that has seconds or bytes of at least one side; return what became of it."""
+    shown = [row for row in rows if row.value is not None and row.unit in ("s", "kB", "turns")]
+    panels = [(name, f"{name}, {unit}", 1.0) for name, unit in dict.fromkeys((row.figure, row.unit) for row in shown)]
     samples = {
-        name: {row["figure"]: row["samples"] for row in rows if row["side"] == name and "samples" in row}
-        for name in sides
+        side: {row.figure: row.samples or (float(row.value or 0),) for row in shown if row.side == side}
+        for side in sides
     }
-    panels = [(figure, f"{figure} turns: to the next model call, s", 1.0) for figure in lengths]
-    plotted = (
-        plot_panels(samples, out / "sessions.png", panels, columns=2) if len(panels) > 1 else "no plots: one length"
-    )
-    return "\n".join([*lines, plotted])
+    full = {side: {name: found.get(name, ()) for name, _, _ in panels} for side, found in samples.items()}
+    return plot_panels(full, target, panels, columns=2) if len(panels) > 2 else "no plots: too few figures"
+
+
+def the_sides(peers: str) -> Iterator[tuple[str, str]]:
+    """Yield each side and the Python that runs it."""
+    yield "recess", sys.executable
+    if peers:
+        yield from ((name, peers) for name in WORKERS if name != "restate" or "RESTATE_SERVER" in os.environ)
+        yield "temporal", peers
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--turns", default="50,200", help="of `length`")
+    parser.add_argument("--kills", type=int, default=3, help="of `card`")
+    parser.add_argument("--deploys", type=int, default=1)
+    parser.add_argument("--orphans", type=int, default=8, help="kills of `orphan`")
+    parser.add_argument("--races", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=2, help="of `length` and `lunch`")
+    parser.add_argument("--wall-s", type=float, default=6.0)
+    parser.add_argument("--entries", default="1,16", help="MiB of a tool's result, rising")
+    parser.add_argument("--lunch", type=int, default=100_000, help="entries of the dict")
+    parser.add_argument("--fork-turns", type=int, default=100)
+    parser.add_argument("--forks", type=int, default=64)
+    parser.add_argument("--only", default=",".join(FIGURES))
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    parser.add_argument("--peers", default="", help="a Python that has the peers' packages: tools/bench_peers.sh")
+    given = parser.parse_args(argv)
+    if unknown := set(given.only.split(",")) - set(FIGURES):
+        parser.error(f"no such figure: {', '.join(sorted(unknown))}")
+    return given
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--turns", default="50,200")
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("build/bench"))
-    parser.add_argument("--peers", default="", help="a Python that has dbos, langgraph and langgraph-checkpoint-sqlite")
-    given = parser.parse_args(argv)
-    sides = {"recess": sys.executable, **(dict.fromkeys(PEERS, given.peers) if given.peers else {})}
-    rows = measure(sides, [int(one) for one in given.turns.split(",")], given.kills, given.repeats)
-    print(write(rows, sides, given.out))
+    given = parse(argv)
+    if SERVER.exists():
+        os.environ.setdefault("RESTATE_SERVER", str(SERVER))
+    run = Run(given, dict(the_sides(given.peers)))
+    began = time.monotonic()
+    with ExitStack() as stack:
+        if "race" in given.only.split(","):
+            run.database = stack.enter_context(PostgresServer()).database
+        for figure in FIGURES:
+            if figure in given.only.split(","):
+                getattr(run, figure)()
+    print(write(run.rows, list(run.sides), given.out))
+    print(f"{time.monotonic() - began:.0f} s")
     return 0
 
 

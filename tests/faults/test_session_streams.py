@@ -1,15 +1,15 @@
 """Streams that are cut off: a hundred random drops, servers that restart, readers that sleep; over a real HTTP server."""
 
 import asyncio
-import contextlib
 import json
 import random
 
 import pytest
-import uvicorn
 
 from recess.api.app import make_app
 from recess.api.wire import ProgressHub
+from recess.testing.event_reader import EventReader
+from recess.testing.event_reader import served as serve_app
 from recess.testing.session_matrix import stored
 from recess.testing.session_world import world
 
@@ -38,73 +38,9 @@ def whole(count):
     return "".join(f"t{n} " for n in range(count))
 
 
-@contextlib.asynccontextmanager
-async def served(w, folder):
-    """Serve the world's sessions (those of its newest server) on a unix socket, by the server that users have."""
-    path = str(folder / "http.sock")
-    config = uvicorn.Config(make_app(w, ProgressHub()), uds=path, log_level="warning", lifespan="off", ws="none")
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext
-    task = asyncio.create_task(server.serve())
-    while not server.started:
-        await asyncio.sleep(0.01)
-    try:
-        yield path
-    finally:
-        server.should_exit = server.force_exit = True
-        await task
-
-
-class Reader:
-    """A client that shows a session: what it has survives its connections."""
-
-    def __init__(self, path, session):
-        self.path, self.session = path, session
-        self.last, self.pieces, self.positions, self.final, self.drops = "", [], [], "", 0
-
-    async def connect(self, *, cut_after=None):
-        """Read until the turn's end, or until `cut_after` bytes have come; tell whether the turn has ended."""
-        reader, writer = await asyncio.open_unix_connection(self.path)
-        try:
-            head = f"GET /v1/sessions/{self.session}/events HTTP/1.0\r\nLast-Event-ID: {self.last}\r\n\r\n"
-            writer.write(head.encode())
-            assert b"200" in await reader.readline()
-            while (await reader.readline()).strip():
-                pass
-            return await self._events(reader, cut_after)
-        finally:
-            writer.transport.abort()
-
-    async def _events(self, reader, left):
-        event = {}
-        while line := await reader.readline():
-            if left is not None:
-                left -= len(line)
-                if left <= 0:
-                    return False
-            name, _, value = line.decode().rstrip("\n").partition(": ")
-            if name:
-                event[name] = value
-            elif event:
-                if self._take(event):
-                    return True
-                event = {}
-        return False
-
-    def _take(self, event):
-        self.last = event["id"]
-        data = json.loads(event["data"])
-        if event["event"] == "delta":
-            if data["n"] == 0:
-                self.pieces = []
-            assert len(self.pieces) == data["n"], "a piece is missing or doubled"
-            self.pieces.append(data["text"])
-            return False
-        self.positions.append(data["position"])
-        if data["kind"] == "assistant":
-            self.final = data["body"]["text"]
-            assert self.final.startswith("".join(self.pieces)), "what was shown is not what was said"
-        return data["kind"] == "turn.end"
+def served(w, folder):
+    """Serve the world's sessions (those of its newest server) on a unix socket."""
+    return serve_app(make_app(w, ProgressHub()), folder / "http.sock")
 
 
 async def begin(w, shared, count):
@@ -119,7 +55,7 @@ async def test_a_hundred_drops_and_two_restarts_miss_and_double_no_token(tmp_pat
     draw = random.Random(7)
     async with stored(store, tmp_path) as w, served(w, tmp_path) as path:
         s = await begin(w, tmp_path, TOKENS)
-        reader, grown, restarts = Reader(path, s), [], 0
+        reader, grown, restarts = EventReader(path, s), [], 0
         async with asyncio.timeout(60):
             while True:
                 cut = draw.randrange(1, 1200) if reader.drops < 100 else None
@@ -131,6 +67,7 @@ async def test_a_hundred_drops_and_two_restarts_miss_and_double_no_token(tmp_pat
                     restarts += 1
                     await w.crash_server()
                     await w.sessions.recover()
+        assert reader.faults == []
         assert reader.final == whole(TOKENS)
         assert reader.drops >= 100
         assert restarts == 2
@@ -143,7 +80,7 @@ async def test_a_hundred_drops_and_two_restarts_miss_and_double_no_token(tmp_pat
 async def test_what_the_agent_says_while_no_server_listens_is_filled_in(tmp_path):
     async with world() as w, served(w, tmp_path) as path:
         s = await begin(w, tmp_path, 100)
-        reader = Reader(path, s)
+        reader = EventReader(path, s)
         await reader.connect(cut_after=900)
         await w.sessions.abandon()
         await w.machines.drop_streams()
@@ -159,6 +96,7 @@ async def test_what_the_agent_says_while_no_server_listens_is_filled_in(tmp_path
         assert [d.n for d in kept] == list(range(len(kept))), "no piece is missing"
         assert whole(100).startswith("".join(d.text for d in kept))
         assert await reader.connect()
+        assert reader.faults == []
         assert reader.final == whole(100)
 
 
@@ -185,7 +123,7 @@ async def test_a_reader_that_sleeps_holds_nobody_up(tmp_path):
 async def test_long_poll_goes_on_by_the_same_ids(tmp_path):
     async with world() as w, served(w, tmp_path) as path:
         s = await begin(w, tmp_path, 60)
-        reader, place, calls = Reader(path, s), "0", 0
+        reader, place, calls = EventReader(path, s), "0", 0
 
         async def poll(after, wait):
             source, sink = await asyncio.open_unix_connection(path)
@@ -201,8 +139,9 @@ async def test_long_poll_goes_on_by_the_same_ids(tmp_path):
                 assert status == 200
                 assert answer["events"], "it came back before anything was there"
                 for one in answer["events"]:
-                    ended = reader._take({**one, "data": json.dumps(one["data"])}) or ended
+                    ended = reader.take(one["id"], one["event"], one["data"]) or ended
                 place, calls = answer["next"], calls + 1
+        assert reader.faults == []
         assert reader.final == whole(60)
         assert calls > 5
         assert reader.positions == list(range(1, len(reader.positions) + 1))

@@ -21,12 +21,14 @@ from recess.contextlog import lineage, rules
 from recess.contextlog.contract import Appended, Delta, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
-from recess.db import FOR_UPDATE, Query, Row, Tx, UniqueViolation
+from recess.db import FOR_UPDATE, POSTGRES, Query, Row, Tx, UniqueViolation
 from recess.errors import Conflict, Corrupt, NameInUse, NotFound
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SessionRow))
 _JSON = frozenset({"labels", "meta"})
 ENTRY = "session, position, kind, turn, ref, key, epoch, code_version, ts, schema, size, blob, body"
+
+TOGETHER = 4  # entries in one statement; few, so that there are few different statements, and each is prepared once
 
 
 @dataclass(frozen=True)
@@ -242,32 +244,44 @@ def _append(tx: Tx, row: SessionRow, packed: Sequence[Packed], ts: float) -> tup
     placed = rules.place(packed, row.head, _known(tx, row.id, packed).get)
     for item in placed:
         _drop_deltas(tx, row.id, item.packed)
-        if not item.replayed:
-            _insert(tx, row, item.packed, item.position, ts)
-    head = max((p.position for p in placed if not p.replayed), default=row.head)
-    if head != row.head:
-        tx.execute("UPDATE log_session SET head = ? WHERE id = ?", (head, row.id))
+    new = [item for item in placed if not item.replayed]
+    head = max((item.position for item in new), default=row.head)
+    joined = tx.dialect == POSTGRES
+    step = TOGETHER if joined else 1
+    for first in range(0, len(new), step):
+        some = new[first : first + step]
+        writes = [write for item in some for write in _rows_of(row, item.packed, item.position, ts)]
+        if some[-1] is new[-1]:
+            writes.append(("UPDATE log_session SET head = ? WHERE id = ?", (head, row.id)))
+        for sql, params in [_as_one(writes)] if joined else writes:
+            tx.execute(sql, params)
     return [item.appended for item in placed], head
 
 
-def _insert(tx: Tx, row: SessionRow, p: Packed, position: int, ts: float) -> None:
-    tx.execute(
-        f"INSERT INTO log_entry ({ENTRY}, mark) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            row.id, position, p.kind, p.turn, p.ref, p.key, row.epoch, row.code_version, ts, p.schema,
-            len(p.body), p.blob, None if p.blob else p.body.decode(), p.mark,
-        ),
+def _rows_of(row: SessionRow, p: Packed, position: int, ts: float) -> list[Query]:
+    """Return the inserts that make an entry."""
+    entry = (
+        row.id, position, p.kind, p.turn, p.ref, p.key, row.epoch, row.code_version, ts, p.schema,
+        len(p.body), p.blob, None if p.blob else p.body.decode(), p.mark,
     )  # fmt: skip
+    out: list[Query] = [
+        (f"INSERT INTO log_entry ({ENTRY}, mark) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", entry)
+    ]
     if p.key:
-        tx.execute(
-            "INSERT INTO log_key (session, key, position, digest) VALUES (?, ?, ?, ?)",
-            (row.id, p.key, position, p.digest),
-        )
+        values = (row.id, p.key, position, p.digest)
+        out.append(("INSERT INTO log_key (session, key, position, digest) VALUES (?, ?, ?, ?)", values))
     if p.mark is not None:
-        tx.execute(
-            "INSERT INTO log_mark (session, position, kind, mark) VALUES (?, ?, ?, ?)",
-            (row.id, position, p.kind, p.mark),
-        )
+        marked = (row.id, position, p.kind, p.mark)
+        out.append(("INSERT INTO log_mark (session, position, kind, mark) VALUES (?, ?, ?, ?)", marked))
+    return out
+
+
+def _as_one(writes: Sequence[Query]) -> Query:
+    """Return writes to different rows as one statement, which Postgres (not SQLite) takes: sending and running each by itself is
+    most of what an append costs there. They are all done, or none is, whatever their order."""
+    *parts, (last, _) = writes
+    named = ", ".join(f"w{n} AS ({sql})" for n, (sql, _) in enumerate(parts))
+    return f"WITH {named} {last}" if named else last, tuple(value for _, params in writes for value in params)
 
 
 def _drop_deltas(tx: Tx, session: str, packed: Packed) -> None:

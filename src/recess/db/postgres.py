@@ -52,9 +52,11 @@ def in_postgres(sql: str) -> tuple[str, bool, bool]:
     contains a question mark."""
     parts = sql.split("?")
     text = "".join(f"{part}${n}" for n, part in enumerate(parts[:-1], 1)) + parts[-1]
-    head = sql.lstrip()[:6].upper()
-    reads = head.startswith(("SELECT", "WITH"))
-    return text, reads or " RETURNING " in sql, not reads
+    start, words = sql.lstrip().upper(), sql.upper()
+    changes = not start.startswith(("SELECT", "WITH"))
+    if start.startswith("WITH"):  # what only reads names its columns, not these
+        changes = any(word in words for word in ("INSERT INTO ", "UPDATE ", "DELETE FROM "))
+    return text, not changes or " RETURNING " in sql, changes
 
 
 def lock_key(schema: str, word: str) -> int:
