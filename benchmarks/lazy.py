@@ -3,14 +3,12 @@
     python -m benchmarks.lazy [--repeats N] [--resident MIB] [--remote-resident MIB] [--only WORD] [--out FOLDER]
 
 A guest with so much resident memory and a Python that holds it is snapshotted once and restored again and again, each way:
-lazily from this disk and lazily from a bucket (a real S3 server on loopback, filled by another home; left out where `moto`
-is not installed), each with its working set forgotten before, and known; and by mapping page files, for comparison. Every
+lazily from this disk and lazily from a bucket (a real S3 server on loopback, filled by another home: `benchmarks.buckets`),
+each with its working set forgotten before, and known; and by mapping page files, for comparison. Every
 reply of the Python is a checksum over its own pages and compared with what it was before the snapshot.
 
-The remote half keeps its store in the S3 server's memory: its guest is smaller by default. That server takes the whole
-object in hand for every range and serves one request at a time, tens of milliseconds each: its times are those of requests in
-a row and say little of a bucket's, where requests run side by side. Compare its faults and bytes, and its times only with
-each other.
+The server's own speed is measured beside it and told. With `moto` the times are its own: it takes a whole object in hand for
+every range, so the remote half has a smaller guest by default.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -28,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks import buckets
 from benchmarks.figures import quantile
 from benchmarks.run import SPEC, close_node, machine_facts, make_home, pool_of, say
 from recess.config import Config, load_config
@@ -188,16 +186,13 @@ async def alternate(
 
 async def from_bucket(scratch: Path, images: Path, args: argparse.Namespace, keep: Callable[[Way], None]) -> None:
     """The ways back from a bucket that another home has filled; this one keeps no copies."""
-    from recess.testing.blob_server import s3_server
-
-    with s3_server() as server:
-        bucket = {
-            "store": server.make_bucket("bench") + "/store", "s3_endpoint": server.endpoint, "s3_region": "us-east-1",
-            "s3_access_key_id": "id", "s3_secret_access_key": "secret", "lazy_memory": "lazy", "page_files_bytes": 0,
-        }  # fmt: skip
-        async with opened(replace(make_home(scratch / "filling", images), **bucket)) as node:
+    with buckets.served(scratch) as bucket:
+        say(bucket.speed())
+        keys: dict[str, Any] = {**bucket.config, "lazy_memory": "lazy", "page_files_bytes": 0}
+        async with opened(replace(make_home(scratch / "filling", images), **keys)) as node:
             snapshot, job, answer = await hold(node, args.remote_resident)
-        async with opened(replace(make_home(scratch / "remote", images), **bucket)) as node:
+        args.bucket = bucket.speed()
+        async with opened(replace(make_home(scratch / "remote", images), **keys)) as node:
             await alternate(node, ("lazily, from a bucket", (snapshot, job, answer)), args.repeats, keep)
 
 
@@ -209,8 +204,8 @@ async def run(args: argparse.Namespace, keep: Callable[[Way], None]) -> None:
         if args.only in ("", "disk"):
             await from_disk(scratch, images, args, keep)
         if args.only in ("", "bucket"):
-            if importlib.util.find_spec("moto") is None:
-                say("skipped: from a bucket (moto is not installed)")
+            if not buckets.server_here():
+                say("skipped: from a bucket (neither s3s-fs nor moto is installed)")
             else:
                 await from_bucket(scratch, images, args, keep)
     finally:
@@ -238,6 +233,8 @@ def markdown(ways: Sequence[Way], args: Mapping[str, Any], facts: Mapping[str, A
     ]  # fmt: skip
     out += ["| " + " | ".join(cells(way)) + " |" for way in ways]
     out += ["", "Steps to guestd's reply, p50 in ms (they overlap):", ""]
+    if args.get("bucket"):
+        out += [args["bucket"] + ".", ""]
     for way in ways:
         steps = ", ".join(f"{name} {quantile(ms, 0.5):.1f}" for name, ms in way.steps.items())
         out.append(f"- {way.name}: {steps}")

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,17 +48,19 @@ _ROOT_HEAD = struct.Struct("<BBHIQ")
 _HASH = 32
 
 Fetch = Callable[[bytes], bytes]  # hash -> the bytes of the node; Corrupt if there is none
+_Numbers = NDArray[np.int64]
 Children = list[tuple[int, bytes]]  # (which child, its hash)
 
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One leaf as read: parallel arrays of its runs; `sources` are its own table."""
+    """One leaf as it lies in its node: `columns` are the bytes of first page, pages and source of its runs, `position` those
+    of their positions; `sources` is its own table. What the numbers say is checked for all leaves together."""
 
-    first: NDArray[np.int64]
-    pages: NDArray[np.int64]
-    source: NDArray[np.int64]
-    position: NDArray[np.int64]
+    runs: int
+    listed: int
+    columns: tuple[bytes, bytes, bytes]
+    position: bytes
     sources: tuple[Source, ...]
 
 
@@ -155,14 +157,15 @@ def decode_tree(root: bytes, fetch: Fetch, *, pages_total: int, count: int) -> P
     if total != pages_total or not 0 <= count <= total:
         raise _corrupt(f"root is of {total} pages, not {pages_total}")
     leaves: dict[bytes, _Leaf] = {}
+    tables: dict[bytes, tuple[Source, ...]] = {}
     placed: list[tuple[int, _Leaf]] = []
     listed = 0
     for which_inner, inner in children:
         for which_leaf, digest in _decode_inner(_get(inner, fetch)):
             leaf = leaves.get(digest)
             if leaf is None:
-                leaf = leaves[digest] = _decode_leaf(_get(digest, fetch))
-            listed += int(leaf.pages.sum())
+                leaf = leaves[digest] = _decode_leaf(_get(digest, fetch), tables)
+            listed += leaf.listed
             if listed > count:
                 raise _corrupt(f"lists more than the {count} pages it should")
             placed.append((which_inner * INNER_PAGES + which_leaf * LEAF_PAGES, leaf))
@@ -172,17 +175,21 @@ def decode_tree(root: bytes, fetch: Fetch, *, pages_total: int, count: int) -> P
 
 
 def _join(placed: list[tuple[int, _Leaf]], pages_total: int) -> PageMap:
+    """Return the map of these leaves, which list no more than the caller has bounded. A large part has hundreds of them with
+    a run each, so nothing here is done leaf by leaf but what must be."""
     if not placed:
         nothing = np.empty(0, np.uint32)
         return PageMap(pages_total, nothing, np.empty(0, np.int32), nothing, ())
-    sources = tuple(sorted({source for _, leaf in placed for source in leaf.sources}))
-    number = {source: 1 + i for i, source in enumerate(sources)}
-    tables = [np.array([ZERO, *(number[s] for s in leaf.sources)], np.int32) for _, leaf in placed]
-    first = np.concatenate([base + leaf.first for base, leaf in placed])
-    counts = np.concatenate([leaf.pages for _, leaf in placed])
-    source = np.concatenate([table[leaf.source] for table, (_, leaf) in zip(tables, placed, strict=True)])
-    position = np.concatenate([leaf.position for _, leaf in placed])
-    pages = expand(first, counts)
+    leaves = [leaf for _, leaf in placed]
+    runs = np.array([leaf.runs for leaf in leaves], np.int64)
+    of = np.repeat(np.arange(len(leaves)), runs)
+    first, counts, local = (
+        np.frombuffer(b"".join([leaf.columns[i] for leaf in leaves]), "<u2").astype(np.int64) for i in range(3)
+    )
+    position = np.frombuffer(b"".join([leaf.position for leaf in leaves]), "<u4").astype(np.int64)
+    _check_runs(of, first, counts, local, position, np.array([len(leaf.sources) for leaf in leaves], np.int64)[of])
+    sources, source = _number_sources(leaves, of, local)
+    pages = expand(np.array([base for base, _ in placed], np.int64)[of] + first, counts)
     if int(pages[-1]) >= pages_total:
         raise _corrupt("lists a page beyond the part")
     each_source = np.repeat(source, counts)
@@ -190,6 +197,33 @@ def _join(placed: list[tuple[int, _Leaf]], pages_total: int) -> PageMap:
     if int(each_position.max()) > 0xFFFFFFFF:
         raise _corrupt("a run leaves its source")
     return PageMap(pages_total, pages.astype(np.uint32), each_source, each_position.astype(np.uint32), sources)
+
+
+def _check_runs(
+    of: _Numbers, first: _Numbers, counts: _Numbers, source: _Numbers, position: _Numbers, table_size: _Numbers
+) -> None:
+    """Check the runs of all leaves; `of` says whose each is, `table_size` how many sources that leaf has. Raises Corrupt."""
+    ends = first + counts
+    overlap = (first[1:] < ends[:-1]) & (of[1:] == of[:-1])
+    if int(counts.min()) < 1 or int(ends.max()) > LEAF_PAGES or overlap.any():
+        raise _corrupt("leaf has runs that overlap or leave it")
+    if (source > table_size).any() or position[source == ZERO].any():
+        raise _corrupt("leaf has a run from nowhere")
+
+
+def _number_sources(
+    leaves: Sequence[_Leaf], of: _Numbers, local: _Numbers
+) -> tuple[tuple[Source, ...], NDArray[np.int32]]:
+    """Return all sources in order, and the number of each run's. Leaves mostly have the same few tables."""
+    tables = {leaf.sources: 0 for leaf in leaves}
+    sources = tuple(sorted({source for table in tables for source in table}))
+    number = {source: 1 + i for i, source in enumerate(sources)}
+    flat: list[int] = []
+    for table in tables:
+        tables[table] = len(flat)
+        flat += [ZERO, *(number[source] for source in table)]
+    bases = np.array([tables[leaf.sources] for leaf in leaves], np.int64)
+    return sources, np.array(flat, np.int32)[bases[of] + local]
 
 
 def _corrupt(why: str) -> Corrupt:
@@ -239,22 +273,26 @@ def _decode_inner(node: bytes) -> Children:
     return _decode_children(node, _INNER_HEAD.size, count, "<u2", INNER_LEAVES)
 
 
-def _decode_leaf(node: bytes) -> _Leaf:
+def _decode_leaf(node: bytes, tables: dict[bytes, tuple[Source, ...]]) -> _Leaf:
+    """Return a leaf whose sizes are right. `tables`: those that were read before, by their bytes."""
     _, _, table_size, runs, zero = _unpack(node, _LEAF_HEAD, _LEAF)
     if zero or not runs or len(node) != _LEAF_HEAD.size + table_size * (1 + _HASH) + runs * 10:
         raise _corrupt("leaf size does not match its counts")
-    at = _LEAF_HEAD.size
-    kinds, base = node[at : at + table_size], at + table_size
-    sources = tuple(Source(kind, node[base + _HASH * i : base + _HASH * (i + 1)]) for i, kind in enumerate(kinds))
+    at = _LEAF_HEAD.size + table_size * (1 + _HASH)
+    raw = node[_LEAF_HEAD.size : at]
+    sources = tables.get(raw)
+    if sources is None:
+        sources = tables[raw] = _decode_table(raw, table_size)
+    first, pages, source = (node[at + 2 * runs * i : at + 2 * runs * (i + 1)] for i in range(3))
+    listed = sum(struct.unpack(f"<{runs}H", pages))
+    if listed < runs:  # each lists a page at least: so the number of runs is bounded with that of pages
+        raise _corrupt("leaf has runs that overlap or leave it")
+    return _Leaf(runs, listed, (first, pages, source), node[at + 6 * runs :], sources)
+
+
+def _decode_table(raw: bytes, size: int) -> tuple[Source, ...]:
+    kinds, hashes = raw[:size], raw[size:]
+    sources = tuple(Source(kind, hashes[_HASH * i : _HASH * (i + 1)]) for i, kind in enumerate(kinds))
     if any(kind not in (KIND_BLOCKS, KIND_LAYER) for kind in kinds) or list(sources) != sorted(set(sources)):
         raise _corrupt("leaf has a bad table of sources")
-    at = base + _HASH * table_size
-    columns = [np.frombuffer(node, "<u2", runs, at + 2 * runs * i).astype(np.int64) for i in range(3)]
-    first, pages, source = columns
-    position = np.frombuffer(node, "<u4", runs, at + 6 * runs).astype(np.int64)
-    ends = first + pages
-    if int(pages.min()) < 1 or int(ends[-1]) > LEAF_PAGES or (first[1:] < ends[:-1]).any():
-        raise _corrupt("leaf has runs that overlap or leave it")
-    if int(source.max()) > table_size or position[source == ZERO].any():
-        raise _corrupt("leaf has a run from nowhere")
-    return _Leaf(first, pages, source, position, sources)
+    return sources

@@ -147,6 +147,12 @@ def test_lies_in_a_leaf(lie):
         decode(root, nodes, 512, 3)
 
 
+def test_a_run_that_leaves_its_leaf_within_the_part():
+    root, nodes = leaf_with(lambda n: _with(_with(n, 76, b"\xff\x01"), 78, b"\x01\x00\x02\x00"))
+    with pytest.raises(Corrupt, match="leave it"):
+        decode(root, nodes, 512, 3)
+
+
 def test_an_unknown_version():
     root, nodes = leaf_with(lambda n: _with(n, 1, b"\x02"))
     with pytest.raises(Incompatible):
