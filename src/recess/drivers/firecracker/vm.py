@@ -86,8 +86,8 @@ class FirecrackerVm(KeptVm[Handles]):
         await end_machine(vm.layout, vm.keeper, vm.jail)
         with contextlib.suppress(Exception):
             await vm.close()
+        await self._remove_disks()
         with contextlib.suppress(OSError):
-            vm.layout.remove_disks()
             vm.clone.unlink(missing_ok=True)
 
     async def detach(self) -> None:

@@ -74,8 +74,7 @@ class GvisorVm(KeptVm[Handles]):
         await end_machine(vm.layout, vm.keeper, vm.family)
         with contextlib.suppress(Exception):
             await self.detach()
-        with contextlib.suppress(OSError):
-            vm.layout.remove_disks()
+        await self._remove_disks()
 
     async def detach(self) -> None:
         """Drop the connections and let the machine go on, for the next server to adopt."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from recess.drivers.kept.keeper import Keeper, Process
 from recess.drivers.kept.layout import Layout
 from recess.drivers.kept.stats import process_stats
+from recess.drivers.kept.steps import in_thread
 from recess.errors import DriverFailed, IllegalState
 from recess.guestlink.link import GuestLink
 from recess.machines.contract import TemplateRef, VmStats
@@ -82,6 +84,11 @@ class KeptVm(ABC, Generic[H]):
     @abstractmethod
     def _processes(self) -> Iterable[Process]:
         """All processes that it costs, the keeper's included. Reads files."""
+
+    async def _remove_disks(self) -> None:
+        """Remove its disks. In a thread: a large file takes its time, and nobody else is to wait for it. Never fails."""
+        with contextlib.suppress(OSError):
+            await in_thread(self._handles.layout.remove_disks)
 
     @property
     def link(self) -> GuestLink:

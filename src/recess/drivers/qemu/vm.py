@@ -76,8 +76,7 @@ class QemuVm(KeptVm[Handles]):
         await end_vm(vm.layout, vm.keeper)
         with contextlib.suppress(Exception):
             await vm.close()
-        with contextlib.suppress(OSError):
-            vm.layout.remove_disks()
+        await self._remove_disks()
 
     async def stalled(self) -> str:
         """Tell whether a full disk of the host has stopped the VM (QEMU's `werror=enospc`, its default for disks)."""
