@@ -6,7 +6,7 @@ import functools
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from recess.cli.output import Output
 from recess.config import Config, load_config
 from recess.errors import BadInput
 from recess.sdk.local_server import ensure_server
-from recess.sdk.transport import Transport
+from recess.sdk.transport import Json, Transport
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,6 +39,16 @@ class Invocation:
                 self.out.progress("starting the local server")
             self._transport = ensure_server(self.config)
         return self._transport
+
+    def act(
+        self, method: str, path: str, body: object, *, key: str = "", query: Mapping[str, Any] | None = None
+    ) -> Json:
+        """Make a call that may take long and show its progress meanwhile."""
+        server = self.server
+        try:
+            return server.call_with_progress(method, path, body, self.out.step, key=key, query=query)
+        finally:
+            self.out.settle()
 
 
 def verb(function: F) -> Callable[..., Any]:

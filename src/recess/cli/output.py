@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recess.cli.live import LiveLine, counted
 from recess.cli.template import align, heading, render
 from recess.errors import RecessError
 
@@ -23,6 +24,30 @@ class Output:
         self.quiet = quiet
         self.command = command
         self.template = template
+        self._live: LiveLine | None = None
+
+    def step(self, text: str) -> None:
+        """Show a step of something that takes long: redrawn in place on a terminal, a line elsewhere (what only counts bytes
+        is left out there). `settle` before anything else is printed. Silent with -q and --json."""
+        if self.quiet or self.as_json:
+            return
+        if not sys.stderr.isatty():
+            count = counted(text)
+            if count is None or not count[2]:
+                self.progress(text)
+            return
+        self._live = self._live or LiveLine(sys.stderr)
+        self._live.show(text)
+
+    def waiting(self, text: str) -> None:
+        """Show what is waited for, on a terminal only. `settle` afterwards."""
+        if sys.stderr.isatty():
+            self.step(text)
+
+    def settle(self) -> None:
+        """Leave the step that is shown as it is; may be called without one."""
+        if self._live is not None:
+            self._live.end()
 
     def data(self, value: Any, text: str | None = None) -> None:
         """Print the result: the envelope with --json, by the template with --format, else `text` (None prints nothing)."""

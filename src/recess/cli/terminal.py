@@ -61,7 +61,12 @@ class KeyMatcher:
 
 
 def size() -> tuple[int, int]:
-    """Return rows and columns."""
+    """Return rows and columns: the terminal's as it is now, whatever LINES and COLUMNS were when this program started."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            columns, rows = os.get_terminal_size(stream.fileno())
+            if rows and columns:
+                return rows, columns
     columns, rows = shutil.get_terminal_size()
     return rows, columns
 
@@ -74,7 +79,7 @@ def raw_mode(enabled: bool) -> Iterator[None]:
         return
     fd = sys.stdin.fileno()
     saved = termios.tcgetattr(fd)
-    tty.setraw(fd)
+    tty.setraw(fd, termios.TCSADRAIN)  # not TCSAFLUSH: what was typed ahead is the process's
     try:
         yield
     finally:
@@ -180,7 +185,10 @@ def _until_back(inv: Invocation, row: Json, error: RecessError) -> int | None:
         if now["state"] != "suspended":
             raise error
         if not told:
-            inv.out.progress(f"{now['name'] or now['id']} is suspended; going on when it is resumed (Ctrl-C to leave)")
+            behind = "\n" if row["spec"]["tty"] and sys.stderr.isatty() else ""  # the shell's prompt, most likely
+            inv.out.progress(
+                f"{behind}{now['name'] or now['id']} is suspended; going on when it is resumed (Ctrl-C to leave)"
+            )
             told = True
         answer = inv.server.call("GET", "/v1/events", query={"after": after, "wait": _POLL_S})
         after = answer["next"]
@@ -220,6 +228,7 @@ def converse(
                 return stream.run(on_output or show)
             except Exception:
                 if pump is not None and pump.detached:
+                    _write_all(2, b"\r\n")  # the caller's prompt does not go behind the machine's
                     return None
                 raise
             finally:

@@ -23,6 +23,7 @@ from recess.snapshots.blobcheck import checked_pieces
 from recess.snapshots.forms import stored_form
 from recess.snapshots.keys import SNAPSHOT, id_of, key_of, keys_of
 from recess.snapshots.manifest_v1 import MANIFEST_BYTES_MAX, ManifestV1, decode_manifest
+from recess.units import format_bytes
 
 TEMPLATES_MAX = 8
 """How deep templates may stand on templates: one today; the cap is for manifests from strangers."""
@@ -98,13 +99,15 @@ def copy_snapshot(source: BlobStore, target: BlobStore, snapshot_id: str, *, tel
     items = closure(source, snapshot_id)
     todo = [item for item in items if not present(target, item)]
     sent: dict[Item, None] = {}
-    for number, item in enumerate(todo, 1):
+    total, done = format_bytes(_bytes(todo)), 0
+    for item in todo:
         if item == items[-1]:
             _renew(source, target, items[:-1], sent)
             crash_point("transfer.before_manifest")
-        tell(f"blob {number} of {len(todo)}: {item.key.rpartition('/')[2][:16]}, {item.size_bytes} bytes")
+        tell(f"copying {len(todo)} blobs: {format_bytes(done)} of {total}")
         _copy(source, target, item)
         sent[item] = None
+        done += item.size_bytes
     known = [item for item in items if item not in sent]
     return TransferReport(len(sent), _bytes(sent), len(known), _bytes(known))
 

@@ -128,5 +128,5 @@ def export(inv: Invocation, machine: str, output: str) -> None:
 @verb
 def commit(inv: Invocation, machine: str, name: str) -> None:
     """Make an image NAME of the files of a running MACHINE, as they are now; its memory is not in it."""
-    row = inv.server.call_with_progress("POST", f"/v1/machines/{machine}/commit", {"name": name}, inv.out.progress)
+    row = inv.act("POST", f"/v1/machines/{machine}/commit", {"name": name})
     inv.out.data(row, row["name"])

@@ -54,7 +54,7 @@ def ls(inv: Invocation) -> None:
 def create(inv: Invocation, name: str, packages: str) -> None:
     """Build an image NAME from Debian packages."""
     body = {"name": name, "packages": [p.strip() for p in packages.split(",") if p.strip()]}
-    row = inv.server.call_with_progress("POST", "/v1/images", body, inv.out.progress)
+    row = inv.act("POST", "/v1/images", body)
     inv.out.data(row, row["name"])
 
 
@@ -99,7 +99,7 @@ def _remove(inv: Invocation, names: tuple[str, ...]) -> None:
 def pull(inv: Invocation, image: str, name: str, insecure: bool) -> None:
     """Take IMAGE from a registry, with Docker's own logins: python:3.12, ghcr.io/owner/name@sha256:..."""
     body = {"ref": image, "name": name, "insecure": insecure}
-    row = inv.server.call_with_progress("POST", "/v1/image-pulls", body, inv.out.progress)
+    row = inv.act("POST", "/v1/image-pulls", body)
     inv.out.data(row, row["name"])
 
 
@@ -131,7 +131,7 @@ def import_(inv: Invocation, source: str, name: str) -> None:
 
 
 def _take(inv: Invocation, path: str, name: str) -> None:
-    row = inv.server.call_with_progress("POST", "/v1/image-imports", {"path": path, "name": name}, inv.out.progress)
+    row = inv.act("POST", "/v1/image-imports", {"path": path, "name": name})
     inv.out.data(row, row["name"])
 
 
@@ -153,5 +153,5 @@ def build(inv: Invocation, context: str, name: str, dockerfile: str, arguments: 
     folder = _local(inv, context)
     file = _local(inv, dockerfile) if dockerfile else folder / "Dockerfile"
     body = {"context": str(folder), "dockerfile": str(file), "name": name, "arguments": list(arguments)}
-    row = inv.server.call_with_progress("POST", "/v1/image-builds", body, inv.out.progress)
+    row = inv.act("POST", "/v1/image-builds", body)
     inv.out.data(row, row["name"])

@@ -53,7 +53,7 @@ def start(inv: Invocation, machines: tuple[str, ...], attach: bool, interactive:
     """Start MACHINES: those that were created, and those that have ended, which boot again from their disks."""
 
     def act(ref: str) -> Any:
-        answer = inv.server.call_with_progress("POST", f"/v1/machines/{ref}/start", {}, inv.out.progress)
+        answer = inv.act("POST", f"/v1/machines/{ref}/start", {})
         _tell_rung(inv, ref, answer["resume"])
         return answer
 
@@ -79,7 +79,7 @@ def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int
 
     def act(ref: str) -> Any:
         inv.server.call("POST", f"/v1/machines/{ref}/stop", {"timeout_s": timeout_s})
-        answer = inv.server.call_with_progress("POST", f"/v1/machines/{ref}/start", {}, inv.out.progress)
+        answer = inv.act("POST", f"/v1/machines/{ref}/start", {})
         _tell_rung(inv, ref, answer["resume"])
         return answer
 

@@ -33,7 +33,7 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
     body: dict[str, Any] = {"name": flags["name"], "pull": flags["pull"], "spec": spec_of(image, command, flags)}
     if not detach:
         body["shell"] = _shell(flags)
-    row = inv.server.call_with_progress("POST", "/v1/machines", body, inv.out.progress, key=flags["key"] or new_key())
+    row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
     if detach:
         inv.out.data(row, row["id"])
         return 0
@@ -70,5 +70,5 @@ def create(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) 
     }
     if flags["tty"] or flags["interactive"]:
         body["shell"] = _shell(flags)
-    row = inv.server.call_with_progress("POST", "/v1/machines", body, inv.out.progress, key=flags["key"] or new_key())
+    row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
     inv.out.data(row, row["id"])

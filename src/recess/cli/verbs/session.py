@@ -37,7 +37,7 @@ def _say(inv: Invocation, row: Json) -> None:
 def start(inv: Invocation, agent: str, name: str, label: tuple[str, ...]) -> None:
     """Start a session of AGENT."""
     body = {"agent": agent, "name": name, "labels": parse_pairs(label, "--label")}
-    _say(inv, inv.server.call_with_progress("POST", "/v1/sessions", body, inv.out.progress, key=new_key()))
+    _say(inv, inv.act("POST", "/v1/sessions", body, key=new_key()))
 
 
 @session.command("send")

@@ -22,7 +22,11 @@ from recess.units import format_bytes, format_duration, parse_duration
 def snapshot(inv: Invocation, machine: str, name: str, ttl: str, keep_last: int | None) -> None:
     """Take a snapshot of MACHINE, called NAME[:TAG] if given; the machine goes on. A name that is in use moves here."""
     body = {"name": name, "ttl_s": parse_duration(ttl or 0.0), "keep_last": keep_last or 0}
-    row = inv.server.call("POST", f"/v1/machines/{machine}/snapshot", body)
+    inv.out.waiting(f"taking a snapshot of {machine}")
+    try:
+        row = inv.server.call("POST", f"/v1/machines/{machine}/snapshot", body)
+    finally:
+        inv.out.settle()
     figures = row["figures"]
     inv.out.progress(
         f"standstill {format_duration(figures.get('standstill_s', 0.0))}, "
@@ -56,7 +60,7 @@ def restore(
     }  # fmt: skip
     if publish:
         body["ports"] = [list(parse_port(p)) for p in publish]
-    answer = inv.server.call_with_progress("POST", path, body, inv.out.progress, key=key or new_key())
+    answer = inv.act("POST", path, body, key=key or new_key())
     report = answer["resume"]
     if report is None:
         inv.out.progress("it was made before, by the same key")

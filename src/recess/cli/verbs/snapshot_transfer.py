@@ -31,7 +31,7 @@ _WITH_IMAGE = "Its root image and kernel, too: for a node that has not exactly t
 def push(inv: Invocation, ref: str, remote: str, check: bool, with_image: bool) -> None:
     """Copy a snapshot to a remote store; only what is missing there travels."""
     body = {"remote": _absolute(remote), "check": check, "with_image": with_image}
-    done = inv.server.call_with_progress("POST", f"/v1/snapshots/{ref}/push", body, inv.out.progress)
+    done = inv.act("POST", f"/v1/snapshots/{ref}/push", body)
     inv.out.progress(_moved(done, "sent", "there"))
     inv.out.data(done, done["snapshot"])
 
@@ -44,7 +44,7 @@ def push(inv: Invocation, ref: str, remote: str, check: bool, with_image: bool) 
 def pull(inv: Invocation, ref: str, remote: str, name: str) -> None:
     """Copy a snapshot (id or name) from a remote store; only what is missing here travels."""
     body = {"ref": ref, "remote": _absolute(remote), "name": name}
-    done = inv.server.call_with_progress("POST", "/v1/snapshot-pulls", body, inv.out.progress)
+    done = inv.act("POST", "/v1/snapshot-pulls", body)
     inv.out.progress(_moved(done, "came", "here"))
     _tell_missing(inv, done)
     inv.out.data(done, done["snapshot"])
@@ -78,8 +78,8 @@ def export(inv: Invocation, ref: str, file: str, with_image: bool, as_stored: bo
     An export that broke off goes on where it was.
     """
     image = {"image": "1" if with_image else "0", "as_stored": "1" if as_stored else "0"}
-    about = inv.server.call_with_progress(
-        "GET", f"/v1/snapshots/{ref}/archive", None, inv.out.progress, query=image
+    about = inv.act(
+        "GET", f"/v1/snapshots/{ref}/archive", None, query=image
     )  # fmt: skip
     path = f"/v1/snapshots/{about['snapshot']}/export"
     on_bytes = _teller(inv, int(about["bytes"]))
