@@ -46,7 +46,9 @@ class Config:
     lazy_memory: str = "auto"  # auto | remap | lazy | inject: how memory is brought back (recess.paging.choice)
     page_files_bytes: int = 4 << 30  # memories of snapshots kept uncompressed on this disk, to be mapped; 0: none
     page_tracking: str = "auto"  # auto | user (a userfaultfd without rights) | private (no exact tracking)
-    vmm_limits: str = "auto"  # auto (a control group for each QEMU where this user may make some) | off
+    vmm_limits: str = (
+        "auto"  # auto (a control group for each QEMU and gVisor machine where this user may make some) | off
+    )
     warm_pool_max: int = 4  # VMs kept started for the next restores, at most (docs/internals/warm-pool.md); 0: none
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/

@@ -77,7 +77,7 @@ async def test_no_committed_row_is_lost_with_the_memory(node: LocalNode, driver:
     await sh(node, row.id, f"until [ $({count}) -ge {kept + 20} ]; do sleep 0.1; done")
     told = int(await sh(node, row.id, count))
     await node.machines.kill(row.id, why="pulled")
-    report = await node.machines.bring_back(row.id, rungs=(4,) if driver == "qemu" else (2, 3))
+    report = await node.machines.bring_back(row.id, rungs=(2, 3) if driver == "gvisor" else (4,))
     start = POSTGRES.begin.split("createdb")[0].replace("initdb -D /root/db --no-sync >/tmp/init 2>&1; ", "") + "'"
     if report.rung == 4:
         await sh(node, row.id, start.replace("mkdir -p /root/db", "mkdir -p"))

@@ -1,7 +1,10 @@
-"""Run tests in a host with KVM: `python -m tests.kvm_host [--user] [PYTEST ARGUMENT...]`.
+"""Run tests in a host with KVM: `python -m tests.kvm_host [PYTEST ARGUMENT...]`, or, with `--bench [ARGUMENT...]`, `recess bench
+drivers`, whose table then has a column for Firecracker and one for QEMU on KVM.
 
-Without arguments: the driver suite on Firecracker, and what is particular to that. RECESS_FIRECRACKER_BIN names the binary. With RECESS_KVM_HOST_KERNEL
-the guests there start from that kernel (`trimmed`: the one that `make kernel` built) instead of Debian's.
+Without arguments: the driver suite on Firecracker, and what is particular to that. RECESS_FIRECRACKER_BIN names the binary.
+With RECESS_KVM_HOST_KERNEL the guests there start from that kernel (`trimmed`: the one that `make kernel` built) instead of
+Debian's; RECESS_KVM_HOST_MEMORY is how much memory the host has (QEMU's `-m`); RECESS_KVM_HOST_IMAGES names images that it gets
+besides `base` (`RECESS_KVM_HOST_IMAGES=hard python -m tests.kvm_host -s tests/hard -k "firecracker and vim"`).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import sys
 from pathlib import Path
 
 from recess.config import load_config
-from tests.kvm_host.host import REPOSITORY, make_host, make_work, pytest_command, run
+from tests.kvm_host.host import REPOSITORY, bench_command, make_host, make_work, pytest_command, run
 
 FOLDER = REPOSITORY / "build" / "kvm_host"
 SUITE = "tests/conformance/test_driver_firecracker.py"
@@ -21,7 +24,7 @@ PATIENCE = ["-q", "--timeout", "1800"]  # a guest in a guest in software
 
 
 async def main(arguments: list[str]) -> int:
-    """Make host and work disk, run pytest there, and return its exit code."""
+    """Make host and work disk, run pytest or the benchmark there, and return its exit code."""
     config = load_config()
     binary = config.firecracker_bin
     host = make_host(FOLDER, config.bin_dir / "guestd")
@@ -32,8 +35,12 @@ async def main(arguments: list[str]) -> int:
         environment["RECESS_FIRECRACKER_BIN"] = f"{REPOSITORY}/bin/firecracker"
     try:
         make_work(host, config.images_dir, Path(binary) if binary else None, work)
-        async with host.running(work) as link:
-            return await run(link, pytest_command([*PATIENCE, *(arguments or [SUITE, PARTICULAR])], **environment))
+        if arguments[:1] == ["--bench"]:
+            command = bench_command(arguments[1:], **environment)
+        else:
+            command = pytest_command([*PATIENCE, *(arguments or [SUITE, PARTICULAR])], **environment)
+        async with host.running(work, memory=os.environ.get("RECESS_KVM_HOST_MEMORY", "3G")) as link:
+            return await run(link, command)
     finally:
         work.unlink(missing_ok=True)
 

@@ -24,14 +24,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recess.errors import RecessError
+from recess.config import load_config
+from recess.drivers.gvisor.runsc import find_runsc
+from recess.errors import MissingTool, RecessError
 from recess.guestlink.client import Link, connect
 from recess.guestlink.link import ExecRequest, Thaw
-from recess.images import BASE_IMAGE, debian, kernel, kernel_debian
+from recess.images import debian, kernel, kernel_debian
 from recess.images.boot import build_initrd
 from recess.images.store import ImageStore
 
@@ -198,17 +200,18 @@ def _make_kernel(folder: Path, guestd: Path, temp: Path) -> None:
 
 
 def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path) -> None:
-    """Write the work disk: what the tests need of this repository, and the Firecracker to be tested (`bin/firecracker`), with
-    its jailer if that is beside it."""
+    """Write the work disk: what the tests need of this repository, the Firecracker to be tested (`bin/firecracker`), with its
+    jailer if that is beside it, and the runsc of here if there is one."""
     site = Path(sys.prefix) / "lib" / f"python{PYTHON[0]}.{PYTHON[1]}" / "site-packages"
     if sys.version_info[:2] != PYTHON or not site.is_dir():
         raise RuntimeError(f"this environment's Python must be the host's: {PYTHON[0]}.{PYTHON[1]}")
-    base = ImageStore(images_dir).ensure_base()
+    store = ImageStore(images_dir)
+    wanted = [store.ensure_base(), *(store.get(name) for name in os.environ.get("RECESS_KVM_HOST_IMAGES", "").split())]
     with tempfile.TemporaryDirectory(dir=target.parent) as temp:
         top = Path(temp) / "top"
         top.mkdir()
         skip = shutil.ignore_patterns("__pycache__", ".pytest_cache")
-        for name in ("src", "agent", "tests"):
+        for name in ("src", "agent", "tests", "benchmarks"):
             shutil.copytree(REPOSITORY / name, top / name, symlinks=True, ignore=skip)
         shutil.copy(REPOSITORY / "pyproject.toml", top)
         shutil.copytree(
@@ -216,8 +219,10 @@ def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path
         )
         images = top / "home" / "images"
         (images / "names").mkdir(parents=True)
-        shutil.copy(images_dir / "names" / f"{BASE_IMAGE}.json", images / "names")
-        shutil.copytree(images_dir / "roots" / base.root_hash, images / "roots" / base.root_hash, copy_function=_link)
+        for image in wanted:
+            shutil.copy(images_dir / "names" / f"{image.name}.json", images / "names")
+            root = Path("roots") / image.root_hash
+            shutil.copytree(images_dir / root, images / root, copy_function=_link)
         shutil.copytree(host.folder / "images" / "kernel", images / "kernel", copy_function=_link)
         trimmed = REPOSITORY / "build" / "kernel" / "vmlinux"
         (top / "bin").mkdir()
@@ -227,8 +232,12 @@ def make_work(host: KvmHost, images_dir: Path, binary: Path | None, target: Path
             shutil.copy(binary, top / "bin" / "firecracker")
             if binary.with_name("jailer").is_file():
                 shutil.copy(binary.with_name("jailer"), top / "bin" / "jailer")
+        with contextlib.suppress(MissingTool):
+            (top / "home" / "bin").mkdir()
+            shutil.copy(find_runsc(load_config()), top / "home" / "bin" / "runsc")
         target.unlink(missing_ok=True)
-        command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(target), f"{_WORK_MIB}M"]
+        size_mib = _WORK_MIB + sum(image.size_bytes >> 20 for image in wanted[1:])
+        command = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(top), str(target), f"{size_mib}M"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
@@ -242,15 +251,34 @@ def _link(source: str, target: str) -> None:
 
 def pytest_command(arguments: Sequence[str], **environment: str) -> str:
     """Return the shell command that runs pytest there, in this repository."""
+    words = ["-m", "pytest", "-p", "no:cacheprovider", "-p", "tests.kvm_host.patience", *arguments]
     known = {
-        "PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}/site",
         "RECESS_TEST_HOME": f"{REPOSITORY}/home",
+        "RECESS_RUNSC_BIN": f"{REPOSITORY}/home/bin/runsc",
+        "RECESS_HARD": "1",
+        "RECESS_HARD_IMAGES": "given",
+    }
+    return _python_command(words, {**known, **environment})
+
+
+def bench_command(arguments: Sequence[str], **environment: str) -> str:
+    """Return the shell command that runs the benchmark of drivers there: of KVM alone, for in it there is nothing else."""
+    patient = (
+        "from tests.kvm_host.patience import make_patient; make_patient(); from benchmarks.drivers import main; main()"
+    )
+    known = {"RECESS_HOME": f"{REPOSITORY}/home", "RECESS_ACCELERATOR": "kvm", **environment}
+    return _python_command(["-c", patient, *arguments], known)
+
+
+def _python_command(words: Sequence[str], environment: Mapping[str, str]) -> str:
+    known = {
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/src:{REPOSITORY}/site",
         "PYTHONDONTWRITEBYTECODE": "1",
         "HOME": "/root",
         **environment,
     }
-    words = " ".join(f"{key}={value}" for key, value in known.items())
-    return f"cd {REPOSITORY} && env {words} python3 -m pytest -p no:cacheprovider -p tests.kvm_host.patience {shlex.join(arguments)}"
+    settings = " ".join(f"{key}={value}" for key, value in known.items())
+    return f"cd {REPOSITORY} && env {settings} python3 {shlex.join(words)}"
 
 
 def _say(line: str) -> None:

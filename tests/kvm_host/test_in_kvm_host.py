@@ -43,6 +43,8 @@ async def test_qemu_on_kvm_tracked_and_lazy_also_for_an_ordinary_user_under_yama
             "tests/machines/test_lazy.py",
             "tests/machines/test_driver_qemu.py::test_an_ordinary_user_can_do_all_of_it",
             "tests/machines/test_driver_qemu.py::test_it_runs_within_its_limits",
-            "tests/unit/drivers/qemu/test_cgroup.py",
+            "tests/unit/drivers/kept/test_cgroup.py",
+            "tests/machines/test_driver_gvisor.py::test_all_of_it_is_within_its_limits",
+            "tests/machines/test_driver_gvisor.py::test_one_that_takes_much_more_than_it_has_meets_its_limits",
         ]
         assert await run(link, pytest_command([*PATIENCE, *tests], RECESS_ACCELERATOR="kvm")) == 0

@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 
 from recess.drivers.gvisor import journal as paths
+from recess.drivers.gvisor import start
+from recess.drivers.gvisor.handles import processes
 from recess.drivers.gvisor.journal import write_journal
+from recess.drivers.kept.cgroup import Groups
+from recess.drivers.kept.keeper import read_pids
 from recess.errors import DriverFailed, GuestFailed
 from recess.guestlink.link import ExecRequest
 from recess.machines.contract import PageSet
@@ -145,6 +149,53 @@ async def test_thaw_hooks_run_and_fail_closed(vm):
     with pytest.raises(GuestFailed, match="one"):
         await vm.link.thaw(new_thaw())
     assert (await vm.link.info())["frozen"] is True
+
+
+@pytest.fixture
+def groups() -> Groups:
+    found = Groups.find()
+    if found.top is None:
+        pytest.skip(found.why)
+    return found
+
+
+async def test_all_of_it_is_within_its_limits(rig, groups):
+    """Every process of a fork is in one control group of its own, over a capture too, and the group ends with the machine."""
+    vm = await rig.fork(rig.make_driver())
+    try:
+        own = Path(vm._handles.journal.group)
+        assert own.parent == groups.top
+        await shell(vm.link, "sleep 999 >/dev/null 2>&1 &")
+        (await quiet_capture(vm, resume=True)).close()
+        keeper = read_pids(vm._handles.layout)["keeper"].pid
+        inside = {int(pid) for pid in (own / "cgroup.procs").read_text().split()}
+        assert {process.pid for process in processes(vm._handles.layout)} - inside == {keeper}
+        limits = start.limits_of(rig.spec)
+        assert (own / "memory.max").read_text().strip() == str(limits.memory_bytes)
+        assert (own / "pids.max").read_text().strip() == str(limits.processes)
+        assert 0 < int((own / "memory.peak").read_text()) < limits.memory_bytes // 2
+        await rig.lose(vm)
+        adopted = await rig.make_driver().adopt(vm.id, vm._handles.layout.directory)
+        assert adopted is not None
+        vm = adopted
+    finally:
+        await vm.kill()
+    assert not own.exists()
+    assert rig.leftovers() == []
+
+
+async def test_one_that_takes_much_more_than_it_has_meets_its_limits(rig, groups):
+    """Its files are its memory: what it writes beyond the limit ends it, and its end says why."""
+    vm = await rig.fork(rig.make_driver())
+    own = Path(vm._handles.journal.group)
+    try:
+        too_much = start.limits_of(rig.spec).memory_bytes + (64 << 20)  # of zeros, which gVisor keeps, too
+        await vm.link.exec(ExecRequest(["sh", "-c", f"dd if=/dev/zero of=/root/much bs=16M count={too_much >> 24}"]))
+        assert "it wanted more memory than its limit" in await asyncio.wait_for(vm.wait_dead(), 120)
+    finally:
+        await vm.kill()
+    assert not own.exists()
+    assert rig.leftovers() == []
 
 
 async def test_a_terminal(vm):

@@ -100,9 +100,9 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
     try:
         await _write_image(vm, folder, pause=True)
         await in_thread(_write_template, vm, folder, ref)
-        await end_machine(vm.layout, vm.keeper, vm.family)
+        await end_machine(vm.layout, vm.keeper, vm.family, vm.journal)
     except BaseException:
-        await end_machine(vm.layout, vm.keeper, vm.family)
+        await end_machine(vm.layout, vm.keeper, vm.family, vm.journal)
         for path in (ref.vmstate, ref.disk, ref.ram):
             path.unlink(missing_ok=True)
         raise

@@ -23,6 +23,7 @@ from recess.drivers.gvisor.handles import end_machine
 from recess.drivers.gvisor.journal import read_journal
 from recess.drivers.gvisor.runsc import CONTAINER, FLAGS, PLATFORM, Runsc, find_runsc, inspect_runsc
 from recess.drivers.gvisor.vm import GvisorVm
+from recess.drivers.kept.cgroup import Groups, describe
 from recess.drivers.kept.layout import layout_for, vms_in
 from recess.errors import DriverFailed, MissingTool
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
@@ -53,6 +54,7 @@ class GvisorDriver:
             "runsc": str(runsc.binary),
             "version": runsc.version,
             "platform": PLATFORM,
+            "limits": await asyncio.to_thread(describe, self._config.vmm_limits),
             "user": "root" if os.geteuid() == 0 else "ordinary (user namespace)",
         }
 
@@ -92,6 +94,8 @@ class GvisorDriver:
 
     async def _host(self, *, fresh: bool = False) -> Runsc:
         async with self._inspecting:
+            if self._runsc is None:
+                await asyncio.to_thread(lambda: Groups.find().sweep())
             if self._runsc is None or fresh:
                 self._runsc = await asyncio.to_thread(inspect_runsc, find_runsc(self._config))
             return self._runsc
@@ -102,7 +106,8 @@ class GvisorDriver:
         if not keeper.is_file():
             raise MissingTool(f"the keeper is not built: {keeper}", hint="run tools/setup.sh")
         layout = layout_for(self._config.run_dir, vm_id, directory)
-        return start.Place(layout, runsc, keeper, _fingerprint(runsc))
+        limited = self._config.vmm_limits != "off"
+        return start.Place(layout, runsc, keeper, _fingerprint(runsc), limited)
 
 
 def _fingerprint(runsc: Runsc) -> Fingerprint:

@@ -16,10 +16,11 @@ import numpy as np
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor import runsc as runsc_cli
 from recess.drivers.gvisor.bundle import INIT
-from recess.drivers.gvisor.journal import Journal
+from recess.drivers.gvisor.journal import Journal, read_journal
 from recess.drivers.gvisor.pages import Known, Pages
 from recess.drivers.gvisor.port import Port, StartRelay
 from recess.drivers.gvisor.runsc import CONTAINER, Runsc
+from recess.drivers.kept.cgroup import clear
 from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
 from recess.drivers.kept.layout import Layout
 from recess.errors import DriverFailed
@@ -117,18 +118,25 @@ async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -
                 await task
 
 
-async def end_machine(layout: Layout, keeper: Keeper | None, family: Sequence[Process] = ()) -> None:
-    """End keeper, runtime, machine and gofer, whichever still lives, and remove the run folder. Never fails.
+async def end_machine(
+    layout: Layout, keeper: Keeper | None, family: Sequence[Process] = (), journal: Journal | None = None
+) -> None:
+    """End keeper, runtime, machine and gofer, whichever still lives, and remove the run folder and the control group. Never
+    fails.
 
-    `family`: its processes as they were known before; of one that has died by itself the run folder is gone.
+    `family` and `journal`: as they were known before; of one that has died by itself the run folder is gone.
     """
     family = [*family, *processes(layout)]
+    journal = journal or read_journal(layout)
     await end_vm(layout, keeper)
     for process in family:  # the kernel ends them with runsc, a moment later; should it not, we do
         if process.alive() and not await wait_gone(process.pid, _END_S):
             process.kill()
             await wait_gone(process.pid, _END_S)
     layout.remove_run()  # runsc may have written into it while it died
+    if journal is not None and journal.group:
+        # Those that run what is inside are nobody's children here, and take their time to end when they had much memory.
+        await in_thread(clear, Path(journal.group), _END_S)
 
 
 def processes(layout: Layout) -> list[Process]:

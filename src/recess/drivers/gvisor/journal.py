@@ -16,12 +16,14 @@ from recess.machines.contract import VmSpec
 
 @dataclass(frozen=True)
 class Journal:
-    """Everything about a machine that is not in its processes. `template_ram`: the template's file, "" without one."""
+    """Everything about a machine that is not in its processes. `template_ram`: the template's file, `group`: its control
+    group; "" without one."""
 
     spec: VmSpec
     phase: str  # starting | running
     template_ram: str
     for_template: bool = False
+    group: str = ""
     driver: str = "gvisor"
     version: int = 1
 

@@ -34,6 +34,7 @@ from recess.drivers.gvisor.pages import Known
 from recess.drivers.gvisor.port import Port
 from recess.drivers.gvisor.runsc import CONTAINER, PAUSED, RUNNING, Runsc
 from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import Keeper
 from recess.drivers.kept.layout import Layout
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Timeout, Unsupported
@@ -44,6 +45,9 @@ from recess.units import PAGE_BYTES
 
 _START_TIMEOUT_S = 60.0
 _HELLO_TIMEOUT_S = 30.0
+# Of the host's: gVisor has one for every process inside, and threads for what these wait for. Far more than any machine had
+# in the tests; a fork bomb ends its machine, not the host.
+_PROCESSES = 8192
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Place:
     runsc: Runsc
     keeper_binary: Path
     fingerprint: Fingerprint
+    limited: bool = True  # the machine gets a control group where there may be one (cgroup.py)
 
 
 def check_spec(spec: VmSpec) -> None:
@@ -64,6 +69,12 @@ def check_spec(spec: VmSpec) -> None:
         raise InvalidSpec(f"a disk cannot have {spec.disk_bytes} bytes", hint="use a multiple of 4096")
     if spec.network == "full":
         raise Unsupported("the gVisor driver has no network cards", hint="use --net broker")
+
+
+def limits_of(spec: VmSpec) -> Limits:
+    """Return what a machine's processes may take of the host together. Its memory counts twice: while a snapshot is taken,
+    gVisor writes the image into shared memory, and the kernel books that on the same group."""
+    return Limits.of(spec, spec.memory_bytes, _PROCESSES)
 
 
 def cores_for(vm_id: str, cpus: int) -> list[int]:
@@ -173,7 +184,12 @@ async def _run(place: Place, journal: Journal, words: list[str], known: Known) -
     argv = runsc_cli.quoted(
         place.runsc.argv(paths.state(layout), *words), cores_for(layout.run.name, journal.spec.cpus)
     )
-    await in_thread(keepers.launch, place.keeper_binary, layout, layout.ram, argv)
+    # A group that is made and in no journal is empty, and swept by a later server.
+    group = await in_thread(lambda: Groups.find().make(limits_of(journal.spec))) if place.limited else None
+    if group is not None:
+        journal = dataclasses.replace(journal, group=str(group))
+        write_journal(layout, journal)
+    await in_thread(keepers.launch, place.keeper_binary, layout, layout.ram, argv, group=group)
     keeper = Keeper.connect(layout)
     port = Port(relay_starter(place.runsc, layout), hello_timeout_s=_HELLO_TIMEOUT_S)
     try:

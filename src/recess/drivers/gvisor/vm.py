@@ -71,7 +71,7 @@ class GvisorVm(KeptVm[Handles]):
 
     async def _end(self) -> None:
         vm = self._handles
-        await end_machine(vm.layout, vm.keeper, vm.family)
+        await end_machine(vm.layout, vm.keeper, vm.family, vm.journal)
         with contextlib.suppress(Exception):
             await self.detach()
         await self._remove_disks()

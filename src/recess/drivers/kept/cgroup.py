@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -45,11 +47,11 @@ class Limits:
     cpus: int
 
     @classmethod
-    def of(cls, spec: VmSpec, extra_bytes: int) -> Limits:
+    def of(cls, spec: VmSpec, extra_bytes: int, processes: int = _PROCESSES) -> Limits:
         """Return the limits of a VMM for this machine; `extra_bytes` is what it holds for itself. They hold a VMM that went
         wrong; one that works meets none: it has a processor more than its guest, for its devices."""
         memory = spec.memory_bytes + spec.memory_bytes // _TABLES + extra_bytes + _SPARE_BYTES
-        return cls(memory, _PROCESSES, spec.cpus + 1)
+        return cls(memory, processes, spec.cpus + 1)
 
     def files(self, controllers: Collection[str]) -> Mapping[str, str]:
         """Return what is written into which file of a group that has these controllers."""
@@ -142,10 +144,32 @@ class Groups:
                         remove(path)
 
 
+def describe(setting: str) -> str:
+    """Say what a VMM may take of the host here under this `vmm_limits` (auto | off), and by what."""
+    if setting == "off":
+        return "none (vmm_limits = off)"
+    groups = Groups.find()
+    return f"none ({groups.why})" if groups.top is None else f"{', '.join(groups.controllers)} ({groups.top})"
+
+
 def remove(path: Path) -> None:
     """Remove a group, unless a process is in it. Never fails."""
     with contextlib.suppress(OSError):
         path.rmdir()
+
+
+def clear(path: Path, timeout_s: float) -> None:
+    """End every process of a group, wait until the last is gone, and remove it. Blocks; never fails."""
+    with contextlib.suppress(OSError):
+        (path / "cgroup.kill").write_text("1")
+    with contextlib.suppress(OSError), (path / "cgroup.events").open() as events:
+        changed = select.poll()  # a change is told as POLLPRI (cgroup-v2, Basic Operations)
+        changed.register(events, select.POLLPRI)
+        until = time.monotonic() + timeout_s
+        while "populated 1" in events.read() and (left := until - time.monotonic()) > 0:
+            changed.poll(left * 1000)
+            events.seek(0)
+    remove(path)
 
 
 def _may_write(group: Path) -> bool:

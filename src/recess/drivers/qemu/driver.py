@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recess.config import Config
-from recess.drivers.kept.cgroup import Groups
+from recess.drivers.kept.cgroup import Groups, describe
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.qemu import start
@@ -81,7 +81,7 @@ class QemuDriver:
             "why": facts.why,
             "device_state": "command" if facts.qemu.devices_command else "migration",
             "tsc_khz": facts.tsc_khz,
-            "limits": await asyncio.to_thread(self._limits),
+            "limits": await asyncio.to_thread(describe, self._config.vmm_limits),
         }
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
@@ -109,13 +109,6 @@ class QemuDriver:
             return None
         handles = await start.adopt(await self._place(vm_id, journal.spec, directory))
         return None if handles is None else QemuVm(handles)
-
-    def _limits(self) -> str:
-        """Say what a VMM may take of the host, and by what."""
-        if self._config.vmm_limits == "off":
-            return "none (vmm_limits = off)"
-        groups = Groups.find()
-        return f"none ({groups.why})" if groups.top is None else f"{', '.join(groups.controllers)} ({groups.top})"
 
     def list_leftovers(self) -> Sequence[str]:
         """Return the ids that have a run folder; one whose start did not get as far as a journal is of this driver."""

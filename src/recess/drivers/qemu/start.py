@@ -120,7 +120,7 @@ def _prepare_boot(layout: Layout, spec: VmSpec) -> None:
     if free < spec.memory_bytes:
         raise OutOfSpace(
             f"a boot needs {spec.memory_bytes >> 20} MiB in {layout.run.parent}, there are {free >> 20} MiB",
-            hint="free some memory, or stop other machines",
+            hint="free some memory, stop other machines, or set RECESS_RUN_DIR to a folder with more room",
         )
     os.close(disk.create_sparse(layout.ram, spec.memory_bytes))
     layout.disk_base.unlink(missing_ok=True)

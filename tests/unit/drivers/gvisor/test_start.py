@@ -25,6 +25,12 @@ def test_a_machine_gets_as_many_processors_as_it_asked_for(monkeypatch) -> None:
     assert start.cores_for("mch_1", 4) == start.cores_for("mch_1", 9) == []
 
 
+def test_its_limits_have_room_for_a_snapshot_of_all_its_memory() -> None:
+    limits = start.limits_of(SPEC)
+    assert limits.memory_bytes > 2 * SPEC.memory_bytes + (128 << 20)
+    assert limits.cpus > SPEC.cpus
+
+
 async def test_more_than_the_host_has_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     mark = Fingerprint("gvisor", "1", "systrap", "host", (), "", "")

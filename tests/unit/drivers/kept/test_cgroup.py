@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 from recess.config import load_config
 from recess.drivers.kept import disk
-from recess.drivers.kept.cgroup import FOLDER, Groups, Limits, own_group, remove
+from recess.drivers.kept.cgroup import FOLDER, Groups, Limits, clear, own_group, remove
 from recess.drivers.kept.keeper import Keeper, Process, launch, read_obituary, read_pids
 from recess.drivers.kept.layout import Layout
 from recess.errors import DriverFailed
@@ -149,6 +151,16 @@ class _Odd(Limits):
         return {"memory\0max": "1"}
 
 
+def test_what_cannot_be_cleared_stays(tmp_path: Path) -> None:
+    group = tmp_path / "group"
+    clear(group, 1)  # one that is gone already
+    group.mkdir()
+    (group / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    clear(group, 0.01)
+    assert (group / "cgroup.kill").read_text() == "1"
+    assert group.exists()
+
+
 # --- the kernel's ------------------------------------------------------------------------------------------------------
 
 
@@ -171,6 +183,21 @@ def layout(tmp_path: Path) -> Layout:
     layout.directory.mkdir()
     os.close(disk.create_sparse(layout.ram, 16 * 4096))
     return layout
+
+
+def test_a_group_is_cleared_of_what_is_in_it(group: Path) -> None:
+    shell = subprocess.Popen(["/bin/sh", "-c", "read _; sleep 60 & wait"], stdin=subprocess.PIPE)
+    try:
+        (group / "cgroup.procs").write_text(str(shell.pid))
+        assert shell.stdin is not None
+        shell.stdin.write(b"\n")
+        shell.stdin.close()
+        clear(group, 120)
+        assert not group.exists()
+        assert shell.wait(120) == -signal.SIGKILL
+    finally:
+        shell.kill()
+        shell.wait()
 
 
 async def test_it_runs_within_its_group_which_goes_with_it(group: Path, layout: Layout) -> None:
