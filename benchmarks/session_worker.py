@@ -169,21 +169,23 @@ async def recess(job: Job) -> None:
         env = {"MODEL": job.model, "PAY": job.pay, "FULL": "1" if job.full else ""}
         await node.sessions.deploy("loop", {"agent.py": code}, {"env": env})
     row = known[0] if known else await node.sessions.start("loop")
-    ended = 0
-    async with asyncio.TaskGroup() as group:
-        group.create_task(_send_all(node, row.id, job.turns))
-        async for item in node.sessions.follow(row.id):
-            ended += getattr(item, "kind", "") == "turn.end"
-            if ended >= job.turns:
-                break
+    await _talk(job.turns, node, row.id, row.head)
     if job.forks:
         await _fork(job, node, row.id)
     await node.close(detach=False)
 
 
-async def _send_all(node: Any, session: str, turns: int) -> None:
-    for turn in range(1, turns + 1):
-        await node.sessions.send(session, str(turn), key=f"m{turn}")  # known keys append nothing
+async def _talk(turns: int, node: Any, session: str, head: int) -> None:
+    """Send each message when the turn of the one before has ended, as a user does; go on with what is in the log up to `head`."""
+    said = ended = 0
+    await node.sessions.send(session, "1", key="m1")  # a known key appends nothing
+    async for item in node.sessions.follow(session):
+        kind = getattr(item, "kind", "")
+        said, ended = said + (kind == "user"), ended + (kind == "turn.end")
+        if ended >= turns:
+            return
+        if said == ended > 0 and getattr(item, "position", 0) >= head:
+            await node.sessions.send(session, str(ended + 1), key=f"m{ended + 1}")
 
 
 async def _fork(job: Job, node: Any, session: str) -> None:

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -266,14 +267,16 @@ def write(rows: Sequence[Row], sides: Sequence[str], out: Path) -> str:
 
 
 def plot(rows: Sequence[Row], sides: Sequence[str], target: Path) -> str:
-    """Write a panel for each figure that has seconds or bytes of at least one side; return what became of it."""
-    shown = [row for row in rows if row.value is not None and row.unit in ("s", "kB", "turns")]
+    """Write a panel for each figure that has seconds, bytes or turns of at least two sides; return what became of it."""
+    found = [row for row in rows if row.value is not None and row.unit in ("s", "kB", "turns")]
+    several = Counter(row.figure for row in found)
+    shown = [row for row in found if several[row.figure] > 1]
     panels = [(name, f"{name}, {unit}", 1.0) for name, unit in dict.fromkeys((row.figure, row.unit) for row in shown)]
     samples = {
         side: {row.figure: row.samples or (float(row.value or 0),) for row in shown if row.side == side}
         for side in sides
     }
-    full = {side: {name: found.get(name, ()) for name, _, _ in panels} for side, found in samples.items()}
+    full = {side: {name: own.get(name, ()) for name, _, _ in panels} for side, own in samples.items()}
     return plot_panels(full, target, panels, columns=2) if len(panels) > 2 else "no plots: too few figures"
 
 

@@ -34,3 +34,15 @@ def test_the_make_targets_named_in_the_docs_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {(p.name, t) for p in DOCS for t in re.findall(r"`make ([a-z-]+)", p.read_text())}
     assert {(name, t) for name, t in named if t not in targets} == set()
+
+
+def test_the_tests_named_in_the_docs_exist():
+    """Each `path.py::test_name` in a document is a test there; each path without a name is a file."""
+    wrong, seen = [], 0
+    for path in DOCS:
+        for named, test in re.findall(r"`((?:src|tests|benchmarks)/[\w/]+\.py)(?:::(\w+))?`", path.read_text()):
+            file, seen = ROOT / named, seen + bool(test)
+            if not file.is_file() or (test and f"def {test}(" not in file.read_text()):
+                wrong.append((path.name, named, test))
+    assert wrong == []
+    assert seen > 50

@@ -117,3 +117,14 @@ async def test_odd_words_are_the_callers_fault(http):
     await http("POST", "/v1/agents", {"name": "\ud800", "files": None, "config": None}, expect=400)
     await http("POST", f"{base}/rewind", {"to": 10**30}, expect=400)
     await http("POST", f"{base}/fork", {"at": -1}, expect=400)
+
+
+def test_the_log_can_be_read_and_added_to_and_nothing_else(tmp_path):
+    """No route changes or removes an entry: under a session there is GET, and POST of what appends or acts."""
+    app = make_app(SimpleNamespace(), ProgressHub())
+    while not hasattr(app, "routes"):
+        app = app.app
+    methods = {(route.path, method) for route in app.routes if "/sessions" in route.path for method in route.methods}
+    assert ("/v1/sessions/{ref}/log", "GET") in methods
+    assert {method for _, method in methods} == {"GET", "HEAD", "POST"}
+    assert {method for path, method in methods if path.endswith("/log")} == {"GET", "HEAD"}
