@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -105,6 +106,7 @@ def recess(real_config, images_dir):
         command = [sys.executable, "-m", "recess.cli.main", *args]
         done = subprocess.run(command, capture_output=True, env=env, timeout=240)
         assert done.returncode == expect, (args, done.returncode, done.stdout, done.stderr)
+        run.said = done.stderr.decode()
         return done.stdout.decode()
 
     yield run
@@ -141,6 +143,62 @@ def test_an_image_without_shell_or_libc_is_imported_from_an_archive_and_runs(rec
     assert recess("run", "--rm", "-m", "128M", "--disk", "128M", "tiny:1", "there") == "hi there\n"
     recess("run", "--rm", "-m", "128M", "--disk", "128M", "--entrypoint", "/bin/sh", "tiny:1", expect=127)
     assert recess("images", "inspect", "tiny:1", "--format", "{{.config.WorkingDir}}") == "/\n"
+
+
+DOCKERFILE = """
+ARG BASE
+FROM $BASE AS lower
+ARG WORD=none
+ENV GREETING=$WORD
+USER root
+RUN echo made of $WORD > /srv/made
+USER app
+FROM lower
+COPY file /srv/copied
+EXPOSE 8080
+CMD ["cat made copied; echo $GREETING; id -un"]
+"""
+
+
+@pytest.mark.timeout(400)
+def test_a_dockerfile_on_an_image_of_a_registry_is_built_and_runs(recess, registry, demo, tmp_path):
+    ref = f"{registry}/team/demo:1"
+    push(demo, ref)
+    context = tmp_path / "context"
+    context.mkdir()
+    (context / "Dockerfile").write_text(DOCKERFILE)
+    (context / "file").write_text("copied\n")
+    words = (
+        "build",
+        "-t",
+        "built:1",
+        "--build-arg",
+        f"BASE={ref}",
+        "--build-arg",
+        "WORD=clay",
+        "--no-cache",
+        str(context),
+    )
+    if shutil.which("buildah") is None:
+        recess(*words, expect=1)
+        assert "apt-get install buildah" in recess.said
+        return
+    assert recess(*words) == "built:1\n"
+    small = ("-m", "128M", "--disk", "128M")
+    assert recess("run", "--rm", *small, "built:1") == "made of clay\ncopied\nclay\napp\n"
+    recess(*words[:2], "lower:1", *words[3:], "--target", "lower")
+    config = json.loads(recess("images", "inspect", "lower:1", "--json"))["data"]["config"]
+    assert "GREETING=clay" in config["Env"]
+    assert config["Cmd"] == ["cat new; id -un; pwd; echo $WHO; ls"]
+    (context / "Dockerfile").write_text(DOCKERFILE.replace("echo made", "false && echo made"))
+    recess(*words, expect=1)
+    assert "buildah failed" in recess.said
+    # What is changed in a machine is an image, too.
+    recess("create", "--name", "dev", "-u", "root", *small, "built:1", "echo more > more; cat more")
+    recess("start", "-a", "dev")
+    recess("start", "dev")
+    recess("commit", "dev", "committed:1")
+    assert recess("run", "--rm", *small, "committed:1", "cat copied more") == "copied\nmore\n"
 
 
 def test_the_same_root_out_of_a_layout_an_archive_and_a_tar(tmp_path):

@@ -36,13 +36,14 @@ async def import_image(request: Request) -> Response:
 async def build_image(request: Request) -> Response:
     """POST /v1/image-builds: build a Dockerfile of the server's host."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"context", "dockerfile", "name", "arguments"}, "body")
+    reject_unknown(body, {"context", "dockerfile", "name", "arguments", "target"}, "body")
     context, name = field(body, "context", str, ""), field(body, "name", str, "")
     dockerfile = field(body, "dockerfile", str, "") or f"{context}/Dockerfile"
     arguments = [str(one) for one in field(body, "arguments", list, [])]
+    target = field(body, "target", str, "")
 
     async def work() -> dict[str, Any]:
-        return await ctx.node.images.build(context, dockerfile, name, arguments)
+        return await ctx.node.images.build(context, dockerfile, name, arguments, target=target)
 
     return await with_progress(request, ctx.hub, work, 201)
 

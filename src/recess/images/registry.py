@@ -27,6 +27,8 @@ _PATH = r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*"
 _REFERENCE = re.compile(rf"(?:{_HOST}/)?{_PATH}(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?")
 _LOCAL = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?/")
 _LAYOUT = "layout"
+_LOCAL_REGISTRY = re.compile(r"(?<![\w.-])((?:localhost|127\.[0-9.]+)(?::[0-9]+)?)/")
+REGISTRIES_CONF = Path("/etc/containers/registries.conf")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,27 @@ def copy_command(source: str, layout: Path, *, insecure: bool) -> list[str]:
     options = ["--insecure-policy", f"--override-os={SYSTEM}", f"--override-arch={ARCHITECTURE}"]
     tls = ["--src-tls-verify=false"] if insecure else []
     return ["skopeo", *options, "copy", "--quiet=false", *tls, source, f"oci:{layout}:{_LAYOUT}"]
+
+
+def registries_conf(hosts: str, *texts: str) -> str:
+    """Return what buildah has to know of registries to build from these texts (a Dockerfile, its arguments): what the host's
+    configuration says, that a bare name is Docker Hub's unless it says otherwise, and that a registry on this host needs no
+    TLS (containers-registries.conf(5), version 2). Pure."""
+    local = sorted({found for text in texts for found in _LOCAL_REGISTRY.findall(text)})
+    tables = [f'\n[[registry]]\nlocation = "{place}"\ninsecure = true\n' for place in local if place not in hosts]
+    search = (
+        ""
+        if "unqualified-search-registries" in re.sub(r"#.*", "", hosts)
+        else 'unqualified-search-registries = ["docker.io"]\n'
+    )
+    return search + hosts + "".join(tables)
+
+
+def _hosts_conf() -> str:
+    try:
+        return REGISTRIES_CONF.read_text(errors="replace")
+    except OSError:
+        return ""  # none there, or not for this user
 
 
 def explain(error: Unavailable, reference: str) -> Unavailable | NotFound | Refused:
@@ -125,9 +148,10 @@ class Sources:
 
     def build(
         self, context: Path, dockerfile: Path, name: str, progress: Progress, *, arguments: tuple[str, ...] = (),
-        cancel: threading.Event | None = None,
+        target: str = "", cancel: threading.Event | None = None,
     ) -> ImageInfo:  # fmt: skip
-        """Build a Dockerfile with buildah and call the image `name`. Raises MissingTool, Unavailable (the build failed)."""
+        """Build a Dockerfile (its stage `target`, "": the last) with buildah and call the image `name`; registries on this
+        host need no TLS. Raises MissingTool, Unavailable (the build failed)."""
         if not context.is_dir() or not dockerfile.is_file():
             raise BadInput(f"{context}: no such folder, or no {dockerfile.name} in it")
 
@@ -135,10 +159,13 @@ class Sources:
             layout = work / _LAYOUT
             store = ["--root", str(work / "store"), "--runroot", str(work / "run"), "--storage-driver", "vfs"]
             words = [word for one in arguments for word in ("--build-arg", one)]
+            words += ["--target", target] if target else []
             tag = "localhost/recess-build"
+            conf = work / "registries.conf"
+            conf.write_text(registries_conf(_hosts_conf(), dockerfile.read_text(errors="replace"), *arguments))
             run_tool(
-                ["buildah", *store, "bud", "--isolation", "chroot", "--format", "oci", *words, "-t", tag,
-                 "-f", str(dockerfile), str(context)],
+                ["buildah", "--registries-conf", str(conf), *store, "bud", "--isolation", "chroot", "--format", "oci",
+                 *words, "-t", tag, "-f", str(dockerfile), str(context)],
                 progress=progress, cancel=cancel,
             )  # fmt: skip
             run_tool(["buildah", *store, "push", tag, f"oci:{layout}:{_LAYOUT}"], cancel=cancel)

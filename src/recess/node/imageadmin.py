@@ -81,12 +81,14 @@ class ImageAdmin:
         path = _here(source)
         return await self._long(lambda cancel: self._sources.take_in(path, name, self._progress, cancel=cancel))
 
-    async def build(self, context: str, dockerfile: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-        """Build a Dockerfile. Cancelled, it leaves nothing."""
+    async def build(
+        self, context: str, dockerfile: str, name: str, arguments: Sequence[str], *, target: str = ""
+    ) -> dict[str, Any]:
+        """Build a Dockerfile, or one stage of it. Cancelled, it leaves nothing."""
         folder, file = _here(context), _here(dockerfile)
         return await self._long(
             lambda cancel: self._sources.build(
-                folder, file, name, self._progress, arguments=tuple(arguments), cancel=cancel
+                folder, file, name, self._progress, arguments=tuple(arguments), target=target, cancel=cancel
             )
         )
 

@@ -146,12 +146,24 @@ def _local(inv: Invocation, path: str) -> Path:
 @click.option("-t", "--tag", "name", required=True, help="Name of the image.")
 @click.option("-f", "--file", "dockerfile", default="", help="The Dockerfile; default: CONTEXT/Dockerfile.")
 @click.option("--build-arg", "arguments", multiple=True, metavar="NAME=VALUE", help="For the Dockerfile's ARG.")
+@click.option("--target", default="", metavar="STAGE", help="Build this stage of it; default: the last.")
+@click.option("--no-cache", is_flag=True, help="Docker's; every build is one from scratch.")
+@click.option("--pull", is_flag=True, help="Docker's; a build always asks the registry.")
 @click.argument("context")
 @verb
-def build(inv: Invocation, context: str, name: str, dockerfile: str, arguments: tuple[str, ...]) -> None:
+def build(
+    inv: Invocation, context: str, name: str, dockerfile: str, arguments: tuple[str, ...], target: str, no_cache: bool,
+    pull: bool,
+) -> None:  # fmt: skip
     """Build an image from a Dockerfile, with buildah."""
     folder = _local(inv, context)
     file = _local(inv, dockerfile) if dockerfile else folder / "Dockerfile"
-    body = {"context": str(folder), "dockerfile": str(file), "name": name, "arguments": list(arguments)}
+    body = {
+        "context": str(folder),
+        "dockerfile": str(file),
+        "name": name,
+        "arguments": list(arguments),
+        "target": target,
+    }
     row = inv.act("POST", "/v1/image-builds", body)
     inv.out.data(row, row["name"])

@@ -1,0 +1,45 @@
+"""What buildah is told of registries."""
+
+import tomllib
+
+import pytest
+
+from recess.errors import MissingTool
+from recess.images import tools
+from recess.images.registry import registries_conf
+
+HOSTS = """# unqualified-search-registries = ["example.org"]
+[[registry]]
+prefix = "docker.io"
+location = "mirror.example.org"
+"""
+
+
+def told(hosts, *texts):
+    return tomllib.loads(registries_conf(hosts, *texts))
+
+
+def test_a_bare_name_is_docker_hubs_unless_the_host_says_otherwise():
+    assert told("", "FROM debian:12") == {"unqualified-search-registries": ["docker.io"]}
+    assert told('unqualified-search-registries = ["quay.io"]\n', "")["unqualified-search-registries"] == ["quay.io"]
+
+
+def test_registries_of_this_host_need_no_tls_and_the_hosts_mirrors_stay():
+    text = (
+        "FROM localhost:5000/a AS x\nCOPY --from=127.0.0.1:5001/b:1 / /\nFROM notlocalhost:1/c\nFROM my.localhost/d\n"
+    )
+    found = told(HOSTS, text, "BASE=127.0.0.1:5002/e")
+    assert found["unqualified-search-registries"] == ["docker.io"]
+    assert found["registry"][0] == {"prefix": "docker.io", "location": "mirror.example.org"}
+    assert [(one["location"], one["insecure"]) for one in found["registry"][1:]] == [
+        ("127.0.0.1:5001", True), ("127.0.0.1:5002", True), ("localhost:5000", True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "hint"), [("buildah", "apt-get install buildah"), ("skopeo", "tools/setup.sh")])
+def test_a_tool_that_is_missing_is_told_with_what_brings_it(monkeypatch, name, hint):
+    monkeypatch.setattr(tools.shutil, "which", lambda *_a, **_k: None)
+    with pytest.raises(MissingTool) as caught:
+        tools.find_tool(name)
+    assert hint in caught.value.hint
+    assert ("setup.sh" in caught.value.hint) == (name != "buildah")
