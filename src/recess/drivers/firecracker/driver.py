@@ -16,6 +16,7 @@ from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import layout_for, vms_in
+from recess.drivers.kept.vm import hello_timeout_s
 from recess.errors import DriverFailed
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
@@ -119,5 +120,5 @@ class FirecrackerDriver:
             layout=layout_for(self._config.run_dir, vm_id, directory),
             host=facts,
             fingerprint=self._fingerprint(facts, spec),
-            hello_timeout_s=self._boot_timeout_s,
+            hello_timeout_s=hello_timeout_s(self._boot_timeout_s, spec.memory_bytes),
         )

@@ -17,6 +17,15 @@ from recess.drivers.kept.steps import in_thread
 from recess.errors import DriverFailed, IllegalState
 from recess.guestlink.link import GuestLink
 from recess.machines.contract import TemplateRef, VmStats
+from recess.units import GIB
+
+_ZEROED_BYTES = 4 * GIB
+
+
+def hello_timeout_s(timeout_s: float, memory_bytes: int) -> float:
+    """Return how long a VM of this size has until guestd's hello, if a small one has `timeout_s`: its kernel zeroes all of
+    its memory at the start (`init_on_free`), which in software, on a busy host, takes some ten seconds a GiB. Pure."""
+    return timeout_s * (1 + memory_bytes / _ZEROED_BYTES)
 
 
 class LinkHolder(Protocol):

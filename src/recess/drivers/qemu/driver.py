@@ -12,6 +12,7 @@ from recess.config import Config
 from recess.drivers.kept.cgroup import Groups, describe
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import layout_for, vms_in
+from recess.drivers.kept.vm import hello_timeout_s
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
@@ -166,7 +167,7 @@ class QemuDriver:
             host=facts,
             keeper_binary=find_tools(self._config)[1],
             fingerprint=self._fingerprint(facts, spec),
-            hello_timeout_s=self._boot_timeout_s,
+            hello_timeout_s=hello_timeout_s(self._boot_timeout_s, spec.memory_bytes),
             page_tracking=self._config.page_tracking,
             limited=self._config.vmm_limits != "off",
         )
