@@ -128,9 +128,11 @@ class FramesAhead:
     def _plan(self, keys: Sequence[_Key]) -> list[_Request]:
         """Return the requests that bring these, the one first that brings what is needed first; they are on their way."""
         found: list[tuple[int, _Request]] = []
-        for number, layer in self._layers.items():
-            mine = [(rank, frame) for rank, (of, frame) in enumerate(keys) if of == number]
-            spans = [layer.frame_span(frame) for _, frame in mine]
+        by_layer: dict[int, list[tuple[int, int]]] = {}
+        for rank, (number, frame) in enumerate(keys):
+            by_layer.setdefault(number, []).append((rank, frame))
+        for number, mine in by_layer.items():
+            spans = [self._layers[number].frame_span(frame) for _, frame in mine]
             for joined in join_ranges(spans, gap_bytes=self._manner.gap_bytes):
                 places = [place for place, _, _ in joined.wanted]
                 for low in range(0, len(places), self._manner.frames):
@@ -145,7 +147,10 @@ class FramesAhead:
         """Return the request for a frame that nobody expected, and for its absent neighbours."""
         layer, frames = self._layers[number], [frame]
         if self._manner.around_bytes:
-            near = layer.frames_within(frame, self._manner.around_bytes)
+            near, half = layer.frames_within(frame, self._manner.around_bytes), self._manner.frames // 2
+            near = range(
+                max(near.start, frame - half), min(near.stop, frame + half)
+            )  # they may be tiny, and unpack to much
             frames = [one for one in near if one == frame or self._absent((number, one))]
         request = _Request(number, frames, asked=frame)
         self._coming |= {(number, one): request for one in frames}

@@ -121,7 +121,10 @@ def test_an_unexpected_frame_brings_its_neighbours_which_are_counted_with_it(mak
     assert layer.asked == [[8, 10, 11]]  # 9 belongs to nobody here
     assert [ahead.get(1, n)[1] for n in (8, 11)] == [0, 0]
     ahead.get(1, 13)
-    assert layer.asked[1:] == [[12, 13, 14, 15]]
+    assert layer.asked[1:] == [[12, 13, 14]]
+    ahead = make(layer, around=20 * SIZE)
+    ahead.get(1, 10)
+    assert layer.asked[2:] == [[8, 9, 10, 11]]  # no more than one request may bring
 
 
 def test_what_went_wrong_ahead_is_read_alone_and_says_why_when_it_is_needed(make):
@@ -146,7 +149,7 @@ def test_what_nobody_takes_is_bounded_and_still_comes(make, monkeypatch):
     assert [number_in(ahead.get(1, n)) for n in range(400)] == [n % 251 for n in range(400)]
     assert sum(map(len, layer.asked)) == 400
     assert layer.alone == []
-    ahead = make(Layer(4000), around=100 * SIZE)
+    ahead = make(Layer(4000), around=4 * SIZE)
     for n in range(0, 4000, 100):
         ahead.get(1, n)
     assert len(ahead._neighbours) == 16
