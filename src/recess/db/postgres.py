@@ -252,8 +252,11 @@ class PostgresDatabase(Database):
         if not any(job.durable for job in jobs):
             conn.execute("SET LOCAL synchronous_commit = off")
         keys = sorted({lock_key(self._schema, word) for job in jobs for word in job.locks})
-        conn.execute("SELECT pg_advisory_xact_lock(k) FROM unnest($1::bigint[]) AS k", (keys,))
-        return conn.execute("SELECT pg_current_xact_id()::text")
+        # One statement for both, taken in the order of the array: every statement is a packet, and a wake-up of the server.
+        return conn.execute(
+            "SELECT pg_current_xact_id()::text, (SELECT count(pg_advisory_xact_lock(k)) FROM unnest($1::bigint[]) AS k)",
+            (keys,),
+        )
 
     def _session(self) -> Session:
         if self._writer is None:
