@@ -45,7 +45,8 @@ STRENGTHS = {
     "langgraph": "state is a plain value at each node: cheap to inspect, to change code around, and to branch: in a tenth to a "
     "quarter of the time that Recess took, in the runs of SPECIFICATION.md",
     "restate": "its replay is fast, from a server in Rust that streams the journal; a server that stays up while only the service dies "
-    "recovers without the server's start, which is in `length` here and not in `replay`",
+    "recovers without the server's start, which is in `length` here and not in `replay`; newer code is a further deployment by "
+    "design, beside the old one, which here is gone",
     "temporal": "the Replayer alone, on a synthetic history and in Python: no server, no network, no cache of workflows",
 }
 # Of one side: the others keep their figures.
@@ -266,8 +267,11 @@ def write(rows: Sequence[Row], sides: Sequence[str], out: Path) -> str:
         found = {row.side: row for row in rows if row.figure == figure}
         lines.append(f"| {figure} | " + " | ".join(found[n].cell() if n in found else "-" for n in sides) + " |")
     lines += ["", *(f"- {name}: {STRENGTHS[name]}" for name in sides), "", "Not measured:", ""]
-    reasons = {(row.side, row.why): row.figure for row in reversed(rows) if row.value is None}
-    lines += [f"- {side}, {figure}: {why}" for (side, why), figure in reversed(reasons.items())] or ["- nothing"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.value is None:
+            reasons.setdefault((row.side, row.why), []).append(row.figure)
+    lines += [f"- {side}, {'; '.join(names)}: {why}" for (side, why), names in reasons.items()] or ["- nothing"]
     (out / "sessions.md").write_text("\n".join([*lines, ""]))
     return "\n".join([*lines, "", plot(rows, sides, out / "sessions.png")])
 

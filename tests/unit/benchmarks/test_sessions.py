@@ -50,12 +50,13 @@ def test_what_is_written(tmp_path):
         Row("card", "dbos", 5, "of 5", 5),
         Row("race", "recess", 0, "doubled or lost in 1"),
         Row("race", "dbos", None, why="it has no second worker"),
+        Row("fork", "dbos", None, why="it has no second worker"),
     ]
     told = sessions.write(rows, ["recess", "dbos"], tmp_path / "out")
     assert "| length 5 | 0.5 s | 1.25 s |" in told
     assert "| card | 0 of 5 | 5 of 5 |" in told
     assert "| race | 0 doubled or lost in 1 | - |" in told
-    assert "- dbos, race: it has no second worker" in told
+    assert "- dbos, race; fork: it has no second worker" in told
     with (tmp_path / "out" / "sessions.csv").open() as file:
         found = list(csv.DictReader(file))
     assert [(row["figure"], row["side"], row["value"]) for row in found][1] == ("length 5", "dbos", "1.25")
