@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.machines, pytest.mark.timeout(1500)]
 
 
 def spec_of(guest: HardGuest, driver: str) -> MachineSpec:
-    return MachineSpec(image=guest.image, memory_bytes=guest.memory_mib * MIB, disk_bytes=2 << 30, driver=driver)
+    memory_bytes = guest.memory_mib * MIB
+    return MachineSpec(image=guest.image, memory_bytes=memory_bytes, cpus=guest.cpus, disk_bytes=2 << 30, driver=driver)
 
 
 async def sh(node: LocalNode, machine: str, script: str) -> str:

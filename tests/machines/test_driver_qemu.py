@@ -169,6 +169,19 @@ async def test_its_system_calls_are_filtered(rig: QemuRig) -> None:
         await vm.kill()
 
 
+async def test_the_host_may_not_merge_its_pages(rig: QemuRig) -> None:
+    """No memory of a fork's QEMU is offered to KSM (proc_pid_smaps: `mg`)."""
+    vm = await rig.fork(rig.make_driver())
+    try:
+        assert isinstance(vm, QemuVm)
+        pid = read_pids(vm._handles.layout)["vmm"].pid
+        flags = [ln.split()[1:] for ln in Path(f"/proc/{pid}/smaps").read_text().splitlines() if "VmFlags:" in ln]
+        assert flags
+        assert not [of_one for of_one in flags if "mg" in of_one]
+    finally:
+        await vm.kill()
+
+
 async def test_it_runs_within_its_limits(rig: QemuRig) -> None:
     """A fork's QEMU, with all of its threads, is in a control group of its own, which ends with it."""
     groups = Groups.find()

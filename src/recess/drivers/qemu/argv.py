@@ -91,6 +91,7 @@ def command(
         "size": spec.memory_bytes,
         "mem-path": str(ram),
         "share": share,
+        "merge": False,  # else a host that merges equal pages (KSM) would, of machines of different users, too
     }
     out = [str(qemu.binary), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-S"]
     out += [FILTER_OPTION, _FILTER] if qemu.confines else []
@@ -104,7 +105,7 @@ def command(
         "-m",
         f"{spec.memory_bytes >> 20}M",
     ]
-    out += ["-M", f"{MACHINE_TYPE},{_MACHINE_OPTIONS},memory-backend=ram0", "-object", json.dumps(memory)]
+    out += ["-M", f"{MACHINE_TYPE},{_MACHINE_OPTIONS},mem-merge=off,memory-backend=ram0", "-object", json.dumps(memory)]
     out += ["-add-fd", f"fd={CONSOLE_FD},set=1", "-chardev", "file,id=console,path=/dev/fdset/1,append=on"]
     out += ["-serial", "chardev:console"]
     for node in [*_disk_nodes("root", spec.boot.root, read_only=True), *_disk_nodes(DISK_NODE, disk or layout.disk)]:

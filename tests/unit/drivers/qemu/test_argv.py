@@ -70,7 +70,7 @@ def test_both_have_the_same_devices_in_the_same_order() -> None:
 def test_ram_is_private_to_a_fork_and_shared_at_boot() -> None:
     fork = json.loads(value_of(command(QEMU, SPEC, LAYOUT, ram=Path("/t/ram"), share=False, boot=None), "-object"))
     assert fork == {
-        "qom-type": "memory-backend-file", "id": "ram0", "size": 512 << 20, "mem-path": "/t/ram", "share": False,
+        "qom-type": "memory-backend-file", "id": "ram0", "size": 512 << 20, "mem-path": "/t/ram", "share": False, "merge": False,
     }  # fmt: skip
 
 
