@@ -50,6 +50,7 @@ class BareVm:
 
     def __init__(self, files: Files, folder: Path, *, disk_format: str = "raw") -> None:
         self.files, self.folder, self._disk_format = files, folder, disk_format
+        self.raw_port = folder / "raw"  # the host's end of a port that nobody in the guest has open
         self._links: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
 
     async def start(self, ram: Path, *, share: bool, boot: bool, loadvm: str = "", disk: Path | None = None) -> None:
@@ -72,6 +73,8 @@ class BareVm:
             "-device", "virtio-blk-device,drive=d1",
             "-chardev", f"socket,id=link,path={self.folder / 'link'}", "-device", "virtio-serial-device",
             "-device", "virtserialport,nr=1,chardev=link,name=recess",
+            "-chardev", f"socket,id=raw,path={self.raw_port},server=on,wait=off",
+            "-device", "virtserialport,nr=2,chardev=raw,name=raw",
             "-qmp", f"unix:{qmp},server=on,wait=off",
         ]  # fmt: skip
         if boot:
