@@ -20,6 +20,8 @@ import os
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -66,20 +68,22 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     finally:
         os.close(runs)
     expected = [*order["first"], *library.first_pages]
-    # Read while the machine starts, and beside everything else: it waits for none of it.
-    library.prefetch(_groups(library, expected))
+    # Planned and read while the machine starts, and beside everything else: it waits for none of it.
+    ahead = threading.Thread(target=_expect, args=(library, expected), name="expect", daemon=True)
+    ahead.start()
     message, fds = _receive(sock, 2)
     if message is None:
         return
     uffd, pipe = fds
     if message["whole"]:
+        ahead.join()  # it looks up groups, and they are numbered anew
         library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
-    first = _groups(library, [*message["first"], *expected])
     kept = None if message["whole"] else _kept_file(library, order)
     server = FaultServer(
         Uffd(uffd, segments, protect=not message["whole"]), library.book, library,
-        first=first, fill_groups=library.fill_groups, keep=None if kept is None else kept.keep,
+        first=_first(ahead, library, [*message["first"], *expected]), fill_groups=library.fill_groups,
+        keep=None if kept is None else kept.keep,
     )  # fmt: skip
     _say(sock, {"serving": True})
     report = server.run()
@@ -91,6 +95,17 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
     else:
         where = {"ground": library.template_id, "pages": library.pages_total}
         _say(sock, {**filled, "kept": where}, [kept.fd, _ranges_file(library)])
+
+
+def _expect(library: SnapshotPages, pages: list[int]) -> None:
+    """Begin to read what brings these pages."""
+    library.prefetch(_groups(library, pages))
+
+
+def _first(ahead: threading.Thread, library: SnapshotPages, pages: list[int]) -> Iterator[int]:
+    """Yield the groups to bring first, once they are on their way. Looked up by who brings them: faults are answered before."""
+    ahead.join()
+    yield from _groups(library, pages)
 
 
 def _kept_file(library: SnapshotPages, order: dict[str, Any]) -> KeptFile | None:
