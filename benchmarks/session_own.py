@@ -117,6 +117,7 @@ async def lunch(entries: int, repeats: int) -> dict[str, Any]:
         return {"back": back, "work": float(said.split()[1]), "driver": row.driver, "bytes": bytes_kept}
     finally:
         await node.close(detach=False)
+        shutil.rmtree(node.config.run_dir, ignore_errors=True)  # its template is in shared memory
         shutil.rmtree(scratch, ignore_errors=True)
 
 
