@@ -13,9 +13,10 @@ from pathlib import Path
 
 from recess.drivers.gvisor import journal as paths
 from recess.drivers.gvisor import pages
-from recess.drivers.gvisor.handles import Handles, end_machine, in_thread, map_ram
+from recess.drivers.gvisor.handles import Handles, end_machine, map_ram
 from recess.drivers.gvisor.pages import Known
 from recess.drivers.gvisor.runsc import PAUSED, RUNNING
+from recess.drivers.kept.steps import in_thread
 from recess.errors import DriverFailed
 from recess.images.files import space_errors
 from recess.machines.contract import Capture, Hook, PageSet, TemplateRef

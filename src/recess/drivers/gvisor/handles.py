@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -23,6 +22,7 @@ from recess.drivers.gvisor.runsc import CONTAINER, Runsc
 from recess.drivers.kept.cgroup import clear
 from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
 from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import in_thread
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint
 from recess.units import PAGE_BYTES
@@ -86,19 +86,6 @@ def map_ram(path: str) -> Pages | None:
         return np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES)
     except (OSError, ValueError) as exc:
         raise DriverFailed(f"the template's memory is gone: {exc}", log="") from exc
-
-
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run blocking work in a thread. A cancellation is raised when the thread is through, not before: it may be starting
-    a process, or writing where the canceller is about to remove."""
-    future = asyncio.get_running_loop().run_in_executor(None, functools.partial(work, *args, **kwargs))
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        await asyncio.wait([future])
-        if not future.cancelled():
-            future.exception()
-        raise
 
 
 async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:

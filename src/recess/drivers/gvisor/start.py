@@ -23,7 +23,6 @@ from recess.drivers.gvisor import runsc as runsc_cli
 from recess.drivers.gvisor.handles import (
     Handles,
     end_machine,
-    in_thread,
     map_ram,
     processes,
     relay_starter,
@@ -37,6 +36,7 @@ from recess.drivers.kept import keeper as keepers
 from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import Keeper
 from recess.drivers.kept.layout import Layout
+from recess.drivers.kept.steps import in_thread
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Timeout, Unsupported
 from recess.images.cpio import read_file
 from recess.images.files import space_errors
