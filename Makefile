@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-adapters check bench bench-cli bench-snapshots soak fuzz clean kernel bench-drivers bench-sessions hard kvm-host
+.PHONY: help setup demo test test-adapters check bench bench-cli bench-snapshots soak fuzz clean kernel bench-drivers bench-sessions plots hard kvm-host
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -30,14 +30,17 @@ bench: setup ## the figures, each beside the bare QEMU equivalent of the same ru
 bench-cli: setup ## what a user of the command line waits for, beside podman, runsc and QEMU by hand
 	@$(PY) -m benchmarks.cli $(BENCH_ARGS)
 
-bench-drivers: setup ## a machine under each driver beside a process of the host: table and plots
+bench-drivers: setup plots ## a machine under each driver beside a process of the host: table and plots
 	@$(VENV)/bin/recess bench drivers $(BENCH_ARGS)
 
-bench-snapshots: setup ## snapshots beside QEMU's, libvirt's and gVisor's of the same guest: table and plots
+bench-snapshots: setup plots ## snapshots beside QEMU's, libvirt's and gVisor's of the same guest: table and plots
 	@$(VENV)/bin/recess bench snapshots $(BENCH_ARGS)
 
-bench-sessions: setup ## long sessions, killed: Recess beside DBOS and LangGraph, one model server and one card: table, CSV, plots
+bench-sessions: setup plots ## long sessions, killed: Recess beside its peers, one model server and one card: table, CSV, plots
 	@$(PY) -m benchmarks.sessions --peers "$$(tools/bench_peers.sh)" $(BENCH_ARGS)
+
+plots: setup # what draws the benchmarks' plots
+	@$(PY) -c 'import matplotlib' 2>/dev/null || $(PY) -m pip install -q 'matplotlib==3.11.2'
 
 hard: setup ## other people's programs, frozen midway and forked, on each driver (its images take minutes to build)
 	@RECESS_HARD=1 $(VENV)/bin/pytest -q -s tests/hard $(HARD_ARGS)

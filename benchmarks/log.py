@@ -1,11 +1,12 @@
 """The context log's figures on both engines, beside the engine alone writing the same rows: appends a second and their latency, a
 long session opened and appended to, with and without its past sealed.
 
-    python -m benchmarks.log [--json FILE] [--seconds 2] [--rounds 5] [--turns 20000]
+    python -m benchmarks.log [--json FILE] [--seconds 0.5] [--rounds 24] [--turns 20000]
 
 Raw means: one connection, one thread, the same INSERTs and UPDATE in one durable transaction an append, nothing checked
-(`benchmarks.log_raw`). The sides take turns (A B A B ...), on the same disk; ratios are of neighbours. Postgres is a server of
-its own (Debian's), on a unix socket, fsync on.
+(`benchmarks.log_raw`). All sides are open at once, on the same disk, and take short turns (A B C C B A ...), so that what else
+the host does meets them alike; a ratio is the median of those of the rounds. Postgres is a server of its own (Debian's), on a
+unix socket, fsync on.
 """
 
 from __future__ import annotations
@@ -16,41 +17,64 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import log_raw
 from recess.blobs import LocalBlobs
 from recess.contextlog import SCHEMA, DirectoryBodies, Draft, LogKeeper, SqlLog, rules, sql_tx
+from recess.contextlog.contract import SessionRow
 from recess.contextlog.transcript import messages
 from recess.db import Database, Tx
 from recess.testing.postgres_server import PostgresServer
 
 Took = list[float]
+WRITERS = (1, 32)
 OPENINGS = 9
 
 
-def rate_of(took: Took, seconds: float) -> dict[str, float]:
-    """Return appends a second, and the median and the 99th percentile of one in milliseconds."""
-    ordered = sorted(took)
+def rate_of(slices: Sequence[Slice]) -> dict[str, float]:
+    """Return appends a second (the median slice), and the median and the 99th percentile of one in milliseconds, of all slices."""
+    ordered = sorted(one for piece in slices for one in piece.took)
     return {
-        "per_s": len(took) / seconds,
+        "appends": len(ordered),
+        "per_s": statistics.median(piece.per_s for piece in slices),
         "p50_ms": statistics.median(ordered) * 1e3,
         "p99_ms": ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))] * 1e3,
     }
 
 
-def raw_side(opened: AbstractContextManager[log_raw.Append], seconds: float) -> dict[str, float]:
-    """Append with the engine alone for so long."""
-    took: Took = []
-    with opened as append:
-        end = time.perf_counter() + seconds
-        while (begin := time.perf_counter()) < end:
-            append(len(took) + 1)
+@dataclass(frozen=True)
+class Slice:
+    """The appends of one side in one of its turns: how long each took, and all of them."""
+
+    took: Took
+    seconds: float
+
+    @property
+    def per_s(self) -> float:
+        """Appends a second."""
+        return len(self.took) / self.seconds
+
+
+class RawSide:
+    """The engine alone."""
+
+    def __init__(self, append: log_raw.Append) -> None:
+        self._append, self._count = append, 0
+
+    async def run(self, seconds: float) -> Slice:
+        """Append for so long."""
+        took: Took = []
+        start = time.perf_counter()
+        while (begin := time.perf_counter()) < start + seconds:
+            self._count += 1
+            self._append(self._count)
             took.append(time.perf_counter() - begin)
-    return rate_of(took, seconds)
+        return Slice(took, time.perf_counter() - start)
 
 
 async def appends(log: SqlLog, session: str, epoch: int, seconds: float, mark: str) -> Took:
@@ -63,37 +87,58 @@ async def appends(log: SqlLog, session: str, epoch: int, seconds: float, mark: s
     return took
 
 
-async def log_side(where: Path | str, folder: Path, seconds: float, writers: int) -> dict[str, float]:
-    """Append through the log, so many sessions at once."""
-    db = Database.open(where, [SCHEMA])
-    log = SqlLog(db, DirectoryBodies(folder / "bodies"))
-    rows = [await log.create(agent="a", code_version="v") for _ in range(writers)]
-    rows = [await log.claim(row.id, "n", 1e12, now=0.0) for row in rows]
-    took = await asyncio.gather(*(appends(log, row.id, row.epoch, seconds, "k") for row in rows))
-    await db.close()
-    return rate_of([one for each in took for one in each], seconds)
+class LogSide:
+    """The log, so many sessions at once."""
+
+    def __init__(self, log: SqlLog, rows: Sequence[SessionRow]) -> None:
+        self._log, self._rows, self._turn = log, rows, 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, where: Path | str, folder: Path, writers: int) -> AsyncIterator[LogSide]:
+        """Open a database with so many sessions."""
+        db = Database.open(where, [SCHEMA])
+        log = SqlLog(db, DirectoryBodies(folder / "bodies"))
+        rows = [await log.create(agent="a", code_version="v") for _ in range(writers)]
+        yield cls(log, [await log.claim(row.id, "n", 1e12, now=0.0) for row in rows])
+        await db.close()
+
+    async def run(self, seconds: float) -> Slice:
+        """Append for so long."""
+        self._turn += 1
+        start = time.perf_counter()
+        each = await asyncio.gather(
+            *(appends(self._log, row.id, row.epoch, seconds, f"k{self._turn}-") for row in self._rows)
+        )
+        return Slice([one for took in each for one in took], time.perf_counter() - start)
 
 
-def compare(
-    engine: str, folder: Path, new: Callable[[], Path | str], raws: dict[str, Callable[[], AbstractContextManager[log_raw.Append]]],
+async def compare(
+    engine: str, folder: Path, new: Callable[[str], Path | str], raws: dict[str, AbstractContextManager[log_raw.Append]],
     seconds: float, rounds: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the medians of all sides on an engine, and the log's ratios to the raw ones."""
-    sides: dict[str, list[dict[str, float]]] = {}
-    for _ in range(rounds):
-        for name, opened in raws.items():
-            sides.setdefault(name, []).append(raw_side(opened(), seconds))
-        for writers in (1, 32):
-            side = asyncio.run(log_side(new(), folder, seconds, writers))
-            sides.setdefault(f"log_{writers}", []).append(side)
-    out: dict[str, Any] = {"engine": engine}
-    for name, found in sides.items():
-        out[name] = {key: statistics.median(one[key] for one in found) for key in found[0]}
-    for writers in (1, 32):
-        mine = sides[f"log_{writers}"]
+    """Return the figures of all sides on an engine, and the log's ratios to the raw ones: the median of neighbours, round by round,
+    every other round in the other direction."""
+    slices: dict[str, list[Slice]] = {}
+    async with AsyncExitStack() as stack:
+        sides: dict[str, RawSide | LogSide] = {
+            name: RawSide(stack.enter_context(opened)) for name, opened in raws.items()
+        }
+        for writers in WRITERS:
+            name = f"log_{writers}"
+            sides[name] = await stack.enter_async_context(LogSide.open(new(name), folder, writers))
+        for number in range(rounds + 1):
+            for name in [*sides][:: -1 if number % 2 else 1]:
+                taken = await sides[name].run(seconds)
+                if number:  # the first is for statements that are prepared and files that grow
+                    slices.setdefault(name, []).append(taken)
+    out: dict[str, Any] = {"engine": engine, **{name: rate_of(found) for name, found in slices.items()}}
+    for writers in WRITERS:
         for name in raws:
-            pairs = zip(mine, sides[name], strict=True)
-            out[f"log_{writers}_to_{name}"] = statistics.median(a["per_s"] / b["per_s"] for a, b in pairs)
+            pairs = zip(slices[f"log_{writers}"], slices[name], strict=True)
+            ratios = sorted(mine.per_s / bare.per_s for mine, bare in pairs)
+            out[f"log_{writers}_to_{name}"] = statistics.median(ratios)
+            out[f"log_{writers}_to_{name}_quarters"] = (ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4])
     return out
 
 
@@ -207,37 +252,41 @@ async def long_session(where: Path | str, folder: Path, turns: int, seconds: flo
 def show(result: dict[str, Any], indent: str = "") -> None:
     """Print nested figures."""
     for key, value in result.items():
-        if isinstance(value, dict):
+        if isinstance(value, tuple):
+            print(f"{indent}{key:28} {' '.join(f'{one:.3f}' for one in value)}")
+        elif isinstance(value, dict):
             print(f"{indent}{key}")
             show(value, indent + "  ")
         else:
-            print(f"{indent}{key:24} {value:,.3f}" if isinstance(value, float) else f"{indent}{key:24} {value}")
+            print(f"{indent}{key:28} {value:,.3f}" if isinstance(value, float) else f"{indent}{key:28} {value}")
 
 
 def main() -> None:
     """Run all and print a table (and JSON)."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a side's turn")
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--turns", type=int, default=20_000)
     args = parser.parse_args()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=".") as name, PostgresServer() as server:
         folder = Path(name)
 
-        def new() -> str:
-            return log_raw.with_tables(server.database())
+        async def both() -> None:
+            result["sqlite"] = await compare(
+                "sqlite", folder, lambda name: folder / f"{name}.db", {"raw": log_raw.sqlite(folder / "raw.db")},
+                args.seconds, args.rounds,
+            )  # fmt: skip
+            raws = {
+                name: log_raw.postgres(await log_raw.with_tables(server.database()), pipeline=pipeline)
+                for name, pipeline in (("raw", False), ("raw_pipeline", True))
+            }
+            result["postgres"] = await compare(
+                "postgres", folder, lambda _: server.database(), raws, args.seconds, args.rounds
+            )
 
-        result["sqlite"] = compare(
-            "sqlite", folder, lambda: log_raw.fresh(folder / "log.db"), {"raw": lambda: log_raw.sqlite(folder / "raw.db")},
-            args.seconds, args.rounds,
-        )  # fmt: skip
-        result["postgres"] = compare(
-            "postgres", folder, new,
-            {"raw": lambda: log_raw.postgres(new()), "raw_pipeline": lambda: log_raw.postgres(new(), pipeline=True)},
-            args.seconds, args.rounds,
-        )  # fmt: skip
+        asyncio.run(both())
         for engine, where in (("sqlite", folder / "long.db"), ("postgres", server.database())):
             (folder / engine).mkdir()
             result[engine]["long"] = asyncio.run(long_session(where, folder / engine, args.turns, args.seconds))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import time
@@ -96,8 +95,7 @@ def _dollars(sql: str) -> bytes:
     return ("".join(f"{part}${n}" for n, part in enumerate(parts[:-1], 1)) + parts[-1]).encode()
 
 
-def with_tables(url: str) -> str:
+async def with_tables(url: str) -> str:
     """Make the log's tables in an empty Postgres and return its address."""
-    db = Database.open(url, [SCHEMA])
-    asyncio.run(db.close())
+    await Database.open(url, [SCHEMA]).close()
     return url

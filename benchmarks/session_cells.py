@@ -1,7 +1,7 @@
 """The figures of the session benchmark that every side has: each is measured on a worker that is really killed or stopped.
 
 length   seconds from the start of a new process to its next model call, after SIGKILL of everything at turn N; `replay` is the
-         part of it behind "my packages are imported, my server is up"
+         part of it behind "my packages are imported, my server is up". One life of a side is brought to each N in turn
 wall     turns in so many seconds from an empty log; the largest tool result that a run still goes on behind, after a kill
 card     turns that were charged twice, when the process is killed after the provider counted and before it answered
 deploy   runs that were killed in mid-turn and go on under code with one line more
@@ -17,12 +17,15 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.session_world import PATIENCE_S, Side, World, side_of, sides_of, transcript_faults
 
 DEPLOY_S = 20.0
+LOOK_S = 2.0  # between looks at how far a side has come
 WALL_S = 45.0  # for a large result to be kept and found again
 
 
@@ -45,24 +48,65 @@ def reach(side: Side, world: World, what: str, *, patience_s: float = 0.0) -> No
         raise fail(side, what)
 
 
-def begin_again(side: Side, world: World, turn: int, patience_s: float, **more: str) -> Recovered:
-    """Start a killed side again and wait for its next model call."""
+def begin_again(side: Side, world: World, turn: int, patience_s: float, last: int = 0, **more: str) -> Recovered:
+    """Start a killed side (of a run to turn `last`, or to this one) again and wait for its next model call."""
     before = len(world.asked)
     world.arm(model=turn)
-    began = side.start(turn, **more)
+    began = side.start(last or turn, **more)
     reach(side, world, f"recover at turn {turn - 1}", patience_s=patience_s)
     at = world.asked[before][1]
     return Recovered(at - began, at - world.mark("up", began))
 
 
-def length(name: str, python: str, turns: int) -> Recovered:
-    """Return how long a new process takes to its next model call, after SIGKILL at that turn."""
-    with side_of(name, python) as (side, world):
-        world.arm(model=turns + 1)
-        side.start(turns + 1)
-        reach(side, world, f"get to turn {turns + 1}", patience_s=PATIENCE_S + turns * 0.5)
+@dataclass(frozen=True)
+class Cap:
+    """How long a side may work towards a length, and how much it may keep for it."""
+
+    seconds: float
+    bytes: float
+
+
+class Life:
+    """One side's run of `last` turns, brought to longer and longer pasts, and killed at the end of each."""
+
+    def __init__(self, side: Side, world: World, last: int) -> None:
+        self._side, self._world, self._last = side, world, last
+        self._turn = 0
+
+    def grow(self, turns: int, cap: Cap) -> None:
+        """Bring it behind turn `turns`, and kill it in the next one's model call. Raises RuntimeError if it ends before, or at the
+        cap."""
+        world, side = self._world, self._side
+        self._turn = turns + 1
+        world.arm(model=self._turn)
+        began = side.start(self._last)
+        while not world.reached.wait(LOOK_S):
+            took, kept = time.monotonic() - began, side.stored()
+            if took > cap.seconds or kept > cap.bytes:
+                at = max((turn for turn, _ in world.asked), default=0)
+                side.kill()
+                raise RuntimeError(f"given up at turn {at}, after {took:.0f} s and with {kept / 1e9:.1f} GB kept")
+            if not side.running():
+                raise fail(side, f"get to turn {turns + 1}")
         side.kill()
-        return begin_again(side, world, turns + 1, PATIENCE_S + turns * 0.05)
+
+    def recover(self) -> Recovered:
+        """Start it again where it was killed; let it come one turn farther and kill it there. (Not at the same place again: a turn
+        that ends its process time after time is poisoned to some.)"""
+        side, world, turn = self._side, self._world, self._turn
+        found = begin_again(side, world, turn, PATIENCE_S + turn * 0.05, self._last)
+        self._turn += 1
+        world.move_on(model=self._turn)
+        reach(side, world, f"get to turn {self._turn}", patience_s=PATIENCE_S + turn * 0.05)
+        side.kill()
+        return found
+
+
+@contextmanager
+def life_of(name: str, python: str, last: int) -> Iterator[Life]:
+    """A fresh side with `last` turns before it."""
+    with side_of(name, python) as (side, world):
+        yield Life(side, world, last)
 
 
 def lunch(name: str, python: str, entries: int) -> float:

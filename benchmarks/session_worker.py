@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+RECENT = 200  # entries in which there is a whole turn, whatever was cut in it
 ROOT = Path(__file__).resolve().parents[1]
 
 AGENT = """
@@ -176,12 +177,15 @@ async def recess(job: Job) -> None:
 
 
 async def _talk(turns: int, node: Any, session: str, head: int) -> None:
-    """Send each message when the turn of the one before has ended, as a user does; go on with what is in the log up to `head`."""
-    said = ended = 0
+    """Send each message when the turn of the one before has ended, as a user does; go on with what is in the log up to `head`, whose
+    end says how far that is (the messages are the turns' numbers)."""
     await node.sessions.send(session, "1", key="m1")  # a known key appends nothing
-    async for item in node.sessions.follow(session):
+    after = max(0, head - RECENT)
+    said = ended = 0
+    async for item in node.sessions.follow(session, after=after):
         kind = getattr(item, "kind", "")
-        said, ended = said + (kind == "user"), ended + (kind == "turn.end")
+        said = int(item.body["text"]) if kind == "user" else said
+        ended = item.turn if kind == "turn.end" else ended
         if ended >= turns:
             return
         if said == ended > 0 and getattr(item, "position", 0) >= head:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -118,23 +118,32 @@ class World:
                 self.charges[turn] += 1
                 self.keys[str(body["key"])] = turn
                 held = turn == self.hold_pay
+            free = self.free
             self._seen += 1
             self._changed.notify_all()
         if held:
             self.reached.set()
-            self.free.wait(PATIENCE_S)
+            free.wait(PATIENCE_S)
         return {"text": REPLY if path == "/reply" else self.result}
 
     def arm(self, *, model: int = 0, pay: int = 0) -> None:
-        """Hold the answer for a turn."""
-        self.hold_model, self.hold_pay = model, pay
-        self.reached.clear()
-        self.free.clear()
+        """Hold the answer for a turn. What is held already waits on for a `release` of its own."""
+        with self._changed:
+            self.hold_model, self.hold_pay = model, pay
+            self.reached.clear()
+            self.free = threading.Event()
+
+    def move_on(self, *, model: int) -> None:
+        """Hold the answer for another turn, and answer the one that is held."""
+        held = self.free
+        self.arm(model=model)
+        held.set()
 
     def release(self) -> None:
         """Hold nothing any more."""
-        self.hold_model = self.hold_pay = 0
-        self.free.set()
+        with self._changed:
+            self.hold_model = self.hold_pay = 0
+            self.free.set()
 
     def seen(self) -> int:
         """Return how many requests came."""
@@ -202,6 +211,15 @@ class Side:
     def running(self) -> bool:
         """Tell whether it has not ended."""
         return self._process is not None and self._process.poll() is None
+
+    def stored(self) -> int:
+        """Return the bytes of its folder, what it is just removing left out."""
+        total = 0
+        for folder, _, names in os.walk(self._own):
+            for name in names:
+                with suppress(OSError):
+                    total += Path(folder, name).lstat().st_size
+        return total
 
     def end(self, timeout_s: float) -> bool:
         """Wait for its end; tell whether it came and was a good one."""

@@ -2,7 +2,8 @@
 provider for all, the same loop in each system's own style (`benchmarks.session_worker`, `benchmarks.session_peers`).
 
     python -m benchmarks.sessions [--peers PYTHON] [--out DIR] [--only length,card] [--turns 100,1000,5000,20000] [--kills 200]
-                                  [--orphans 1000] [--repeats 3] [--wall-s 600] [--entries 1,64,1024] ...     (make bench-sessions)
+                                  [--orphans 1000] [--repeats 3] [--cap-s 3600] [--wall-s 600] [--entries 1,64,1024] ...
+                                  (make bench-sessions)
 
 What is measured is said in `benchmarks.session_cells` and `benchmarks.session_own`. Peers are measured under `--peers`, a Python that
 has their packages (`tools/bench_peers.sh`); without it Recess alone. A cell that was not measured says why. Sides take turns.
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,32 +119,47 @@ class Run:
     # --- the figures --------------------------------------------------------------------------------------------------
 
     def length(self) -> None:
-        """Each side in turn, round by round, so that what else the host does meets all alike."""
-        for turns in map(int, self.given.turns.split(",")):
-            whole: dict[str, list[cells.Recovered]] = {name: [] for name in self.sides}
-
-            def once(name: str, python: str, turns: int = turns, whole: dict[str, Any] = whole) -> None:
-                whole[name].append(cells.length(name, python, turns))
-
-            failed: dict[str, str] = {}
-            for _ in range(self.given.repeats):
-                for name, python in self.sides.items():
-                    if name != "temporal" and name not in failed:
-                        try:
-                            once(name, python)
-                        except FAILURES as exc:
-                            failed[name] = " ".join(str(exc).split())[:300]
-            for name in self.sides:
-                if name == "temporal":
+        """One life of each side, brought to each length in turn."""
+        lengths = sorted(map(int, self.given.turns.split(",")))
+        longest = lengths[-1] + self.given.repeats + 1  # each recovery is a turn farther
+        lives: dict[str, cells.Life] = {}
+        failed: dict[str, str] = {}
+        with ExitStack() as stack:
+            for name, python in self.sides.items():
+                if name != "temporal":
+                    lives[name] = stack.enter_context(cells.life_of(name, python, longest))
+            for turns in lengths:
+                self._lives_at(turns, lives, failed)
+                if "temporal" in self.sides:
                     try:
                         self._replayer(turns)
                     except FAILURES as exc:
-                        self.keep(Row(f"replay {turns}", name, None, why=" ".join(str(exc).split())[:300]))
-                elif name in failed:
-                    self.keep(Row(f"length {turns}", name, None, why=failed[name]))
-                else:
-                    self.samples(f"length {turns}", name, "s", [one.whole for one in whole[name]])
-                    self.samples(f"replay {turns}", name, "s", [one.replay for one in whole[name]])
+                        self.keep(Row(f"replay {turns}", "temporal", None, why=" ".join(str(exc).split())[:300]))
+
+    def _lives_at(self, turns: int, lives: dict[str, cells.Life], failed: dict[str, str]) -> None:
+        """Measure one length. All grow to it at once, which is not measured; then the sides take turns, so that what else the host
+        does meets all alike. One that failed before is out."""
+        cap = cells.Cap(self.given.cap_s, self.given.cap_gb * 1e9)
+        found: dict[str, list[cells.Recovered]] = {name: [] for name in lives}
+
+        def attempt(name: str, work: Callable[[cells.Life], object]) -> None:
+            if name not in failed:
+                try:
+                    work(lives[name])
+                except FAILURES as exc:
+                    failed[name] = " ".join(str(exc).split())[:300]
+
+        with ThreadPoolExecutor(len(lives)) as pool:
+            list(pool.map(lambda name: attempt(name, lambda life: life.grow(turns, cap)), lives))
+        for _ in range(self.given.repeats):
+            for name, several in found.items():
+                attempt(name, lambda life, several=several: several.append(life.recover()))  # type: ignore[misc]
+        for name, several in found.items():
+            if name in failed:
+                self.keep(Row(f"length {turns}", name, None, why=failed[name]))
+            else:
+                self.samples(f"length {turns}", name, "s", [one.whole for one in several])
+                self.samples(f"replay {turns}", name, "s", [one.replay for one in several])
 
     def _replayer(self, turns: int) -> None:
         found = temporal(self.sides["temporal"], turns, self.given.repeats)
@@ -302,6 +319,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--turns", default="50,200", help="of `length`")
+    parser.add_argument(
+        "--cap-s", type=float, default=600.0, help="of `length`: longest work of a side from one to the next"
+    )
+    parser.add_argument("--cap-gb", type=float, default=8.0, help="of `length`: most that a side may keep")
     parser.add_argument("--kills", type=int, default=3, help="of `card`")
     parser.add_argument("--deploys", type=int, default=1)
     parser.add_argument("--orphans", type=int, default=8, help="kills of `orphan`")

@@ -22,8 +22,11 @@ def patient(monkeypatch):
 
 
 def test_recess_recovers_charges_once_and_takes_newer_code():
-    found = session_cells.length("recess", sys.executable, 2)
-    assert 0 < found.replay < found.whole < 300
+    with session_cells.life_of("recess", sys.executable, 5) as life:
+        for turns in (1, 3):
+            life.grow(turns, session_cells.Cap(300.0, 1e9))
+            found = life.recover()
+            assert 0 < found.replay < found.whole < 300
     assert session_cells.card("recess", sys.executable, 1) == 0
     assert session_cells.deploy("recess", sys.executable) is True
 

@@ -1,7 +1,7 @@
 """One SQLite file: one writer connection with group commit, a few readers, typed errors. It must know no table of any room.
 
-SQLite has one write lock anyway, so a batch of writes is one transaction, each in its own savepoint: one's failure does not
-hurt its neighbours. Crash safety: WAL with synchronous=FULL; outcomes are told only after COMMIT returned, that is after the
+SQLite has one write lock anyway, so a batch of writes is one transaction, each in its own savepoint (one that is alone needs
+none): one's failure does not hurt its neighbours. Crash safety: WAL with synchronous=FULL; outcomes are told only after COMMIT returned, that is after the
 fsync of the log that holds them. A relaxed batch is committed with synchronous=NORMAL and made durable by the next one
 that is not, because the WAL is synced in order.
 """
@@ -140,13 +140,26 @@ class SqliteDatabase(Database):
         try:
             self._sync_mode(full=any(job.durable for job in jobs))
             conn.execute("BEGIN IMMEDIATE")
-            outcomes = [self._savepoint(job) for job in jobs]
-            conn.execute("COMMIT")
+            outcomes = [self._savepoint(job) for job in jobs] if len(jobs) > 1 else [self._alone(jobs[0])]
+            if conn.in_transaction:
+                conn.execute("COMMIT")
         except BaseException as exc:
             if conn.in_transaction:
                 conn.execute("ROLLBACK")
             raise _BatchLost from (exc.__cause__ if isinstance(exc, _BatchLost) else exc)
         return outcomes
+
+    def _alone(self, job: Job) -> Outcome:
+        """Run the only write of a transaction, which ends with it if it fails."""
+        conn, tx = self._writer, SqliteTx(self._writer)
+        try:
+            value = job.fn(tx)
+        except BaseException as exc:
+            if not conn.in_transaction:
+                raise _BatchLost from exc
+            conn.execute("ROLLBACK")
+            return Outcome(job, error=translate(exc, str(self.path)))
+        return Outcome(job, value=value, committed=tx.committed)
 
     def _savepoint(self, job: Job) -> Outcome:
         conn, tx = self._writer, SqliteTx(self._writer)

@@ -218,7 +218,7 @@ class ContextLogSuite(BoundsSuite):
             Draft("", {}),
             Draft("Bad Kind", {}),
             Draft("x" * 65, {}),
-            Draft("note", {"f": object()}),
+            Draft("note", {"f": object}),
             Draft("note", {}, turn=-1),
             Draft("note", {}, key="k" * 257),
             Draft("note", {}, ref="\ud800"),

@@ -14,8 +14,15 @@ from benchmarks.sessions import Row
 
 def test_a_worker_that_cannot_start_is_told_with_its_words(monkeypatch):
     monkeypatch.setattr(session_cells, "PATIENCE_S", 0.0)
-    with pytest.raises(RuntimeError, match="nobody did not get to turn 2"):
-        session_cells.length("nobody", sys.executable, 1)
+    with pytest.raises(RuntimeError, match="nobody did not get to turn 3"):
+        session_cells.deploy("nobody", sys.executable)
+
+
+def test_a_side_that_comes_no_farther_is_given_up(monkeypatch):
+    monkeypatch.setattr(session_cells, "LOOK_S", 0.0)
+    given_up = pytest.raises(RuntimeError, match=r"given up at turn 0, after \d+ s and with 0.0 GB kept")
+    with session_cells.life_of("nobody", sys.executable, 9) as life, given_up:
+        life.grow(9, session_cells.Cap(0.0, 1e9))
 
 
 def turn(number):
