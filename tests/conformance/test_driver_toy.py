@@ -21,7 +21,7 @@ import pytest
 from recess.drivers.fake.guest import FakeGuest
 from recess.drivers.fake.link import FakeLink
 from recess.drivers.fake.programs import standard_programs
-from recess.errors import Corrupt, DriverFailed, IllegalState, InvalidSpec
+from recess.errors import Corrupt, DriverFailed, IllegalState, InvalidSpec, Unsupported
 from recess.machines.contract import (
     DISK_NAME,
     Capabilities,
@@ -187,7 +187,12 @@ class ToyDriver:
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
         return self.mark
 
+    def check(self, spec: VmSpec) -> None:
+        if spec.network == "full":
+            raise Unsupported("a toy has no network cards")
+
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> ToyVm:
+        self.check(spec)
         disk = directory / DISK_NAME
         if not disk.is_file() or disk.stat().st_size != spec.disk_bytes:
             raise InvalidSpec(f"there is no disk of {spec.disk_bytes} bytes")
@@ -196,6 +201,7 @@ class ToyDriver:
         return ToyVm(self, vm_id, spec, FakeGuest.booted(PROGRAMS), directory)
 
     async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> ToyVm:
+        self.check(spec)
         if parts.vmstate != MARK:
             raise Corrupt("not the device state of a toy")
         data = bytes(parts.memory.data)

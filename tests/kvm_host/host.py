@@ -54,14 +54,20 @@ _COMMAND_LINE = (
 )
 # A first VM, a first limit on processor time and their last ends switch code of the host's scheduler on and off. The kernel
 # does that by a breakpoint instruction for a moment; with a second processor QEMU 7.2 may run that once more when it is gone
-# already, which the kernel takes for an invalid one ("int3"), and panics. So one of each is held for as long as the host runs.
+# already, which the kernel takes for an invalid one ("int3"), and panics. So one of each is held for as long as the host runs,
+# from a moment when there is no second processor.
 _HELD = """
 import fcntl, os, pathlib, signal
+others = list(pathlib.Path("/sys/devices/system/cpu").glob("cpu[1-9]*/online"))
+for other in others:
+    other.write_text("0")
 groups = pathlib.Path("/sys/fs/cgroup")
 (groups / "cgroup.subtree_control").write_text("+cpu")
 (groups / "held").mkdir()
 (groups / "held" / "cpu.max").write_text("100000 100000")
 vm = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE01, 0)  # KVM_CREATE_VM
+for other in others:
+    other.write_text("1")
 print("held", flush=True)
 signal.pause()
 """

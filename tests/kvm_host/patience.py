@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from recess.drivers.firecracker import port, start
 from recess.drivers.kept import keeper
 from recess.drivers.qemu import host
@@ -18,6 +20,7 @@ from tests.machines import ordinary_user
 
 _SECONDS = 900.0
 _TIMES = 20.0
+_TEST_TIMES = 4.0
 _SHORT_S = 1.0  # below that a test waits for something not to happen
 
 
@@ -29,6 +32,13 @@ def longer(seconds: float | None) -> float | None:
 def pytest_configure() -> None:
     """Raise the bounds: those that programs are given to start, and those that are waited with."""
     make_patient()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's own time limit is longer, too."""
+    for item in items:
+        if (mark := item.get_closest_marker("timeout")) and mark.args:
+            item.add_marker(pytest.mark.timeout(mark.args[0] * _TEST_TIMES), append=False)
 
 
 def make_patient() -> None:

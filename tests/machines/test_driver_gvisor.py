@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import io
+import shutil
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from recess.drivers.gvisor import GvisorDriver, start
 from recess.drivers.gvisor import journal as paths
-from recess.drivers.gvisor import start
 from recess.drivers.gvisor.handles import processes
 from recess.drivers.gvisor.journal import write_journal
 from recess.drivers.kept.cgroup import Groups
@@ -89,6 +91,73 @@ async def test_a_new_server_knows_the_pages_too(rig, vm):
     assert second.memory.count < count + 300  # what equals the template's is still seen to
     second.close()
     await adopted.kill()
+
+
+async def test_a_snapshot_is_of_the_runsc_that_runs_the_machine(rig, vm, tmp_path):
+    """Whatever the host has by the time a new server takes it over: a snapshot tells which build can restore it."""
+    before = await rig.make_driver().fingerprint(rig.spec)
+    newer = Path(shutil.copy(rig.gvisor.config.runsc_bin, tmp_path / "runsc"))
+    with newer.open("ab") as program:
+        program.write(b"\0")
+    driver = GvisorDriver(dataclasses.replace(rig.gvisor.config, runsc_bin=str(newer)))
+    assert await driver.fingerprint(rig.spec) != before
+    await rig.lose(vm)
+    adopted = await driver.adopt(vm.id, vm._handles.layout.directory)
+    assert adopted is not None
+    capture = await quiet_capture(adopted, resume=True)
+    assert capture.fingerprint == before
+    capture.close()
+    await adopted.kill()
+
+
+async def test_its_monotonic_clock_goes_on_while_it_sleeps(rig, vm):
+    """A VM's stands still; gVisor's does not: a wait that was begun before is over as soon as its time is."""
+    ask = "python3 -c 'import time; print(time.monotonic())'"
+    before = float(await shell(vm.link, ask))
+    slept = time.monotonic()
+    parts = await rig.parts_of(await quiet_capture(vm, resume=False))
+    await vm.kill()
+    child = await rig.restore(rig.make_driver(), parts)
+    asleep_s = time.monotonic() - slept
+    try:
+        ahead_s = float(await shell(child.link, ask)) - before
+        print(f"asleep for {asleep_s:.2f} s, the clock went ahead by {ahead_s:.2f} s")
+        assert ahead_s > asleep_s * 0.95
+    finally:
+        await child.kill()
+
+
+_TALK = """
+import socket, sys
+listening = socket.create_server(("127.0.0.1", 0))
+near = socket.create_connection(listening.getsockname())
+far, _ = listening.accept()
+for line in sys.stdin:
+    near.sendall(line.encode())
+    print(far.recv(100).decode(), end="", flush=True)
+"""
+
+
+async def test_connections_inside_go_on(rig, vm):
+    """gVisor refuses a snapshot, or cuts them (`--net-disconnect-ok`), only for connections beyond the loopback, and there is no
+    network but that."""
+    job = await vm.link.exec(ExecRequest(["python3", "-c", _TALK], stdin=True, job_id="talk"))
+    await job.write(b"before\n")
+    async for _stream, data in job.output():
+        assert data == b"before\n"
+        break
+    await job.detach()
+    parts = await rig.parts_of(await quiet_capture(vm, resume=False))
+    await vm.kill()
+    child = await rig.restore(rig.make_driver(), parts)
+    try:
+        again = await child.link.attach("talk")
+        await again.write(b"after\n")
+        await again.close_stdin()
+        assert b"after\n" in b"".join([data async for _stream, data in again.output()])
+        assert await again.wait() == 0
+    finally:
+        await child.kill()
 
 
 async def test_commands_of_the_past_are_in_no_snapshot(vm):

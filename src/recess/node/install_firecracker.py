@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import http.client
 import io
 import tarfile
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -36,7 +38,10 @@ def install_firecracker(home: Path, *, url: str = URL, sha256: str = SHA256) -> 
     data = _download(url, folder)
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
-        raise Corrupt(f"{ARCHIVE} has the checksum {found}, not {sha256}: nothing was installed")
+        raise Corrupt(
+            f"{ARCHIVE} has the checksum {found}, not {sha256}: nothing was installed",
+            hint="try again; if it stays so, something between here and there answers in the release's place",
+        )
     programs = _programs(data)
     with space_errors(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +57,9 @@ def _download(url: str, folder: Path) -> bytes:
     try:
         with contextlib.closing(urllib.request.urlopen(url, timeout=_TIMEOUT_S)) as answer:
             data: bytes = answer.read(_ARCHIVE_MAX + 1)
-    except OSError as exc:
+    except (OSError, http.client.HTTPException) as exc:
+        if isinstance(exc, urllib.error.HTTPError):
+            exc.close()  # it is the answer, too
         raise Unavailable(
             f"the release cannot be fetched: {getattr(exc, 'reason', exc)}",
             hint=f"fetch {URL} elsewhere, check that its SHA-256 is {SHA256}, and put the program in it as "

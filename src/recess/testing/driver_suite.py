@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recess.errors import Corrupt, IllegalState, RecessError
+from recess.errors import Corrupt, IllegalState, RecessError, Unsupported
 from recess.guestlink.link import ExecRequest, GuestLink, Thaw
 from recess.machines.contract import DISK_NAME, Capture, Driver, PageSet, RestoreParts, TemplateRef, Vm, VmSpec
 from recess.units import PAGE_BYTES
@@ -440,6 +440,26 @@ class DriverSuite:
         vm_id, directory = rig.machine()
         with pytest.raises(RecessError):
             await driver.restore(vm_id, rig.spec, RestoreParts(ref, NO_PAGES, NO_PAGES, b"\0" * 64), directory)
+        assert rig.leftovers() == []
+
+    async def test_what_is_not_claimed_is_refused(self, rig: Rig, driver: Driver) -> None:
+        """A typed error, at a boot and at a restore, before anything is made."""
+        claimed = driver.capabilities
+        assert claimed.isolation in ("vm", "sandbox", "none")
+        if claimed.network_full:
+            pytest.skip(f"{driver.name} claims all there is")
+        spec, ref = replace(rig.spec, network="full"), await rig.template()
+        vm_id, directory = rig.machine()
+        directory.mkdir(parents=True)
+        rig.make_disk(directory)
+        with pytest.raises(Unsupported):
+            await driver.boot(vm_id, spec, directory)
+        (directory / DISK_NAME).unlink()  # the caller's, who made it
+        with pytest.raises(Unsupported):
+            await driver.restore(
+                vm_id, spec, RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes()), directory
+            )
+        assert list(directory.iterdir()) == []
         assert rig.leftovers() == []
 
     async def test_a_restore_begins_before_its_parts_are_read(self, rig: Rig, driver: Driver) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import socket
+import socketserver
 import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,6 +83,72 @@ def test_one_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(installing, "_PROGRAM_MAX", 3)
     with pytest.raises(Corrupt, match="sensible size"):
         install_firecracker(tmp_path / "home", **served(tmp_path, GOOD))
+
+
+@contextmanager
+def server(answers: dict[str, bytes]) -> Iterator[str]:
+    """A server on the loopback that says these bytes to whoever asks for these paths; yields its URL."""
+
+    class Answer(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            path = self.rfile.readline().split()[1].decode()
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answers[path])
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Answer) as listening:
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.server_address[1]}"
+        finally:
+            listening.shutdown()
+            thread.join()
+
+
+def ok(data: bytes, length: int | None = None) -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(data) if length is None else length) + data
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def test_it_comes_over_http_and_by_a_redirect(tmp_path: Path) -> None:
+    """As a release does: its address only names where it lies."""
+    redirect = b"HTTP/1.1 302 Found\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n"
+    with server({"/here": redirect, "/there": ok(GOOD)}) as url:
+        path = install_firecracker(tmp_path, url=f"{url}/here", sha256=hashlib.sha256(GOOD).hexdigest())
+    assert path.read_text() == f"I am {TOP}/firecracker{SUFFIX}"
+
+
+@pytest.mark.parametrize("answer", [ok(GOOD), ok(GOOD[:-1], len(GOOD)), ok(b"<html>sign in</html>"), ok(b"")])
+def test_over_http_another_checksum_leaves_what_was_there(tmp_path: Path, answer: bytes) -> None:
+    """The pinned one is what counts: another release, half of one, a portal's page."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "firecracker").write_text("mine")
+    with server({"/x": answer}) as url, pytest.raises((Corrupt, Unavailable)) as caught:
+        install_firecracker(tmp_path, url=f"{url}/x")
+    assert SHA256 in caught.value.message + caught.value.hint
+    assert [path.read_text() for path in (tmp_path / "bin").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: /x\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\ncut",
+        b"",
+    ],
+)
+def test_a_server_that_does_not_have_it(tmp_path: Path, answer: bytes) -> None:
+    with server({"/x": answer}) as url, pytest.raises(Unavailable, match="cannot be fetched") as caught:
+        install_firecracker(tmp_path, url=f"{url}/x")
+    assert str(tmp_path / "bin" / "firecracker") in caught.value.hint
+    assert not (tmp_path / "bin").exists()
 
 
 def test_without_the_network_it_says_what_to_put_where(tmp_path: Path) -> None:

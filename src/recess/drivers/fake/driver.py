@@ -21,7 +21,7 @@ from recess.drivers.fake.guest import FakeGuest, Program
 from recess.drivers.fake.link import FakeLink
 from recess.drivers.fake.pages import POKE_FIRST, Pages, Writes, as_pages, changed, decode, encode
 from recess.drivers.fake.programs import standard_programs
-from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState, InvalidSpec
+from recess.errors import BadInput, Corrupt, DriverFailed, IllegalState, InvalidSpec, Unsupported
 from recess.machines.contract import (
     DISK_NAME,
     Capabilities,
@@ -57,6 +57,11 @@ class FakeHost:
         if self.die_at == call:
             self.die_at = ""
             raise DriverFailed(f"fake VMM died during {call}", log=f"fake: dying at {call}")
+
+
+def _check_spec(spec: VmSpec) -> None:
+    if spec.network == "full":
+        raise Unsupported("the fake driver has no network cards")
 
 
 def _read_pages(path: Path, pages_total: int) -> Pages:
@@ -339,6 +344,7 @@ class FakeDriver:
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> FakeVm:
         """Cold-boot a guest on the disk that is there: a blank one, or one that an earlier VM left."""
+        _check_spec(spec)
         disk = directory / DISK_NAME
         if not disk.is_file() or disk.stat().st_size != spec.disk_bytes:
             raise InvalidSpec(f"there is no disk of {spec.disk_bytes} bytes in {directory}")
@@ -356,6 +362,7 @@ class FakeDriver:
 
     async def restore(self, vm_id: str, spec: VmSpec, parts: RestoreParts, directory: Path) -> FakeVm:
         """Bring a guest back from pages over its template (or zeros)."""
+        _check_spec(spec)
         base_memory: Pages = {}
         base_disk: Pages = {}
         if parts.template is not None:

@@ -13,7 +13,7 @@ import msgspec
 
 from recess.drivers.kept.layout import Layout
 from recess.images.files import space_errors
-from recess.machines.contract import VmSpec
+from recess.machines.contract import Fingerprint, VmSpec
 
 _VERSION = 1
 
@@ -32,6 +32,9 @@ class Journal:
     jailed: str = ""  # the binary that runs in the VM's jail; "" without one
     version: int = _VERSION
     driver: str = "firecracker"
+    fingerprint: Fingerprint | None = (
+        None  # of the Firecracker that runs it, which may be another than a later server finds
+    )
 
     @property
     def base(self) -> str:

@@ -306,9 +306,8 @@ class _Begin:
         work = _work(layout, self.jail)
         self._keeper = keeper = Keeper.connect(layout)
         self._port = port = Port(work, hello_timeout_s=hello_timeout_s)
-        return Handles(
-            layout, self.journal, place.host, place.fingerprint, keeper, Api(work), port, ledger, jail=self.jail
-        )
+        fingerprint = self.journal.fingerprint or place.fingerprint
+        return Handles(layout, self.journal, place.host, fingerprint, keeper, Api(work), port, ledger, jail=self.jail)
 
     async def undo(self, *, keep_disk: bool) -> None:
         layout = self.place.layout
@@ -331,7 +330,7 @@ async def _greet(vm: Handles, steps: Steps) -> Handles:
     steps.mark("resume")
     await unless_dead(vm.keeper, "start", vm.port.attach())
     steps.mark("hello")
-    vm.journal = dataclasses.replace(vm.journal, phase="running")
+    vm.journal = dataclasses.replace(vm.journal, phase="running", fingerprint=vm.fingerprint)
     write_journal(vm.layout, vm.journal)
     vm.timings_s = {**steps.timings_s, "total": steps.total()}
     return vm

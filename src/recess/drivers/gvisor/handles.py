@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -20,15 +19,13 @@ from recess.drivers.gvisor.pages import Known, Pages
 from recess.drivers.gvisor.port import Port, StartRelay
 from recess.drivers.gvisor.runsc import CONTAINER, Runsc
 from recess.drivers.kept.cgroup import clear
-from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
+from recess.drivers.kept.keeper import Keeper, Process, end_vm, read_pids, wait_gone
 from recess.drivers.kept.layout import Layout
-from recess.drivers.kept.steps import in_thread
+from recess.drivers.kept.steps import in_thread, unless_dead
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint
 from recess.units import PAGE_BYTES
 
-P = ParamSpec("P")
-T = TypeVar("T")
 _END_S = 5.0
 _RELAY = "/run/recess/guestd"
 
@@ -86,23 +83,6 @@ def map_ram(path: str) -> Pages | None:
         return np.memmap(path, np.uint8, "r").reshape(-1, PAGE_BYTES)
     except (OSError, ValueError) as exc:
         raise DriverFailed(f"the template's memory is gone: {exc}", log="") from exc
-
-
-async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or raise DriverFailed as soon as the machine is gone."""
-    task = asyncio.ensure_future(work)
-    try:
-        waiting: set[asyncio.Future[Any]] = {task, keeper.death}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() or (isinstance(task.exception(), DriverFailed) and await last_words(keeper)):
-            end = keeper.death.result()
-            raise DriverFailed(f"the machine ended during {what}: {end.line()}", log=end.log, end=end.end)
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            with contextlib.suppress(BaseException):
-                await task
 
 
 async def end_machine(

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from recess.drivers.kept.layout import Layout
-from recess.machines.contract import VmSpec
+from recess.machines.contract import Fingerprint, VmSpec
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Journal:
     template_ram: str
     for_template: bool = False
     group: str = ""
+    fingerprint: Fingerprint | None = None  # of the runsc that runs it, which may be another than a later server finds
     driver: str = "gvisor"
     version: int = 1
 

@@ -26,7 +26,6 @@ from recess.drivers.gvisor.handles import (
     map_ram,
     processes,
     relay_starter,
-    unless_dead,
 )
 from recess.drivers.gvisor.journal import Journal, read_journal, write_journal
 from recess.drivers.gvisor.pages import Known
@@ -36,7 +35,7 @@ from recess.drivers.kept import keeper as keepers
 from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import Keeper
 from recess.drivers.kept.layout import Layout
-from recess.drivers.kept.steps import in_thread
+from recess.drivers.kept.steps import in_thread, unless_dead
 from recess.errors import Conflict, DriverFailed, InvalidSpec, RecessError, Timeout, Unsupported
 from recess.images.cpio import read_file
 from recess.images.files import space_errors
@@ -196,7 +195,7 @@ async def _run(place: Place, journal: Journal, words: list[str], known: Known) -
         await unless_dead(keeper, words[0], _running(layout))
         up, family = time.monotonic(), processes(layout)
         await unless_dead(keeper, words[0], port.attach())
-        journal = dataclasses.replace(journal, phase="running")
+        journal = dataclasses.replace(journal, phase="running", fingerprint=place.fingerprint)
         write_journal(layout, journal)
     except BaseException:
         await port.close()
@@ -229,7 +228,8 @@ async def adopt(place: Place) -> Handles | None:
             raise DriverFailed("nothing that can be taken over", log="")
         keeper = Keeper.connect(layout)
         port = Port(relay_starter(place.runsc, layout), hello_timeout_s=_HELLO_TIMEOUT_S)
-        vm = Handles(layout, journal, place.runsc, place.fingerprint, keeper, port, processes(layout))
+        fingerprint = journal.fingerprint or place.fingerprint
+        vm = Handles(layout, journal, place.runsc, fingerprint, keeper, port, processes(layout))
         vm.known = await in_thread(Known.load, paths.known(layout))
         if vm.status() == PAUSED and _before_capture(layout) == RUNNING:
             await vm.command("resume")

@@ -74,7 +74,10 @@ async def all_of(*work: Awaitable[Any]) -> list[Any]:
 
 
 async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or raise DriverFailed as soon as the VM is gone."""
+    """Return the result of `work`, or raise DriverFailed as soon as the VM is gone.
+
+    Whichever way this ends, `work` has ended before: a command that it runs is gone before the caller clears away its files.
+    """
     task = asyncio.ensure_future(work)
     try:
         waiting: set[asyncio.Future[Any]] = {task, keeper.death}
@@ -89,4 +92,6 @@ async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -
                 raise died(what, obituary) from error
         return task.result()
     finally:
-        task.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])

@@ -12,7 +12,7 @@ import msgspec
 
 from recess.drivers.kept.capturing import write_whole
 from recess.drivers.kept.layout import Layout
-from recess.machines.contract import VmSpec
+from recess.machines.contract import Fingerprint, VmSpec
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Journal:
     for_template: bool = False
     version: int = 1
     driver: str = "qemu"
+    fingerprint: Fingerprint | None = None  # of the QEMU that runs it, which may be another than a later server finds
 
 
 def write_journal(layout: Layout, journal: Journal) -> None:

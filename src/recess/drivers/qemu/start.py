@@ -327,7 +327,8 @@ class _Begin:
         """Return what the driver holds of the VM, which runs as a process now."""
         place = self.place
         port, keeper, qmp = self.begun.whole()
-        vm = Handles(place.layout, self.journal, place.host, place.fingerprint, port, keeper, qmp)
+        fingerprint = self.journal.fingerprint or place.fingerprint
+        vm = Handles(place.layout, self.journal, place.host, fingerprint, port, keeper, qmp)
         vm.start = "it was started for this" if self.member is None else "it waited in the warm pool"
         return vm
 
@@ -352,7 +353,7 @@ async def _run(vm: Handles, steps: Steps) -> None:
 
 
 def _started(vm: Handles, steps: Steps) -> Handles:
-    vm.journal = dataclasses.replace(vm.journal, phase="running")
+    vm.journal = dataclasses.replace(vm.journal, phase="running", fingerprint=vm.fingerprint)
     write_journal(vm.layout, vm.journal)
     vm.timings_s = {**steps.timings_s, "total": steps.total()}
     return vm

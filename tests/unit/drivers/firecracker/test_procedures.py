@@ -30,6 +30,7 @@ from tests.unit.drivers.firecracker.test_calls import make_spec
 
 MEMORY = 64 * MIB
 DISK = 4 * MIB
+FINGERPRINT = Fingerprint("firecracker", "1", "kvm", "", (), "", "")
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Bench:
             self.number += 1
             name = f"m{self.number}"
         layout = layout_for(self.home / "run", name, self.home / "machines" / name)
-        return start.Place(layout, self.host, Fingerprint("firecracker", "1", "kvm", "", (), "", ""), 60)
+        return start.Place(layout, self.host, FINGERPRINT, 60)
 
     def keep(self, handles: Any) -> FirecrackerVm:
         self.vms.append(FirecrackerVm(handles))
@@ -66,7 +67,9 @@ class Bench:
 
     async def adopt(self, vm: FirecrackerVm) -> FirecrackerVm:
         await vm.detach()
-        place = self.place(vm.id)
+        place = replace(
+            self.place(vm.id), fingerprint=replace(FINGERPRINT, driver_version="9")
+        )  # there is a newer one now
         journal = read_journal(place.layout)
         assert journal is not None
         handles = await start.adopt(place, journal)
@@ -213,6 +216,7 @@ async def test_a_server_that_dies_in_a_capture(bench: Bench, point: str) -> None
     adopted = await bench.adopt(vm)
     await adopted.link.ping(timeout_s=60)
     capture = await adopted.capture(resume=True, parent="snp_a")
+    assert capture.fingerprint == FINGERPRINT  # of the one that runs it
     assert capture.parent == ("snp_a" if point == "firecracker.entered" else "")
     found = pages_of(capture)
     if capture.parent:
