@@ -444,9 +444,7 @@ class DriverSuite:
 
     async def test_what_is_not_claimed_is_refused(self, rig: Rig, driver: Driver) -> None:
         """A typed error, at a boot and at a restore, before anything is made."""
-        claimed = driver.capabilities
-        assert claimed.isolation in ("vm", "sandbox", "none")
-        if claimed.network_full:
+        if driver.capabilities.network_full:
             pytest.skip(f"{driver.name} claims all there is")
         spec, ref = replace(rig.spec, network="full"), await rig.template()
         vm_id, directory = rig.machine()
