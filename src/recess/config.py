@@ -49,6 +49,7 @@ class Config:
     vmm_limits: str = (
         "auto"  # auto (a control group for each QEMU and gVisor machine where this user may make some) | off
     )
+    network_cards: str = "public"  # public | open | off: what --net full reaches (docs/egress.md)
     warm_pool_max: int = 4  # VMs kept started for the next restores, at most (docs/internals/warm-pool.md); 0: none
     bin_dir: Path = _PACKAGE / "_bin"  # guestd and keeper
     agent_dir: Path = _PACKAGE / "_agent"  # holds recess_agent/
@@ -139,6 +140,7 @@ _ENV = {
     "page_files_bytes": "RECESS_PAGE_FILES_BYTES",
     "page_tracking": "RECESS_PAGE_TRACKING",
     "vmm_limits": "RECESS_VMM_LIMITS",
+    "network_cards": "RECESS_NETWORK_CARDS",
     "warm_pool_max": "RECESS_WARM_POOL_MAX",
     "bin_dir": "RECESS_BIN_DIR",
     "agent_dir": "RECESS_AGENT_DIR",

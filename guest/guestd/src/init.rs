@@ -12,7 +12,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::fail::Fail;
-use crate::{sys, vsock};
+use crate::{card, sys, vsock};
 
 const DEVICE_WAIT: u32 = 3000; // times 2 ms: virtio devices appear while their modules settle
 const ROOT: &str = "/newroot";
@@ -49,7 +49,13 @@ pub fn run() -> Result<Ready, Fail> {
     runtime_mounts()?;
     limits();
     loopback_up().map_err(|e| Fail::io("lo", &e))?;
-    network_files();
+    let plan = param(&cmdline, "recess.net")
+        .map(card::Plan::parse)
+        .transpose()?;
+    if let Some(plan) = &plan {
+        card::up(plan)?;
+    }
+    network_files(&card::resolver(plan.as_ref()));
     identity_files();
     let port = match param(&cmdline, "recess.vsock") {
         Some(number) => vsock::enter(vsock_port(number)?)?,
@@ -120,7 +126,8 @@ fn load_modules() {
     }
 }
 
-fn await_path(path: &str) -> Result<(), Fail> {
+/// Wait for a file to appear, within a bound.
+pub fn await_path(path: &str) -> Result<(), Fail> {
     for _ in 0..DEVICE_WAIT {
         if Path::new(path).exists() {
             return Ok(());
@@ -316,12 +323,11 @@ fn loopback_up() -> io::Result<()> {
     }
 }
 
-/// No name server by default: a resolver that waits for nobody makes programs late.
-fn network_files() {
+fn network_files(resolver: &str) {
     let _ = fs::create_dir_all("/etc"); // an image without /etc is odd but bootable
     let _ = fs::remove_file("/etc/resolv.conf"); // often a link into /run
     for (path, text) in [
-        ("/etc/resolv.conf", ""),
+        ("/etc/resolv.conf", resolver),
         ("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"),
     ] {
         if let Err(e) = fs::write(path, text) {

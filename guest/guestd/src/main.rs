@@ -2,6 +2,7 @@
 //!
 //! It knows the guest protocol and the guest's kernel. It must never know of sessions, snapshots, models or names.
 
+mod card;
 mod channel;
 mod conn;
 mod crc;

@@ -9,6 +9,7 @@
 
 mod bitmap;
 mod buffer;
+mod card;
 mod group;
 mod memory;
 mod remap;
@@ -30,6 +31,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 
+use card::Filter;
 use group::Group;
 use memory::Ram;
 use serve::{Guarded, Keeper};
@@ -37,11 +39,12 @@ use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
 const USAGE: &str = "\
-usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--cgroup DIR] [--tether]
+usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--cgroup DIR] [--tether] [--card]
                   -- PROGRAM ARGUMENT...
        keeper tsc-khz
        keeper --version
 --cgroup: the control group that the program is put into, and that is removed at its end
+--card: the program's network card is filtered; it gets three streams (5: sent, 6: passed, 7: answers)
 --tether: standard input is a pipe; if it closes before a word was said there, the program is ended";
 /// Greatest size of the console's and the log's file in bytes.
 const TAIL_LIMIT: u64 = 1 << 20;
@@ -55,6 +58,7 @@ struct Options {
     record: Option<PathBuf>,
     cgroup: Option<PathBuf>,
     tether: bool,
+    card: bool,
     argv: Vec<String>,
 }
 
@@ -68,6 +72,10 @@ fn parse_options(words: &[String]) -> Result<Options, String> {
         }
         if word == "--tether" {
             out.tether = true;
+            continue;
+        }
+        if word == "--card" {
+            out.card = true;
             continue;
         }
         let value = words
@@ -209,15 +217,20 @@ fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
     let console_tail = Tail::new(console_pipe, &options.console, TAIL_LIMIT)?;
     let timer = sys::timer()?;
     let group = options.cgroup.as_deref().map(Group::open).transpose()?;
+    let (filter, card) = options.card.then(Filter::new).transpose()?.unzip();
     let vmm = Vmm::start(
         &options.argv,
         ChildFds {
             log,
             monitor,
             console,
+            card,
         },
         group.as_ref(),
     )?;
+    if let Some(filter) = filter {
+        filter.start()?; // only now: a process with one thread may fork
+    }
     let ram = Ram::new(vmm.pid, &options.ram)?;
     let me = std::process::id() as libc::pid_t;
     let pids = format!(
@@ -271,6 +284,8 @@ mod tests {
         assert!(!options.tether);
         let tethered = words("--dir /d --ram /r --tether --console /c -- /q");
         assert!(parse_options(&tethered).unwrap().tether);
+        let carded = words("--dir /d --card --ram /r --console /c -- /q");
+        assert!(parse_options(&carded).unwrap().card);
         assert!(parse_options(&words("--dir /d --ram /r -- /q")).is_err());
         assert!(parse_options(&words("--dir d --ram /r --console /c -- /q")).is_err());
         assert!(parse_options(&words("--wrong /d -- /q")).is_err());

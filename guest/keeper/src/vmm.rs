@@ -1,12 +1,14 @@
 //! The VMM as a child process: started so that it cannot outlive the keeper, watched by a pidfd.
 //!
 //! Descriptors in the child: 0 /dev/null, 1 and 2 the log pipe, 3 a listening socket for the control monitor, 4 the
-//! write end of the console pipe. Everything else is close-on-exec.
+//! write end of the console pipe; with a filtered network card 5, 6 and 7, its streams (card.rs). Everything else is
+//! close-on-exec.
 
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use crate::card::Ends;
 use crate::group::Group;
 use crate::sys;
 
@@ -42,12 +44,16 @@ impl std::fmt::Display for End {
     }
 }
 
-/// What the child gets as descriptors 1+2, 3 and 4.
+/// What the child gets as descriptors 1+2, 3 and 4, and 5 to 7 if there is a card.
 pub struct ChildFds {
     pub log: OwnedFd,
     pub monitor: OwnedFd,
     pub console: OwnedFd,
+    pub card: Option<Ends>,
 }
+
+/// As many as a child is given at most.
+const GIVEN_MAX: usize = 8;
 
 fn environment() -> Vec<CString> {
     let kept = std::env::vars().filter(|(name, _)| ENVIRONMENT.contains(&name.as_str()));
@@ -77,13 +83,14 @@ impl Vmm {
         let null = std::fs::File::open("/dev/null")?;
         let (failed, report) = sys::pipe()?;
         let parent = std::process::id() as libc::pid_t;
-        let wanted = [
+        let mut wanted = vec![
             (null.as_raw_fd(), 0),
             (fds.log.as_raw_fd(), 1),
             (fds.log.as_raw_fd(), 2),
             (fds.monitor.as_raw_fd(), 3),
             (fds.console.as_raw_fd(), 4),
         ];
+        wanted.extend(fds.card.iter().flat_map(Ends::raw).zip(5..));
         let procs = group.map(Group::procs);
         // SAFETY: the keeper has one thread; the child only makes async-signal-safe calls and then execs or exits.
         let pid = sys::check(unsafe { libc::fork() })?;
@@ -155,7 +162,7 @@ unsafe fn child(
     libc::sigprocmask(libc::SIG_SETMASK, &raw const empty, std::ptr::null_mut());
     libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     // Two steps, since a source may have the number of another's target.
-    let mut high = [0; 5];
+    let mut high = [0; GIVEN_MAX];
     for (slot, (from, _)) in high.iter_mut().zip(wanted) {
         *slot = libc::fcntl(*from, libc::F_DUPFD_CLOEXEC, 64);
     }
@@ -163,8 +170,9 @@ unsafe fn child(
     for (from, (_, to)) in high.iter().zip(wanted) {
         libc::dup2(*from, *to);
     }
+    let given = wanted.iter().fold(0, |most, (_, to)| most.max(*to));
     libc::close_range(
-        5,
+        given as libc::c_uint + 1,
         libc::c_uint::MAX,
         libc::CLOSE_RANGE_CLOEXEC as libc::c_int,
     );
@@ -197,6 +205,7 @@ mod tests {
                 log,
                 monitor,
                 console,
+                card: None,
             },
         )
     }
@@ -220,6 +229,18 @@ mod tests {
             said.split_whitespace().collect::<Vec<_>>(),
             ["out", "err", "6"]
         );
+    }
+
+    #[test]
+    fn a_card_gives_three_more() {
+        let (mut log, _console, mut fds) = fds();
+        let (_filter, ends) = crate::card::Filter::new().unwrap();
+        fds.card = Some(ends);
+        let vmm = Vmm::start(&words(&["/bin/ls", "/proc/self/fd"]), fds, None).unwrap();
+        let mut said = String::new();
+        log.read_to_string(&mut said).unwrap();
+        assert_eq!(vmm.reap(), End::Exit(0));
+        assert_eq!(said.split_whitespace().count(), 9); // 0 to 7, and its own
     }
 
     #[test]

@@ -24,6 +24,12 @@ _NOUNS = (
     "lark", "linden", "marten", "newt", "otter", "plover", "raven", "robin", "rowan", "sparrow", "swift", "tern", "wren",
 )  # fmt: skip
 
+_PROXY = "http://127.0.0.1:3128"  # guestd's, in every machine
+BROKER_ENV = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), _PROXY) | dict.fromkeys(
+    ("no_proxy", "NO_PROXY"), "localhost,127.0.0.1"
+)
+"""How programs are told to call by the broker; guestd sets the same in a machine whose only way out it is."""
+
 
 def new_name() -> str:
     """Return a readable name; the caller makes sure that it is free (names are unique among living machines)."""
@@ -49,6 +55,8 @@ def guest_machine_id(machine_id: str) -> str:
 def guest_env(machine_id: str, name: str, session: str, spec: MachineSpec) -> dict[str, str]:
     """Return the default environment of every process in the machine; the user's own entries win."""
     own = {"RECESS_NETWORK": spec.network, "RECESS_MACHINE": machine_id, "RECESS_NAME": name} | trust_env(spec)
+    if spec.network == "full" and (spec.secrets or spec.allow):
+        own |= BROKER_ENV  # a card goes past the broker, which is what knows secrets and other machines
     if session:
         own["RECESS_SESSION"] = session
     return own | dict(spec.env)

@@ -44,6 +44,13 @@ def child_spec(spec: MachineSpec, changes: Changes | None = None) -> MachineSpec
     )
 
 
+CARD_CUT = "connections of its network card from before are gone"
+CARD_NOTE = (
+    "a network card of its own, past the broker: no rules, no journal, not fenced by a lost lease; "
+    "its connections end at a suspend, restore, rewind and in a fork"
+)
+
+
 class Launcher:
     """Starts machines that have a row."""
 
@@ -112,11 +119,14 @@ class Launcher:
             meta.pop("napping", None)
             meta["token"] = live.token_mark
             meta |= {"vm": vm_json(origin.template.spec)} | dict(note or {})  # what a cold boot needs of it
+            if live.spec.network == "full":
+                meta["network"] = CARD_NOTE
             if fresh:
                 await self._fleet.mounting.lay(live, record)
             else:
                 said = await self._fleet.mounting.meet(live, record, cold=origin.cold)
-                status = "; ".join(word for word in (status, said) if word)
+                cut = CARD_CUT if live.spec.network == "full" and not origin.cold else ""
+                status = "; ".join(word for word in (status, said, cut) if word)
             if fresh or origin.cold:
                 await self._fleet.starter.open_sockets(live)
                 await self._fleet.starter.start_main(live)

@@ -24,10 +24,14 @@ _BUNDLE_VARIABLES = (
     "CARGO_HTTP_CAINFO",
 )  # fmt: skip
 
+_ANY_PUBLIC = "*:*"
+
 
 def policy_of(spec: MachineSpec) -> Policy:
-    """Return the broker's policy for a machine. Raises BadInput."""
-    return build_policy(spec.allow, spec.routes, spec.secrets, spec.authority, spec.sockets)
+    """Return the broker's policy for a machine; one with a network card may go to any public host by the broker, too, since
+    it may without. Raises BadInput."""
+    allow = (*spec.allow, _ANY_PUBLIC) if spec.network == "full" else spec.allow
+    return build_policy(allow, spec.routes, spec.secrets, spec.authority, spec.sockets)
 
 
 def with_authority(spec: MachineSpec) -> MachineSpec:

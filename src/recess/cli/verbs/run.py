@@ -19,6 +19,13 @@ def _shell(flags: dict[str, Any]) -> list[str]:
     return ["/bin/bash"] if flags["tty"] else ["/bin/sh"]
 
 
+def _note_card(inv: Invocation, flags: dict[str, Any]) -> None:
+    if flags["network"] == "full":
+        inv.out.progress(
+            "--net full: no rules, no journal; its connections end at a suspend, restore and in forks (docs/egress.md)"
+        )
+
+
 @click.command("run", context_settings={"allow_interspersed_args": False})
 @click.option("-d", "--detach", is_flag=True, help="Leave it running and print its id.")
 @click.option("--detach-keys", default="", metavar="KEYS", help="Keys that detach, like ctrl-p,ctrl-q.")
@@ -33,6 +40,7 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
     body: dict[str, Any] = {"name": flags["name"], "pull": flags["pull"], "spec": spec_of(image, command, flags)}
     if not detach:
         body["shell"] = _shell(flags)
+    _note_card(inv, flags)
     row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
     if detach:
         inv.out.data(row, row["id"])
@@ -70,5 +78,6 @@ def create(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) 
     }
     if flags["tty"] or flags["interactive"]:
         body["shell"] = _shell(flags)
+    _note_card(inv, flags)
     row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
     inv.out.data(row, row["id"])

@@ -113,16 +113,20 @@ def launch(
     *,
     tether: int | None = None,
     group: Path | None = None,
+    filtered: bool = False,
 ) -> None:
     """Start a keeper and its VMM; returns when QEMU was executed (not yet ready). Blocks some milliseconds.
 
-    `group` is the control group that the VMM is put into; the keeper removes it at the end. `tether` is the reading end of a pipe: if the other end closes before a word was said there, the VM is ended.
+    `group` is the control group that the VMM is put into; the keeper removes it at the end. `tether` is the reading end of
+    a pipe: if the other end closes before a word was said there, the VM is ended. `filtered`: the VMM gets three streams,
+    through which the keeper filters what its network card sends (guest/keeper/src/card.rs).
     Raises DriverFailed with what was said when either could not be started; nothing then runs.
     """
     layout.end_record.unlink(missing_ok=True)  # of an earlier life
     command = [str(binary), "run", "--dir", str(layout.run), "--ram", str(ram), "--console", str(layout.console)]
     command += ["--record", str(layout.end_record), *(["--tether"] if tether is not None else [])]
-    command += [*(["--cgroup", str(group)] if group is not None else []), "--", *argv]
+    command += [*(["--cgroup", str(group)] if group is not None else [])]
+    command += [*(["--card"] if filtered else []), "--", *argv]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL if tether is None else tether, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

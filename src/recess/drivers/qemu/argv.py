@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recess.drivers.kept.layout import LINK_SOCKET, Layout
+from recess.drivers.qemu.card import card_arguments, kernel_words
 from recess.machines.contract import VmSpec
 
 MACHINE_TYPE = "microvm"
@@ -71,16 +72,25 @@ def kernel_command_line(spec: VmSpec, tsc_khz: int) -> str:
         # One tenant a kernel: no policy of a distribution to enforce, no pressure to report. Landlock stays, for
         # programs that confine themselves. Less of the kernel runs in a fork's first milliseconds.
         "psi=0 lsm=landlock nowatchdog",
+        kernel_words(spec),
         spec.boot.cmdline_extra,
     ]
     return " ".join(word for word in words if word)
 
 
 def command(
-    qemu: Qemu, spec: VmSpec, layout: Layout, *, ram: Path, share: bool, boot: str | None, disk: Path | None = None
+    qemu: Qemu,
+    spec: VmSpec,
+    layout: Layout,
+    *,
+    ram: Path,
+    share: bool,
+    boot: str | None,
+    disk: Path | None = None,
+    card: str = "",
 ) -> list[str]:
     """Return the whole command line. `boot` is the kernel's parameters, or None for a VM that waits for its state; `disk`
-    the writable disk's name if it is not yet the layout's.
+    the writable disk's name if it is not yet the layout's, `card` which network card (`card.card_of`).
 
     The VM starts stopped in both cases: its disk's changes are tracked from the first instruction on.
     """
@@ -116,6 +126,7 @@ def command(
     out += ["-chardev", f"socket,id=link,path={LINK_SOCKET},{_reconnect(qemu.version)}"]
     out += ["-device", "virtio-serial-device,id=ports"]
     out += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=link,name={PORT_NAME}"]
+    out += card_arguments(card)
     if qemu.devices_command:  # its stream lacks the section that a migration's begins with
         out += ["-global", "migration.send-configuration=off"]
     if boot is None:

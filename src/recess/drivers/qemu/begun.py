@@ -31,11 +31,13 @@ class Begun:
         self.port = LinkPort.open(self.layout, hello_timeout_s=hello_timeout_s)
 
     async def start(
-        self, binary: Path, ram: Path, argv: Sequence[str], *, limits: Limits | None, tether: int | None = None
-    ) -> None:
-        """Start keeper and QEMU, within these limits where control groups are to be had, and connect to both. Raises
+        self, binary: Path, ram: Path, argv: Sequence[str], *, limits: Limits | None, tether: int | None = None,
+        filtered: bool = False,
+    ) -> None:  # fmt: skip
+        """Start keeper and QEMU, within these limits where control groups are to be had, and connect to both; `filtered`:
+        the keeper filters what the network card sends (card.py). Raises
         DriverFailed, Timeout, and OSError for a group that cannot be made."""
-        await in_thread(_launch, binary, self.layout, ram, argv, limits, tether)
+        await in_thread(_launch, binary, self.layout, ram, argv, limits, tether, filtered)
         await self.find("start")
 
     async def find(self, what: str) -> None:
@@ -65,11 +67,12 @@ class Begun:
 
 
 def _launch(
-    binary: Path, layout: Layout, ram: Path, argv: Sequence[str], limits: Limits | None, tether: int | None
-) -> None:
+    binary: Path, layout: Layout, ram: Path, argv: Sequence[str], limits: Limits | None, tether: int | None,
+    filtered: bool,
+) -> None:  # fmt: skip
     group = None if limits is None else Groups.find().make(limits)
     try:
-        keepers.launch(binary, layout, ram, argv, tether=tether, group=group)
+        keepers.launch(binary, layout, ram, argv, tether=tether, group=group, filtered=filtered)
     except BaseException:
         if group is not None:
             remove(group)

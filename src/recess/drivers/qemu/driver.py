@@ -15,6 +15,7 @@ from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.kept.vm import hello_timeout_s
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
+from recess.drivers.qemu.card import OFF
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.pool import WarmPool
@@ -54,6 +55,7 @@ class QemuDriver:
         boot_timeout_s: float = BOOT_TIMEOUT_S,
     ) -> None:
         self._config = config
+        self.capabilities = dataclasses.replace(self.capabilities, network_full=config.network_cards != OFF)
         self._tb_mib = tb_mib
         self._devices_command = devices_command
         self._boot_timeout_s = boot_timeout_s
@@ -169,5 +171,6 @@ class QemuDriver:
             fingerprint=self._fingerprint(facts, spec),
             hello_timeout_s=hello_timeout_s(self._boot_timeout_s, spec.memory_bytes),
             page_tracking=self._config.page_tracking,
+            cards=self._config.network_cards,
             limited=self._config.vmm_limits != "off",
         )

@@ -28,6 +28,7 @@ from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.bringing import bring_memory
 from recess.drivers.qemu.capture import track_disk, undo_interrupted
+from recess.drivers.qemu.card import PUBLIC, card_of
 from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, read_journal, write_journal
@@ -35,7 +36,7 @@ from recess.drivers.qemu.memory import begin_tracking, find_tracking
 from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import Member, order_for
 from recess.drivers.qemu.state import load_state
-from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError, Unsupported
+from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError
 from recess.images.disk import clone_sparse
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 from recess.units import MIB
@@ -55,6 +56,7 @@ class Place:
     fingerprint: Fingerprint
     hello_timeout_s: float
     page_tracking: str = "auto"  # auto | user | private (memory.py)
+    cards: str = PUBLIC  # public | open | off: what a machine's network card may reach (card.py)
     limited: bool = True  # the VMM gets a control group where there may be one (cgroup.py)
 
     def limits(self, spec: VmSpec) -> Limits | None:
@@ -63,20 +65,18 @@ class Place:
 
 
 def check_spec(spec: VmSpec) -> None:
-    """Raise InvalidSpec or Unsupported for what QEMU would refuse or the driver lacks."""
+    """Raise InvalidSpec for what QEMU would refuse."""
     if spec.memory_bytes % (1 << 20) or spec.memory_bytes < 64 << 20:
         raise InvalidSpec(f"a machine cannot have {spec.memory_bytes} bytes of memory", hint="64M or more, in whole M")
     if not 1 <= spec.cpus <= 32:
         raise InvalidSpec(f"a machine cannot have {spec.cpus} CPUs", hint="1 to 32")
     if spec.disk_bytes % 4096 or spec.disk_bytes <= 0:
         raise InvalidSpec(f"a disk cannot have {spec.disk_bytes} bytes", hint="use a multiple of 4096")
-    if spec.network == "full":
-        raise Unsupported("the QEMU driver has no network cards yet", hint="use --net broker")
 
 
 async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     """Cold-boot and wait for guestd's hello."""
-    layout, steps = place.layout, Steps()
+    layout, steps, card = place.layout, Steps(), card_of(spec, place.cards)
     _check_boot(layout, spec)
     journal = Journal(
         vm_id=layout.run.name,
@@ -91,7 +91,7 @@ async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
         for_template=for_template,
     )
     cmdline = kernel_command_line(spec, place.host.tsc_khz)
-    argv = command(place.host.qemu, spec, layout, ram=layout.ram, share=True, boot=cmdline)
+    argv = command(place.host.qemu, spec, layout, ram=layout.ram, share=True, boot=cmdline, card=card)
     async with _starting(place, journal, keep_disk=True) as begin:
         begin.note()
         await in_thread(_prepare_boot, layout, spec)
@@ -131,6 +131,7 @@ def _prepare_boot(layout: Layout, spec: VmSpec) -> None:
 async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPool) -> Handles:
     """Bring a VM back: vCPUs running, guestd has said hello, the workload is still frozen."""
     layout, template = place.layout, parts.template
+    card = card_of(spec, place.cards)
     # Without its own device command QEMU can save a state only of memory that is mapped shared: then each machine has
     # a copy of the template's RAM instead of a private mapping of it.
     own_ram = template is None or not place.host.qemu.devices_command
@@ -152,7 +153,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPoo
         shared=own_ram,
     )
     order = None
-    if template is not None and not own_ram:
+    if template is not None and not own_ram and not card:  # none waits with a card: few want one
         order = order_for(
             layout, spec, template, place.host, place.keeper_binary, place.hello_timeout_s, place.limits(spec)
         )
@@ -169,6 +170,7 @@ async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles
     """Restore over a VM that has waited, or start one."""
     place, journal = begin.place, begin.journal
     layout, spec = place.layout, journal.spec
+    card = card_of(spec, place.cards)
     disk_fd, pages_fd = await in_thread(_create_files, layout, journal, parts.template, begin.member)
     try:
         filling = asyncio.ensure_future(_fill(layout, journal, disk_fd, pages_fd, parts, begin.member is None))
@@ -176,7 +178,7 @@ async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles
             steps.mark("prepare")
             if begin.member is None:
                 ram = Path(journal.ram)
-                await begin(command(place.host.qemu, spec, layout, ram=ram, share=journal.shared, boot=None))
+                await begin(command(place.host.qemu, spec, layout, ram=ram, share=journal.shared, boot=None, card=card))
             vm = begin.handles()
             steps.mark("start")
         except BaseException:
@@ -320,7 +322,8 @@ class _Begin:
     async def __call__(self, argv: Sequence[str]) -> Handles:
         place, journal = self.place, self.journal
         limits = place.limits(journal.spec)
-        await self.begun.start(place.keeper_binary, Path(journal.ram), argv, limits=limits)
+        filtered = card_of(journal.spec, place.cards) == PUBLIC
+        await self.begun.start(place.keeper_binary, Path(journal.ram), argv, limits=limits, filtered=filtered)
         return self.handles()
 
     def handles(self) -> Handles:
