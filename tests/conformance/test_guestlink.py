@@ -1,6 +1,7 @@
 """The guest link against a real guestd as a process on this host, once with the real freezer of a cgroup."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ class TestAsAProcess(GuestLinkSuite):
             yield guest
 
     @pytest.fixture
-    def short_tmp(self, tmp_path):
-        for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest keeps them to their owner
-            folder.chmod(0o755)
-        return tmp_path
+    def short_tmp(self):
+        """Not in pytest's folder: every pytest that begins on this host closes that to other users."""
+        with tempfile.TemporaryDirectory(prefix="recess-") as folder:
+            Path(folder).chmod(0o755)
+            yield Path(folder)
 
     async def test_a_process_is_not_started_for_a_stream_that_cannot_be(self, guest):
         left = Path(guest.scratch) / "left"

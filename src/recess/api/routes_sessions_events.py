@@ -22,6 +22,7 @@ from recess.errors import BadInput
 from recess.sessions.following import Feed, Piece, Place, parse_place
 
 KEEPALIVE_S = 15.0
+LOOK_S = 5.0  # a machine that does not come up writes no entry, so that is looked for
 POLL_MAX_S = 60.0
 
 
@@ -39,24 +40,32 @@ def _event(place: Place, item: Entry | Piece) -> str:
 
 
 async def events(request: Request) -> Response:
-    """GET /v1/sessions/REF/events: what is new after `Last-Event-ID` (or `after=`), for ever."""
+    """GET /v1/sessions/REF/events: what is new after `Last-Event-ID` (or `after=`), for ever; `trouble` tells why nothing
+    comes (its machine does not come up), empty when that is over."""
     return StreamingResponse(_lines(await _feed(request)), media_type="text/event-stream")
 
 
 async def _lines(feed: Feed) -> AsyncIterator[str]:
     """Write events. A reader that is slow is waited for here, and gets what the log holds by then."""
+    loop, told = asyncio.get_running_loop(), ""
+    wrote = loop.time()
     while True:
         found = await feed.ready()
-        for place, item in found:
-            yield _event(place, item)
+        lines = [_event(place, item) for place, item in found]
+        if feed.failure != told:
+            told = feed.failure
+            lines.append(f"event: trouble\ndata: {json.dumps({'failure': told})}\n\n")
         if feed.ended:
-            yield "event: end\ndata: {}\n\n"
+            lines.append("event: end\ndata: {}\n\n")
+        if not lines and loop.time() - wrote >= KEEPALIVE_S:
+            lines.append(": still here\n\n")
+        for line in lines:
+            wrote = loop.time()
+            yield line
+        if feed.ended:
             return
         if not found:
-            began = asyncio.get_running_loop().time()
-            await feed.wait(KEEPALIVE_S)
-            if asyncio.get_running_loop().time() - began >= KEEPALIVE_S:
-                yield ": still here\n\n"
+            await feed.wait(LOOK_S)
 
 
 async def poll(request: Request) -> Response:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from recess.broker import build_policy
 from recess.errors import BadInput
 from recess.machines.service import MachineSpec
 from recess.sessions.cron import parse_cron
@@ -131,6 +132,8 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         raise BadInput(f"agent config: {unheld[0]}: a plain process has this host's network, no rule holds for it",
                        hint="leave it out, or use backend='machine'")  # fmt: skip
     snapshot, snapshot_s = _snapshot(config.get("snapshot") or "off")
+    allow, routes = _strings("allow", config.get("allow") or []), _pairs("routes", config.get("routes") or {})
+    build_policy(allow, routes)  # what no machine could be started with is told now, and not to whoever sends a message
     return AgentConfig(
         entry=str(config.get("entry") or ENTRY),
         image=str(config.get("image") or default.image),
@@ -147,8 +150,8 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         cpus=_count(config.get("cpus", default.cpus)),
         disk_bytes=parse_size(config["disk"]) if config.get("disk") else default.disk_bytes,
         network=str(config.get("network") or default.network),
-        allow=tuple(_strings("allow", config.get("allow") or [])),
-        routes=_pairs("routes", config.get("routes") or {}),
+        allow=tuple(allow),
+        routes=routes,
         env=_pairs("env", config.get("env") or {}),
     )
 

@@ -80,6 +80,7 @@ class Feed:
         self._session = session
         self.place = place or Place()
         self.ended = False  # the session is closed, and all of it was read
+        self.failure = ""  # why there is nothing new: its machine does not come up
         self._ticket = 0
         # (turn, part) -> the last piece that the reader has
         self._had: dict[tuple[int, int], tuple[int, int]] = {}
@@ -107,6 +108,7 @@ class Feed:
         if not out:
             row = await self._log.get(self._session)
             self.ended = row.state == "closed" and row.head <= self.place.head
+            self.failure = str(row.meta.get("failure") or "") if row.state in ("cold", "frozen") else ""
         return out
 
     def _from(self, key: tuple[int, int], pieces: list[Piece]) -> int:

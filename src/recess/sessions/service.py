@@ -85,16 +85,23 @@ class Sessions:
     async def start(
         self, agent: str, *, name: str = "", labels: Mapping[str, str] | None = None, eager: bool = False
     ) -> SessionRow:
-        """Make a session of the agent's current version. `eager` brings its machine up at once, not at the first message."""
+        """Make a session of the agent's current version. `eager` brings its machine up at once, not at the first message; if
+        that fails there is no session, and the name is free for the next try."""
         version = await self._deps.agents.current(agent)
         if labels and labels.get(LABEL):
             check_url(labels[LABEL])
         row = await self._deps.log.create(agent=agent, code_version=version.version, name=name, labels=labels)
         await self._schedules.look_all([row])
         self._call_back([row])
-        if eager:
+        if not eager:
+            return row
+        try:
             return await self.resume(row.id)
-        return row
+        except RecessError:
+            with suppress(RecessError):
+                if not (await self._deps.log.get(row.id)).head:  # else somebody has sent it something already
+                    await self.close(row.id)
+            raise
 
     async def send(
         self, ref: str, text: str, *, key: str = "", mode: str = "queue", body: Mapping[str, Any] | None = None

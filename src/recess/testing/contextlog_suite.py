@@ -228,7 +228,7 @@ class ContextLogSuite(BoundsSuite):
             Draft("compact", {"summary": "s", "to": "1"}),
             Draft("note", {}, schema=0),
         ],
-        ids=str,
+        ids=lambda draft: f"{draft.kind[:8]}-{'-'.join(draft.body)}",  # equal in every process: no addresses
     )
     async def test_malformed_drafts_are_refused_whole(self, log: ContextLog, draft: Draft) -> None:
         row = await owned(log)

@@ -249,7 +249,7 @@ def completion_chunks(body: Mapping[str, Any], reply: Answer, *, usage: bool) ->
 
 async def _serve_until_interrupted(port: int, key: str) -> None:
     async with ModelServer(key, port=port) as server:
-        sys.stdout.write(f"OPENAI_BASE_URL={server.base_url}\nOPENAI_API_KEY={key}\n")
+        sys.stdout.write(f"export OPENAI_BASE_URL={server.base_url} OPENAI_API_KEY={key}\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
 

@@ -51,6 +51,19 @@ def test_each_message_is_followed_to_the_end_of_its_own_turn(position, status, l
     assert _follow_turn(Inv(BUSY), "s1", position) == (status, BUSY[position:last])
 
 
+def test_a_machine_that_does_not_come_up_is_told_of():
+    class Troubled(Inv):
+        def events(self, path, *, after):
+            yield "trouble", "", {"failure": "no such image: bose"}
+            yield "trouble", "", {"failure": ""}
+            yield from super().events(path, after=after)
+
+    inv = Troubled(BUSY)
+    assert _follow_turn(inv, "s1", 1) == ("done", BUSY[1:5])
+    (told,) = inv.out.told
+    assert "no such image: bose" in told
+
+
 def test_a_question_says_how_to_answer_it():
     entries = log(
         ("user", {"text": "go"}), ("turn.start", {"inbox": 1}), ("ask", {"text": "sure?", "choices": ["yes", "no"]}),

@@ -68,6 +68,7 @@ def test_another_checksum_installs_nothing(tmp_path: Path) -> None:
         archive(f"{TOP}/firecracker{SUFFIX}", f"{TOP}/jailer{SUFFIX}", kind=tarfile.SYMTYPE),
         archive(f"{TOP}/firecracker{SUFFIX}", f"{TOP}/jailer{SUFFIX}", kind=tarfile.DIRTYPE),
     ],
+    ids=["nothing", "no-archive", "cut-short", "one-alone", "links", "folders"],
 )
 def test_an_archive_without_them_installs_nothing(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(Corrupt):

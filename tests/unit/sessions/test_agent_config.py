@@ -41,6 +41,14 @@ def test_wrong_settings_are_named(config):
         check_config(config)
 
 
+@pytest.mark.parametrize(
+    "config", [{"routes": {"llm": ""}}, {"routes": {"LLM": "http://x"}}, {"allow": ["*.*"]}], ids=str
+)
+def test_a_policy_that_no_machine_could_have_is_told_when_it_is_deployed(config):
+    with pytest.raises(BadInput):
+        check_config(config)
+
+
 def test_the_archive_is_the_same_bytes_for_the_same_files():
     files = {"agent.py": b"x", "lib/a/b.py": b"y", **sdk_files(AGENT_PACKAGE)}
     assert build(files) == build(dict(reversed(files.items())))

@@ -114,3 +114,14 @@ async def test_a_closed_session_is_read_to_its_end():
     await log.append_inbox(row.id, Draft("user", {"text": "hi"}, key="1"))
     await log.close(row.id)
     assert [item.kind async for _place, item in Feed(log, row.id).items(1.0)] == ["user"]
+
+
+async def test_why_nothing_comes_is_known_until_it_is_over():
+    log = MemoryLog()
+    row = await log.create(agent="a", code_version="v")
+    mine = await log.claim(row.id, "n", 10.0, now=0.0)
+    feed = Feed(log, row.id)
+    await log.update(row.id, mine.epoch, meta={"failure": "no such image"})
+    assert (await feed.ready(), feed.failure) == ([], "no such image")
+    await log.update(row.id, mine.epoch, meta={"failure": ""}, state="running")
+    assert (await feed.ready(), feed.failure) == ([], "")

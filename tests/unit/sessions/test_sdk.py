@@ -2,7 +2,10 @@
 
 import asyncio
 
+import pytest
+
 from recess.contextlog.contract import Delta
+from recess.errors import BadInput
 from recess.testing.session_world import appears, texts, world
 
 AGENT = """
@@ -231,3 +234,14 @@ async def test_an_eager_session_has_its_agent_ready_before_the_first_message(tmp
         assert (await w.entries(s))[-1].body["job"]
         log = await w.say(s, "hello", turn=1)
         assert [e.body["agent_kept"] for e in log if e.kind == "machine.restore"] == [False, True]
+
+
+async def test_an_eager_session_that_cannot_start_is_none_and_its_name_is_free():
+    async with world() as w:
+        await w.sessions.deploy("me", {"agent.py": AGENT})
+        w.machines.fail_next["create"] = BadInput("no such image: bose")
+        with pytest.raises(BadInput, match="bose"):
+            await w.sessions.start("me", name="s1", eager=True)
+        assert [row.state for row in await w.log.list_sessions()] == ["closed"]
+        again = await w.sessions.start("me", name="s1", eager=True)
+        await w.until_state(again.id, "frozen")

@@ -71,7 +71,11 @@ def _follow_turn(inv: Invocation, ref: str, position: int) -> tuple[str, list[Js
     seen: list[Json] = []
     page = inv.server.call("GET", f"/v1/sessions/{ref}/log", query={"after": position - 1, "limit": 1})["entries"]
     started = bool(page) and page[0]["body"].get("mode") == "steer"
-    for entry in follow(inv.server, ref, position):
+
+    def trouble(why: str) -> None:
+        inv.out.progress(f"its machine does not come up: {why} (it is tried again, the message is kept)")
+
+    for entry in follow(inv.server, ref, position, trouble=trouble):
         seen.append(entry)
         if not inv.out.as_json:
             inv.out.line(render(entry))
@@ -84,9 +88,12 @@ def _follow_turn(inv: Invocation, ref: str, position: int) -> tuple[str, list[Js
     return "unknown", seen
 
 
-def follow(server: Transport, ref: str, after: int, *, pause: Callable[[float], None] = time.sleep) -> Iterator[Json]:
-    """Yield entries as they are appended, without gap or double, through cut connections and server restarts. Raises
-    ServerUnavailable when there is no server for some 20 s."""
+def follow(
+    server: Transport, ref: str, after: int, *,
+    trouble: Callable[[str], None] = lambda why: None, pause: Callable[[float], None] = time.sleep,
+) -> Iterator[Json]:  # fmt: skip
+    """Yield entries as they are appended, without gap or double, through cut connections and server restarts; `trouble` is
+    told why none come. Raises ServerUnavailable when there is no server for some 20 s."""
     last, failed = str(after), 0
     while True:
         try:
@@ -94,6 +101,8 @@ def follow(server: Transport, ref: str, after: int, *, pause: Callable[[float], 
                 failed = 0
                 if event == "end":
                     return
+                if event == "trouble" and data["failure"]:
+                    trouble(str(data["failure"]))
                 last = ident or last
                 if event == "entry":
                     yield data
