@@ -8,13 +8,16 @@ not add up, with its log.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
+from recess.testing.postgres_server import PostgresServer
 from recess.testing.session_matrix import STORES, crash_round
 
 
@@ -24,11 +27,12 @@ def main(argv: list[str]) -> int:
     stores = argv[2:] or list(STORES)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # a crashed server's tasks end as they end
     began, strikes, said = time.monotonic(), 0, 0
-    for seed in range(first, first + rounds):
-        for store in stores:
+    with PostgresServer() if "postgres" in stores else nullcontext() as server:
+        for seed, store in itertools.product(range(first, first + rounds), stores):
+            database = server.database() if server is not None and store == "postgres" else ""
             with tempfile.TemporaryDirectory(prefix="matrix") as folder:
                 try:
-                    account = asyncio.run(crash_round(store, seed, Path(folder)))
+                    account = asyncio.run(crash_round(store, seed, Path(folder), database=database))
                 except AssertionError as exc:
                     print(f"round {seed} on {store} does not add up:\n{exc}", file=sys.stderr)
                     return 1

@@ -98,6 +98,18 @@ class Delta:
     text: str
 
 
+@dataclass(frozen=True)
+class Born:
+    """What a fork begins with: its own first entry, and what its row says of its machine."""
+
+    first: Draft
+    state: str
+    code_version: str
+    snapshot: str = ""
+    snapshot_position: int = 0
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
 class ContextLog(Protocol):
     """The log. Raises NotFound, Fenced (stale epoch), KeyReused, NameInUse, IllegalState, Corrupt, OutOfSpace."""
 
@@ -198,7 +210,9 @@ class ContextLog(Protocol):
         """Return the pieces of replies that have no final entry yet."""
         ...
 
-    async def fork(self, session: str, *, at: int | None = None, name: str = "", session_id: str = "") -> SessionRow:
+    async def fork(
+        self, session: str, *, at: int | None = None, name: str = "", session_id: str = "", born: Born | None = None
+    ) -> SessionRow:
         """Make a child that shares the parent's entries up to `at` (default: head), O(1): only lineage ranges copied.
 
         The child is cold, epoch 0, with the parent's agent, code version and labels, no meta, no keys, no deltas; its

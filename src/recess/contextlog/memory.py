@@ -15,7 +15,7 @@ import msgspec
 from recess.clock import Clock, SystemClock
 from recess.contextlog import lineage, rules
 from recess.contextlog.branch import Mark, plan_tail
-from recess.contextlog.contract import INBOX_KINDS, Appended, Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import INBOX_KINDS, Appended, Born, Delta, Draft, Entry, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
 from recess.contextlog.wake import WakeHub
@@ -196,19 +196,27 @@ class MemoryLog:
         """Return the pieces of replies that have no final entry yet."""
         return [delta for _, delta in sorted(self._load(session).deltas.items())]
 
-    async def fork(self, session: str, *, at: int | None = None, name: str = "", session_id: str = "") -> SessionRow:
+    async def fork(
+        self, session: str, *, at: int | None = None, name: str = "", session_id: str = "", born: Born | None = None
+    ) -> SessionRow:
         """Make a child that shares the parent's entries up to `at` (see the contract)."""
         parent = self._load(session)
         cut = rules.check_fork_point(parent.row, at)
         turn, consumed = parent.row.turn, parent.row.consumed
-        if cut != parent.row.head:
+        if born is not None or cut != parent.row.head:
             starts = [e for e in self._entries(parent, 0, cut) if e.kind == "turn.start"]
             inbox = starts[-1].body.get("inbox") if starts else 0
             turn, consumed = (starts[-1].turn if starts else 0), inbox if isinstance(inbox, int) else consumed
         row = rules.child_of(
             parent.row, session_id or new_id("ses"), name, cut, turn, consumed, self._clock.wall_s()
         )  # fmt: skip
-        return self._insert(_Session(row, tuple(lineage.clip(parent.ranges, 0, cut))))
+        inherited = tuple(lineage.clip(parent.ranges, 0, cut))
+        if born is None:
+            return self._insert(_Session(row, inherited))
+        packed, child = rules.pack_all([born.first]), _Session(rules.born_as(row, born), inherited)
+        self._insert(child)
+        self._append(child, packed)
+        return child.row
 
     async def close(self, session: str, epoch: int | None = None) -> None:
         """End the session for good; reading stays possible."""

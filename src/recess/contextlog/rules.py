@@ -19,6 +19,7 @@ from recess.contextlog.contract import (
     INBOX_KINDS,
     INLINE_BYTES_MAX,
     Appended,
+    Born,
     Delta,
     Draft,
     SessionRow,
@@ -180,6 +181,15 @@ def child_of(parent: SessionRow, session: str, name: str, at: int, turn: int, co
     return replace(
         row, head=at, consumed=min(consumed, at), parent=parent.id, fork_position=at, turn=turn,
         snapshot=snapshot[0], snapshot_position=snapshot[1],
+    )  # fmt: skip
+
+
+def born_as(child: SessionRow, born: Born) -> SessionRow:
+    """Return a fork's row with what it begins with. Raises BadInput."""
+    plain = check_changes({"state": born.state, "code_version": born.code_version, "meta": born.meta})
+    return replace(
+        child, epoch=1, consumed=child.fork_position, snapshot=born.snapshot, snapshot_position=born.snapshot_position,
+        **plain,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from recess.contextlog import sql_read as plans
 from recess.contextlog import sql_tx as sql
 from recess.contextlog.bodies import BodyStore
 from recess.contextlog.branch import plan_tail
-from recess.contextlog.contract import Appended, Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import Appended, Born, Delta, Draft, Entry, SessionRow
 from recess.contextlog.rules import Packed
 from recess.contextlog.sql_read import Plan
 from recess.contextlog.sql_tx import freeze_in
@@ -209,21 +209,33 @@ class SqlLog:
         """Return the pieces of replies that have no final entry yet."""
         return await self.db.read(lambda tx: sql.deltas_in(tx, session))
 
-    async def fork(self, session: str, *, at: int | None = None, name: str = "", session_id: str = "") -> SessionRow:
+    async def fork(
+        self, session: str, *, at: int | None = None, name: str = "", session_id: str = "", born: Born | None = None
+    ) -> SessionRow:
         """Make a child that shares the parent's entries up to `at` (see the contract)."""
         child_id = session_id or new_id("ses")
-        now = self._clock.wall_s()
+        ts = self._clock.wall_s()
+        if born is not None and at is None:
+            at = (await self.get(session)).head
         # Before the transaction, which must not wait for a store: what is in the log up to `at` never changes.
         then = (0, 0) if at is None else await self._turn_at(session, at)
+        first = await self._offload(rules.pack_all([born.first] if born is not None else []))
 
         def run(tx: Tx) -> SessionRow:
             state = sql.load(tx, session)
             cut = rules.check_fork_point(state.row, at)
-            turn, consumed = (state.row.turn, state.row.consumed) if cut == state.row.head else then
-            child = rules.child_of(state.row, child_id, name, cut, turn, consumed, now)
-            return sql.insert_session(tx, child, lineage.clip(state.ranges, 0, cut))
+            at_head = born is None and cut == state.row.head
+            turn, consumed = (state.row.turn, state.row.consumed) if at_head else then
+            child = rules.child_of(state.row, child_id, name, cut, turn, consumed, ts)
+            inherited = lineage.clip(state.ranges, 0, cut)
+            if born is None:
+                return sql.insert_session(tx, child, inherited)
+            return sql.insert_with(tx, rules.born_as(child, born), inherited, first, ts=ts)
 
-        return await self._change(child_id, run)
+        child = await self._change(child_id, run)
+        if self._appended is not None and first:
+            self._appended(child.id, len(first))
+        return child
 
     async def _turn_at(self, session: str, at: int) -> tuple[int, int]:
         """Return (turn, consumed) as they were when `at` was the head, read from the newest turn.start up to there."""

@@ -92,6 +92,14 @@ def insert_session(tx: Tx, row: SessionRow, inherited: Sequence[Range] = ()) -> 
     return row
 
 
+def insert_with(
+    tx: Tx, row: SessionRow, inherited: Sequence[Range], packed: Sequence[Packed], *, ts: float
+) -> SessionRow:
+    """Add a session with its own first entries; return its row behind them. Raises NameInUse."""
+    _, head = _append(tx, insert_session(tx, row, inherited), packed, ts)
+    return dataclasses.replace(row, head=head)
+
+
 def set_columns(tx: Tx, session: str, changes: Mapping[str, Any]) -> SessionRow:
     """Change columns (checked by the caller) and return the row. Raises NameInUse."""
     sets = ", ".join(f"{name} = ?" for name in changes) or "id = id"

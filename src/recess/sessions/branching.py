@@ -1,8 +1,8 @@
 """Forks and rewinds: log and machine together. Also what is done to sessions that are not live.
 
 A fork copies no bytes: the child's log shares the parent's entries, its machine starts from a snapshot that several
-children may share, and both are materialised at its first message. The child's row is given its snapshot under its own
-first lease; a crash before that leaves a child with a log and no snapshot, which wakes on rung 5 and says so.
+children may share, and both are materialised at its first message. The child, its snapshot and its own first entry are one
+transaction: a crash leaves a whole child or none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from recess.contextlog.contract import Draft, SessionRow
+from recess.contextlog.contract import Born, Draft, SessionRow
 from recess.crashpoints import crash_point
 from recess.errors import BadInput, IllegalState, NotFound, RecessError
 from recess.sessions.decisions import snapshot_for
@@ -33,17 +33,17 @@ MACHINE_META = ("machine", "job", "failure", "machine_epoch", "queued", "due", "
 async def fork_live(sup: Supervisor, name: str) -> SessionRow:
     """Fork a live session at its head (runs inside its actor): snapshot the running machine, then fork the log at the
     snapshot's own entry, so that the child's memory equals its log."""
-    child, stored = await _split(sup, name)
+    child = await _split(sup, name)
     await sup.held_desk.append([Draft("fork", {"child": child.id, "at": child.fork_position})])
-    return await _seed(sup.deps, child, stored, sup.held_desk.code_version)
+    return child
 
 
 async def fork_turn(sup: Supervisor, request: Request) -> str:
     """Fork a session because its agent asks for it, in the middle of its turn (runs inside its actor); returns the child's id.
     The child has the machine as it is now and the log up to here; it waits for a message of its own, or gets `text`.
 
-    Crash safety: the child's id comes from (session, turn, ref). Its parent's log names it last, when it is whole: until then
-    a request that is sent again finds the child and does what is not done yet. Raises BadInput over the cap.
+    Crash safety: the child's id comes from (session, turn, ref). Its parent's log names it last: until then a request that is
+    sent again finds the child and does what is not done yet. Raises BadInput over the cap.
     """
     desk, deps = sup.held_desk, sup.deps
     desk.check_turn(request.turn)
@@ -54,11 +54,8 @@ async def fork_turn(sup: Supervisor, request: Request) -> str:
         raise BadInput(f"a turn forks at most {FORKS_MAX} times")
     try:
         child = await deps.log.get(ident)
-        stored = await _newest(deps, await deps.log.get(sup.session), child.fork_position)
     except NotFound:
-        child, stored = await _split(sup, str(request.body["name"]), ident)
-    if child.state == "cold" and not await deps.log.inbox_after(ident, child.fork_position):
-        await _seed(deps, child, stored, desk.code_version)
+        child = await _split(sup, str(request.body["name"]), ident)
     text = str(request.body["text"])
     if text:
         await deps.log.append_inbox(ident, Draft("user", {"text": text, "from": sup.session}, key="fork"))
@@ -67,7 +64,7 @@ async def fork_turn(sup: Supervisor, request: Request) -> str:
     return ident
 
 
-async def _split(sup: Supervisor, name: str, ident: str = "") -> tuple[SessionRow, Stored]:
+async def _split(sup: Supervisor, name: str, ident: str = "") -> SessionRow:
     """Snapshot the running machine and fork the log there."""
     desk, deps = sup.held_desk, sup.deps
     if sup.state == "parked":
@@ -78,9 +75,8 @@ async def _split(sup: Supervisor, name: str, ident: str = "") -> tuple[SessionRo
         deps.log, deps.machines, desk, sup.hand.machine_id, job=sup.job.job_id, at=stored_at, why="fork"
     )
     row = await deps.log.get(sup.session)
-    child = await deps.log.fork(sup.session, at=row.snapshot_position, name=name, session_id=ident)
-    crash_point("session.after_fork")
-    return child, Stored(taken.id, taken.log_position, sup.job.job_id, stored_at)
+    stored = Stored(taken.id, taken.log_position, sup.job.job_id, stored_at)
+    return await _branch(deps, row, row.snapshot_position, stored, desk.code_version, name, ident)
 
 
 async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> SessionRow:
@@ -90,12 +86,14 @@ async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> Se
     if not 0 <= position <= row.head:
         raise BadInput(f"session {row.id} has positions 1 to {row.head}, not {position}")
     stored = await _newest(deps, row, position)
-    child = await deps.log.fork(row.id, at=position, name=name)
-    crash_point("session.after_fork")
-    return await _seed(deps, child, stored, row.code_version)
+    return await _branch(deps, row, position, stored, row.code_version, name)
 
 
 async def _newest(deps: Deps, row: SessionRow, position: int) -> Stored | None:
+    if not row.snapshot:
+        return (
+            None  # there is none on the branch: a row names its newest, and so does that of a fork or a rewound session
+        )
     known = await stored_snapshots(deps.log, row, to=position)
     there = await deps.machines.stored_snapshots({one.snapshot for one in known})  # the retention may have taken some
     known = [one for one in known if one.snapshot in there]
@@ -103,30 +101,21 @@ async def _newest(deps: Deps, row: SessionRow, position: int) -> Stored | None:
     return next((one for one in known if one.snapshot == chosen), None) if chosen else None
 
 
-async def _seed(deps: Deps, child: SessionRow, stored: Stored | None, code_version: str) -> SessionRow:
-    """Give a child its snapshot and its place in the inbox: messages it inherits are its parent's, not its own work."""
-    settings = deps.settings
-    row = await deps.log.claim(child.id, settings.owner, settings.lease_s, now=deps.clock.wall_s(), force=True)
-    await deps.log.append(
-        row.id, row.epoch, [Draft("fork", {"parent": row.parent, "at": row.fork_position}, key="born")]
+async def _branch(
+    deps: Deps, parent: SessionRow, at: int, stored: Stored | None, code_version: str, name: str, ident: str = ""
+) -> SessionRow:
+    """Make the child: messages it inherits are its parent's, not its own work."""
+    born = Born(
+        Draft("fork", {"parent": parent.id, "at": at}, key="born"),
+        next_state("cold", "seed") if stored else "cold",
+        code_version,
+        stored.snapshot if stored else "",
+        stored.position if stored else 0,
+        {"job": stored.job} if stored else {},
     )
-    entries = await deps.log.inbox_after(row.id, 0)
-    inherited = max((e.position for e in entries if e.position <= row.fork_position), default=0)
-    turn = 0
-    for entry in reversed(await deps.log.read(row.id, after=max(0, row.head - 1000), limit=1000)):
-        if entry.turn:
-            turn = entry.turn
-            break
-    meta = {key: value for key, value in row.meta.items() if key not in MACHINE_META}
-    if stored is not None:
-        meta["job"] = stored.job
-    await deps.log.update(
-        row.id, row.epoch, consumed=max(row.consumed, inherited), turn=turn, code_version=code_version, meta=meta,
-        snapshot=stored.snapshot if stored else "", snapshot_position=stored.position if stored else 0,
-    )  # fmt: skip
-    state = next_state("cold", "seed") if stored else "cold"
-    await deps.log.release(row.id, row.epoch, state=state)
-    return await deps.log.get(row.id)
+    child = await deps.log.fork(parent.id, at=at, name=name, session_id=ident, born=born)
+    crash_point("session.after_fork")
+    return child
 
 
 async def rewind(deps: Deps, session: str, to: int) -> SessionRow:

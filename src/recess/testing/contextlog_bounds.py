@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from recess.contextlog import ContextLog, Draft, SessionRow
+from recess.contextlog import ContextLog, Draft, Entry, SessionRow
 from recess.errors import Fenced
 
 FAR_S = 1e12  # a lease that does not end
@@ -17,6 +17,16 @@ async def owned(log: ContextLog, owner: str = "n1", **create: Any) -> SessionRow
     """Make a session and claim it."""
     row = await log.create(agent="coder", code_version="v1", **create)
     return await log.claim(row.id, owner, FAR_S, now=0.0)
+
+
+def user(text: str, key: str) -> Draft:
+    """Return an inbox message."""
+    return Draft("user", {"text": text}, key=key)
+
+
+def kinds(entries: list[Entry]) -> list[str]:
+    """Return the kinds in order."""
+    return [e.kind for e in entries]
 
 
 class BoundsSuite:

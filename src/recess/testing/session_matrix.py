@@ -1,6 +1,6 @@
 """The crash matrix: one session's whole life, struck at every named point, and an account of what must hold afterwards.
 
-A round takes one session (real agent processes, a real payment provider, the memory log or SQLite) through every crash
+A round takes one session (real agent processes, a real payment provider, the memory log, SQLite or Postgres) through every crash
 point of the sessions room and every moment of a turn inside the machine, in an order drawn from a seed, with a victim
 drawn for each: the agent's process, the guest's channel, the VM, the server, both at once. `Account` then adds up: every
 acknowledged message in exactly one turn, `once` charged at most once, the transcript valid, the rung and the loss told.
@@ -30,7 +30,8 @@ from recess.testing.plain_harness import PlainHarness
 from recess.testing.session_agents import matrix_agent
 from recess.testing.session_world import World, machine_of, world
 
-STORES = ("memory", "sqlite", "plain")  # plain: the product's own plain machines, over SQLite
+# plain: the product's own plain machines, over SQLite; postgres: an empty database of a server that whoever runs the round has
+STORES = ("memory", "sqlite", "postgres", "plain")
 STEP_S = 30.0
 
 # Points that every turn with a tool call, a freeze and a thaw passes.
@@ -386,8 +387,9 @@ async def read_all(log: ContextLog, session: str, after: int = 0) -> list[Entry]
 
 
 @asynccontextmanager
-async def stored(store: str, folder: Path, **settings: Any) -> AsyncIterator[World]:
-    """Make a world over a log of this kind; a crashed server's successor opens the database anew."""
+async def stored(store: str, folder: Path, *, database: str = "", **settings: Any) -> AsyncIterator[World]:
+    """Make a world over a log of this kind (`database`: the address for "postgres"); a crashed server's successor opens the
+    database anew."""
     if store == "memory":
         async with world(**settings) as w:
             yield w
@@ -397,7 +399,7 @@ async def stored(store: str, folder: Path, **settings: Any) -> AsyncIterator[Wor
     async def reopen() -> ContextLog:
         if opened:
             await opened.pop().close()
-        opened.append(Database.open(folder / "log.db", [SCHEMA]))
+        opened.append(Database.open(database if store == "postgres" else folder / "log.db", [SCHEMA]))
         return SqlLog(opened[0], DirectoryBodies(folder / "bodies"))
 
     try:
@@ -408,9 +410,10 @@ async def stored(store: str, folder: Path, **settings: Any) -> AsyncIterator[Wor
         await opened.pop().close()
 
 
-async def crash_round(store: str, seed: int, folder: Path) -> Account:
-    """Run one round in `folder` (scratch, empty). Raises AssertionError if anything does not add up."""
+async def crash_round(store: str, seed: int, folder: Path, *, database: str = "") -> Account:
+    """Run one round in `folder` (scratch, empty), for "postgres" in this empty `database`. Raises AssertionError if anything does
+    not add up."""
     shared = folder / "shared"
     shared.mkdir()
-    async with CountingPayments() as pay, stored(store, folder, cancel_s=0.3, term_s=0.3) as w:
+    async with CountingPayments() as pay, stored(store, folder, database=database, cancel_s=0.3, term_s=0.3) as w:
         return await Round(w, shared, pay, seed, plain=store == "plain").strike_all()
