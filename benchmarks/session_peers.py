@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks.session_worker import Job, asked, called, charged, kitchen, stored
 
-
 RECOVERIES = 1_000_000  # DBOS gives a workflow up after 100 by default, which is not what is measured here
 
 
