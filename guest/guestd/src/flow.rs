@@ -33,6 +33,13 @@ impl Server {
         Ok(())
     }
 
+    /// Grant what the request asked for beyond the usual window; the host may not know of such windows.
+    pub fn widen(&mut self, id: u32, window: usize) {
+        if let Some(grant) = self.streams.get_mut(&id).and_then(|s| s.widen(window)) {
+            self.conn.frame(frame::CREDIT, 0, id, &grant.to_le_bytes());
+        }
+    }
+
     /// End a stream from our side and say why.
     pub fn abort(&mut self, id: u32, why: &Fail) {
         if let Some(s) = self.streams.remove(&id) {
@@ -50,6 +57,19 @@ impl Server {
         };
         if s.in_eof || payload.len() > s.may_receive() {
             self.abort(id, &Fail::bad("data beyond the credit or the end of file"));
+            return;
+        }
+        if let (
+            End::Put {
+                sink: Some(sink), ..
+            },
+            true,
+        ) = (&mut s.end, s.pending.is_empty())
+        {
+            match sink.write(payload) {
+                Ok(()) => self.credit(id, payload.len()),
+                Err(fail) => self.abort(id, &fail),
+            }
             return;
         }
         s.pending.extend(payload);

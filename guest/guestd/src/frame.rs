@@ -12,6 +12,8 @@ pub const HEADER_LEN: usize = 16;
 pub const MAX_PAYLOAD: usize = 32 * 1024;
 /// Credit a stream starts with in each direction, in payload bytes; outstanding credit never exceeds it.
 pub const WINDOW: usize = 64 * 1024;
+/// What a host may ask for on a stream whose end takes everything at once (`write`, `untar`).
+pub const WINDOW_MAX: usize = 256 * 1024;
 /// A request or reply may span frames (flag MORE); together they are at most this long.
 pub const MAX_BODY: usize = 256 * 1024;
 /// Zero bytes that complete any frame an earlier connection may have left unfinished.

@@ -2,6 +2,7 @@
 //!
 //! It knows the guest protocol and the guest's kernel. It must never know of sessions, snapshots, models or names.
 
+mod bulk;
 mod card;
 mod channel;
 mod conn;

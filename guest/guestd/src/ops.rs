@@ -52,6 +52,11 @@ impl<'a> Args<'a> {
         self.number("stream", 1, i64::from(u32::MAX))
             .map(|n| n as u32)
     }
+    /// Absent from what earlier hosts send.
+    fn window(&self) -> usize {
+        let asked = self.0.get("window").and_then(Value::as_int).unwrap_or(0);
+        usize::try_from(asked).unwrap_or(0)
+    }
     fn argv(&self) -> Outcome<Vec<String>> {
         let items = self.0.get("argv").and_then(Value::as_arr).unwrap_or(&[]);
         let argv: Option<Vec<String>> = items
@@ -149,13 +154,15 @@ impl Server {
                 let mode = a.number("mode", 0, 0o7777)? as u32;
                 self.serial = self.serial.wrapping_add(1);
                 let sink = files::open_write(&path, mode, self.serial)?;
+                let stream = a.stream()?;
                 self.add_stream(
-                    a.stream()?,
+                    stream,
                     End::Put {
                         sink: Some(Box::new(sink)),
                         request: id,
                     },
                 )?;
+                self.widen(stream, a.window());
                 Ok(None)
             }
             "tar" => {
@@ -173,13 +180,15 @@ impl Server {
             }
             "untar" => {
                 let sink = tar::open(&path)?;
+                let stream = a.stream()?;
                 self.add_stream(
-                    a.stream()?,
+                    stream,
                     End::Put {
                         sink: Some(Box::new(sink)),
                         request: id,
                     },
                 )?;
+                self.widen(stream, a.window());
                 Ok(None)
             }
             _ => {

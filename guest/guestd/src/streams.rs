@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::fail::Outcome;
-use crate::frame::WINDOW;
+use crate::frame::{WINDOW, WINDOW_MAX};
 use crate::json::Value;
 use crate::ring::Cursor;
 use crate::sys::Watched;
@@ -50,6 +50,8 @@ pub struct Stream {
     pub pending: VecDeque<u8>,
     /// Delivered bytes for which the host has no new credit yet.
     owed: usize,
+    /// Credit that the host has at most.
+    window: usize,
     pub in_eof: bool,
     pub in_done: bool,
     pub out_eof: bool,
@@ -63,6 +65,7 @@ impl Stream {
             credit: WINDOW,
             pending,
             owed: 0,
+            window: WINDOW,
             in_eof: false,
             in_done: false,
             out_eof: false,
@@ -73,7 +76,7 @@ impl Stream {
     /// Bytes are delivered: returns the credit to grant once it is worth a frame.
     pub fn delivered(&mut self, n: usize) -> Option<u32> {
         self.owed += n;
-        if self.owed < WINDOW / 4 {
+        if self.owed < self.window / 4 {
             return None;
         }
         Some(std::mem::take(&mut self.owed) as u32)
@@ -81,7 +84,15 @@ impl Stream {
 
     /// Room for what the host still may send, by its credit.
     pub fn may_receive(&self) -> usize {
-        WINDOW - (self.pending.len() + self.owed).min(WINDOW)
+        self.window - (self.pending.len() + self.owed).min(self.window)
+    }
+
+    /// Let the host send more ahead; returns the credit to grant for it. Only for an end that takes everything at once: what
+    /// waits is in no buffer of ours.
+    pub fn widen(&mut self, window: usize) -> Option<u32> {
+        let more = window.clamp(WINDOW, WINDOW_MAX).saturating_sub(self.window);
+        self.window += more;
+        (more > 0).then_some(more as u32)
     }
 
     /// Give up the buffer's memory when it is empty.

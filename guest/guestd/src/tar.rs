@@ -4,10 +4,11 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+use crate::bulk::Writer;
 use crate::fail::{Fail, Outcome};
 use crate::json::{obj, Value};
 use crate::streams::Sink;
@@ -19,7 +20,7 @@ const MAX_META: u64 = 64 * 1024;
 /// What the bytes after a header are for.
 enum Body {
     None,
-    File(File, u32, i64),
+    File(Writer, u32, i64),
     Meta(u8, Vec<u8>),
     Skip,
 }
@@ -97,7 +98,7 @@ impl Sink for TarSink {
 impl TarSink {
     fn body_bytes(&mut self, data: &[u8]) -> Outcome<()> {
         match &mut self.body {
-            Body::File(f, ..) => f.write_all(data).map_err(|e| Fail::io("tar", &e))?,
+            Body::File(f, ..) => f.write(data).map_err(|e| Fail::io("tar", &e))?,
             Body::Meta(_, buf) => buf.extend_from_slice(data),
             Body::None | Body::Skip => {}
         }
@@ -111,9 +112,10 @@ impl TarSink {
 
     fn body_done(&mut self) -> Outcome<()> {
         match std::mem::replace(&mut self.body, Body::None) {
-            Body::File(f, mode, mtime) => {
-                finish_file(&f, mode, mtime).map_err(|e| Fail::io("tar", &e))
-            }
+            Body::File(f, mode, mtime) => f
+                .finish()
+                .and_then(|f| finish_file(&f, mode, mtime))
+                .map_err(|e| Fail::io("tar", &e)),
             Body::Meta(kind, buf) => self.meta(kind, &buf),
             Body::None | Body::Skip => Ok(()),
         }
@@ -207,7 +209,7 @@ impl TarSink {
             // A trailing slash is the old way to say folder.
             b'0' | 0 | b'7' if !m.name.ends_with('/') => {
                 let file = create(&dir, &name, m.mode).map_err(fail)?;
-                return Ok(Body::File(file, m.mode, m.mtime));
+                return Ok(Body::File(Writer::new(file, m.size), m.mode, m.mtime));
             }
             b'0' | 0 | b'7' | b'5' => folder(&dir, &name, m.mode).map_err(fail)?,
             b'2' => {

@@ -18,7 +18,7 @@ import msgspec
 from recess.errors import BadInput, GuestFailed, RecessError, Timeout
 from recess.guestlink import wire
 from recess.guestlink.flows import JobHandle, Stream
-from recess.guestlink.frames import FLAG_MORE, MAX_BODY, MAX_PAYLOAD, Decoder, Frame, Garbage, Kind, encode
+from recess.guestlink.frames import FLAG_MORE, MAX_BODY, MAX_PAYLOAD, WINDOW, Decoder, Frame, Garbage, Kind, encode
 from recess.guestlink.link import IncomingHandler
 
 REQUEST_TIMEOUT_S = 30.0
@@ -280,9 +280,10 @@ class Channel:
         if future is not None and not future.done():
             self._abandoned.add(number)
 
-    def new_stream(self) -> Stream:
-        """Return a registered stream for a request that is about to open it in the guest."""
-        stream = Stream(self, next(self._odd))
+    def new_stream(self, window: int = WINDOW) -> Stream:
+        """Return a registered stream for a request that is about to open it in the guest; `window`: how much the request
+        asks to be let send ahead."""
+        stream = Stream(self, next(self._odd), window)
         self._streams[stream.number] = stream
         return stream
 

@@ -16,7 +16,7 @@ from recess.errors import GuestFailed, RecessError, Timeout
 from recess.guestlink import wire
 from recess.guestlink.channel import REQUEST_TIMEOUT_S, Channel
 from recess.guestlink.flows import Stream
-from recess.guestlink.frames import Decoder
+from recess.guestlink.frames import PUT_WINDOW, Decoder
 from recess.guestlink.hello import greet
 from recess.guestlink.link import TOKEN_PATH, ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw
 
@@ -174,8 +174,8 @@ class Link(Channel):
 
     async def _put(self, body: dict[str, Any], pieces: AsyncIterator[bytes]) -> None:
         """Send a stream; the request is answered when the guest has all of it, or as soon as it fails."""
-        stream = self.new_stream()
-        number, answer = self.ask({**body, "stream": stream.number})
+        stream = self.new_stream(PUT_WINDOW)
+        number, answer = self.ask({**body, "stream": stream.number, "window": PUT_WINDOW})
         sending = asyncio.create_task(_send_all(stream, pieces))
         try:
             both: set[asyncio.Future[Any]] = {sending, answer}

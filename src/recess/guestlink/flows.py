@@ -42,9 +42,10 @@ class Wire(Protocol):
 class Stream:
     """One two-way byte stream (the `ByteStream` of `recess.guestlink.link`)."""
 
-    def __init__(self, wire: Wire, number: int) -> None:
+    def __init__(self, wire: Wire, number: int, window: int = WINDOW) -> None:
         self.number = number
         self._wire = wire
+        self._window = window  # the most the guest may let us send ahead
         self._inbox: deque[tuple[int, bytes]] = deque()
         self._granted = WINDOW  # what the guest may still send
         self._owed = 0  # read here, not yet granted again
@@ -70,7 +71,7 @@ class Stream:
     def on_credit(self, payload: bytes) -> None:
         """The guest took bytes. Raises GuestFailed for credit that was never used."""
         amount = struct.unpack("<I", payload)[0] if len(payload) == 4 else 0
-        if amount == 0 or self._credit + amount > WINDOW:
+        if amount == 0 or self._credit + amount > self._window:
             raise GuestFailed(f"the guest granted impossible credit on stream {self.number}")
         self._credit += amount
         self._wake.set()

@@ -17,6 +17,7 @@ MAGIC = b"RcG1"
 HEADER_LEN = 16
 MAX_PAYLOAD = 32 * 1024
 WINDOW = 64 * 1024  # credit a stream starts with in each direction; outstanding credit never exceeds it
+PUT_WINDOW = 256 * 1024  # but for `write` and `untar`, towards the guest, where guestd knows how
 MAX_BODY = 256 * 1024  # a request or reply that spans frames
 PAD = bytes(HEADER_LEN + MAX_PAYLOAD)  # completes any frame an earlier connection left unfinished
 FLAG_RETRY = 1  # on HELLO: the earlier try stayed unanswered

@@ -288,6 +288,18 @@ class GuestLinkSuite:
         with pytest.raises(BadInput, match="cut"):
             await guest.link.put_tar(f"{guest.scratch}/t", pieces(archive.getvalue()[:150_000]))
 
+    async def test_a_large_file_arrives_whole_however_far_ahead_it_was_sent(self, guest: GuestUnderTest) -> None:
+        content = os.urandom(1 << 20) * 4 + b"the end"  # past the size from which it is written past the page cache
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for name in ("large", "small"):
+                info = tarfile.TarInfo(name)
+                info.size = len(content) if name == "large" else 3
+                tar.addfile(info, io.BytesIO(content[: info.size]))
+        await guest.link.put_tar(f"{guest.scratch}/big", pieces(archive.getvalue()))
+        assert await guest.link.read_file(f"{guest.scratch}/big/large", len(content)) == content
+        assert await guest.link.read_file(f"{guest.scratch}/big/small") == content[:3]
+
     async def test_tar_of_a_folder(self, guest: GuestUnderTest) -> None:
         link, root = guest.link, f"{guest.scratch}/read"
         assert isinstance(link, TarReader)
