@@ -90,10 +90,9 @@ async def fork_stored(deps: Deps, session: str, at: int | None, name: str) -> Se
 
 
 async def _newest(deps: Deps, row: SessionRow, position: int) -> Stored | None:
+    # A row names the newest on its branch, that of a fork or of a rewound session too.
     if not row.snapshot:
-        return (
-            None  # there is none on the branch: a row names its newest, and so does that of a fork or a rewound session
-        )
+        return None
     known = await stored_snapshots(deps.log, row, to=position)
     there = await deps.machines.stored_snapshots({one.snapshot for one in known})  # the retention may have taken some
     known = [one for one in known if one.snapshot in there]
