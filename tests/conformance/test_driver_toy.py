@@ -70,8 +70,9 @@ class ToyVm:
         self.guest.run_vcpus()
 
     async def capture(
-        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None, parent: str = ""
-    ) -> Capture:
+        self, *, resume: bool, before_pause: Hook | None = None, after_resume: Hook | None = None, parent: str = "",
+        disk_too: bool = False,
+    ) -> Capture:  # fmt: skip
         self._alive()
         ran = self.guest.vcpus.is_set()
         if before_pause is not None:

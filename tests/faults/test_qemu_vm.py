@@ -160,8 +160,8 @@ async def test_the_disks_copy_fails_half_way(rig: QemuRig, monkeypatch: pytest.M
     await shell(vm.link, "head -c 3000000 /dev/urandom > /root/file; sync")
     real = capture._fill_target
 
-    def sealed(handles: Any, target: int) -> Any:
-        put_over = real(handles, target)
+    def sealed(handles: Any, plan: Any, target: int) -> Any:
+        put_over = real(handles, plan, target)
         fd = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
         os.truncate(fd, os.fstat(target).st_size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
@@ -189,7 +189,7 @@ async def goes_on(vm: Vm) -> None:
 async def test_the_disk_fills_up_while_it_is_copied(rig: QemuRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copy-before-write of a guest that writes meanwhile runs out of room: no guest write is lost."""
 
-    async def trusting(_vm: Any) -> None:
+    async def trusting(*_args: Any) -> None:
         return
 
     with small_disk(rig.home / "small", 40 << 20) as small:

@@ -2,7 +2,7 @@
 
 usage: dying_server.py RUN_DIR HOME TEMPLATE_DIR MACHINE_DIR WHERE
 
-WHERE: idle | capture | restore, or with a warm pool: waiting | taking | taken | running
+WHERE: idle | capture | restore, a crash point `qemu.*` (with the disks of the stored snp_1 and snp_2 beside MACHINE_DIR), or with a warm pool: waiting | taking | taken | running
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 
 from recess.config import load_config
+from recess.crashpoints import arm
 from recess.drivers.qemu import QemuDriver, capture, pool_member, start
-from recess.machines.contract import RestoreParts, TemplateRef
+from recess.images.disk import clone_sparse
+from recess.machines.contract import DISK_NAME, RestoreParts, TemplateRef, Vm
 from recess.testing.driver_suite import NO_PAGES, new_thaw, shell
 from recess.testing.qemu_rig import prime_pool, spec_of
 
@@ -47,7 +49,23 @@ async def serve(run_dir: str, home: str, template: str, machine: str, where: str
     if where == "capture":
         capture.save_state = die  # the VM is stopped, nothing is saved yet
         await vm.capture(resume=True)
+    if where.startswith("qemu."):
+        await die_at(where, vm, Path(machine))
     die()
+
+
+async def die_at(point: str, vm: Vm, machine: Path) -> None:
+    """Store one capture; die at this point with a second."""
+    for name in ("snp_1", "snp_2"):
+        await shell(vm.link, f"head -c 3000000 /dev/urandom > /root/{name}; sync")
+        await vm.link.freeze()
+        if name == "snp_2":
+            arm(point, kill=True)
+        taken = await vm.capture(resume=False, parent="snp_1", disk_too=True)
+        clone_sparse(machine / DISK_NAME, machine.parent / name)
+        await vm.unpause()
+        await vm.link.unfreeze()
+        await vm.committed(taken, name)
 
 
 asyncio.run(serve(*sys.argv[1:]))

@@ -154,7 +154,7 @@ class BringBack:
             below = await asyncio.to_thread(at_hand.find, live.parent, live.template.ref)
             if below is not None:
                 parent = live.parent
-                live, taken = await self._taker.capture(record, resume=True)
+                live, taken = await self._taker.capture(record, resume=True, whole_disk=True)
                 if not taken.capture.parent:  # it holds all, for a reason of the driver's
                     return live, taken, _parts_of(live, taken, taken.capture.memory, mapped_capture(taken.capture))
                 over = mapped_over(below, taken.capture) if taken.capture.parent == parent else None

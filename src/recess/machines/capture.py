@@ -43,8 +43,11 @@ class Taken:
     timings_s: dict[str, float]
 
 
-async def take(live: Live, clock: Clock, *, resume: bool, sync: bool, parent: str = "") -> Taken:
-    """Freeze, capture and (with `resume`) wake. On an error a machine that ran runs again. `parent`: see `Vm.capture`.
+async def take(
+    live: Live, clock: Clock, *, resume: bool, sync: bool, parent: str = "", disk_too: bool = False
+) -> Taken:
+    """Freeze, capture and (with `resume`) wake. On an error a machine that ran runs again. `parent`, `disk_too`: see
+    `Vm.capture`.
 
     Raises DriverFailed, OutOfSpace, Unsupported, GuestFailed, Timeout. If `live.workload_frozen` is then set on a
     machine that is not paused, its workload could not be woken: the caller must end it, it is not served half-awake.
@@ -58,6 +61,7 @@ async def take(live: Live, clock: Clock, *, resume: bool, sync: bool, parent: st
             before_pause=None if parked else pause.freeze,
             after_resume=None if parked else pause.wake,
             parent=parent,
+            disk_too=disk_too,
         )
     except UNDO:
         with contextlib.suppress(GuestFailed, Timeout):

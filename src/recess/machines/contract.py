@@ -121,7 +121,8 @@ class Capture:
 
     `memory` holds every page that may differ from `base` ("template": private pages against the template; "boot":
     every non-zero page of a machine without a template). `disk` likewise, against the template's disk or zeros. With a
-    `parent`, `memory` holds only what may differ from that snapshot's memory. `vmstate` is opaque. `standstill_s` is pause to unpause as the driver saw it (0.0 if it was left paused).
+    `parent`, `memory` holds only what may differ from that snapshot's memory, and with a `disk_parent` (then the same
+    snapshot) `disk` only what may differ from its disk. `vmstate` is opaque. `standstill_s` is pause to unpause as the driver saw it (0.0 if it was left paused).
     """
 
     memory: PageSet
@@ -135,6 +136,7 @@ class Capture:
     timings_s: dict[str, float] = field(default_factory=dict)
     resources: list[Any] = field(default_factory=list)
     parent: str = ""  # the snapshot that memory left out is equal to
+    disk_parent: str = ""  # the snapshot that blocks of the disk left out are equal to: `parent`, or none
     generation: int = 0  # the driver's own number, for `Vm.committed`
     memory_file: int = -1  # a descriptor, open until `close`: `memory.data` from its beginning, for good; -1: none
 
@@ -270,6 +272,7 @@ class Vm(Protocol):
         before_pause: Hook | None = None,
         after_resume: Hook | None = None,
         parent: str = "",
+        disk_too: bool = False,
     ) -> Capture:
         """Take memory, disk and device state of one instant; compression is not the driver's business.
 
@@ -283,7 +286,9 @@ class Vm(Protocol):
 
         `parent` is a snapshot that the caller can build on. A driver with `dirty_tracking` then leaves out the memory
         that was not written since, if it is the one that `committed` named last or that the VM was restored from
-        (`RestoreParts.snapshot`); the result's `parent` says whether it did.
+        (`RestoreParts.snapshot`); the result's `parent` says whether it did. With `disk_too` it may likewise leave out
+        the disk's blocks that were not written since; the result's `disk_parent` says whether it did. (Whoever starts
+        machines from the capture itself needs the disk whole.)
         """
         ...
 

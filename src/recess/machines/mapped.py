@@ -38,7 +38,7 @@ def capture_parts(capture: Capture) -> list[RawPart]:
     """Return both parts of a capture."""
     return [
         to_part(MEMORY, capture.memory, capture.memory_pages_total, inherits=bool(capture.parent)),
-        to_part(DISK, capture.disk, capture.disk_blocks_total),
+        to_part(DISK, capture.disk, capture.disk_blocks_total, inherits=bool(capture.disk_parent)),
     ]
 
 

@@ -53,11 +53,11 @@ class SnapshotTaker:
         self._make_room = make_room
 
     async def capture(
-        self, record: MachineRecord, *, resume: bool, refuse: bool = True, whole: bool = False,
+        self, record: MachineRecord, *, resume: bool, refuse: bool = True, whole: bool = False, whole_disk: bool = False,
         idle_s: float | None = None,
     ) -> tuple[Live, Taken]:  # fmt: skip
         """Freeze and capture. `resume=False` leaves the machine paused. A machine that cannot wake is ended. `whole`:
-        all that differs from the template, not only what changed since the newest snapshot.
+        all that differs from the template, not only what changed since the newest snapshot; `whole_disk`: of the disk.
 
         Raises OutOfSpace before anything is touched when there is no room and `refuse`.
         """
@@ -71,7 +71,9 @@ class SnapshotTaker:
             await drop_caches(live.link)
         parent = "" if whole else await self._usable_parent(live)
         try:
-            return live, await take(live, self._parts.clock, resume=go_on, sync=not resume, parent=parent)
+            return live, await take(
+                live, self._parts.clock, resume=go_on, sync=not resume, parent=parent, disk_too=not whole_disk
+            )
         except UNDO as exc:
             if live.workload_frozen and live.paused_since == 0.0:
                 await finish(self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc}"))

@@ -140,11 +140,11 @@ class Rig(abc.ABC):
         return vm
 
 
-async def quiet_capture(vm: Vm, *, resume: bool, parent: str = "") -> Capture:
+async def quiet_capture(vm: Vm, *, resume: bool, parent: str = "", disk_too: bool = False) -> Capture:
     """Capture as the machines room does: the workload frozen before the pause, let go after it."""
     await vm.link.freeze()
     try:
-        return await vm.capture(resume=resume, parent=parent)
+        return await vm.capture(resume=resume, parent=parent, disk_too=disk_too)
     finally:
         if resume:
             await vm.link.unfreeze()
@@ -252,34 +252,44 @@ class DriverSuite:
         assert first.parent == ""  # nobody has said yet that it was stored
         await shell(vm.link, "echo 2 > /dev/shm/b")
         await vm.committed(first, "snp_a")
-        whole = (await rig.parts_of(first)).memory
+        whole = await rig.parts_of(first)
         (await quiet_capture(vm, resume=True, parent="snp_a")).close()  # never stored
         await rig.lose(vm)
         adopted = await rig.make_driver().adopt(vm.id, self.directory_of(rig, vm))
         assert adopted is not None
         try:
             await shell(adopted.link, "echo 3 > /dev/shm/c")
-            second = await quiet_capture(adopted, resume=True, parent="snp_a")
+            await shell(adopted.link, "echo 4 > /root/d; sync")
+            second = await quiet_capture(adopted, resume=True, parent="snp_a", disk_too=True)
             assert second.parent == "snp_a"
-            parts = await rig.parts_of(second)
+            assert second.disk_parent in ("snp_a", "")
+            parts = self.over(whole, second, await rig.parts_of(second))
             await adopted.committed(first, "snp_late")  # too late: another capture was made since
             other = await quiet_capture(adopted, resume=True, parent="snp_late")
             assert other.parent == ""
             other.close()
         finally:
             await adopted.kill()
-        parts = replace(parts, memory=merge_pages(whole, parts.memory), snapshot="snp_b")
-        child = await rig.restore(driver, parts)
+        child = await rig.restore(driver, replace(parts, snapshot="snp_b"))
         try:
-            assert await shell(child.link, "cat /dev/shm/a /dev/shm/b /dev/shm/c") == "1\n2\n3"
-            third = await quiet_capture(child, resume=False, parent="snp_b")
+            assert await shell(child.link, "cat /dev/shm/a /dev/shm/b /dev/shm/c /root/d") == "1\n2\n3\n4"
+            await shell(child.link, "echo 5 > /root/e; sync")
+            third = await quiet_capture(child, resume=False, parent="snp_b", disk_too=True)
             assert third.parent == "snp_b"
-            last = await rig.parts_of(third)
+            last = self.over(parts, third, await rig.parts_of(third))
         finally:
             await child.kill()
-        grandchild = await rig.restore(driver, replace(last, memory=merge_pages(parts.memory, last.memory)))
-        assert await shell(grandchild.link, "cat /dev/shm/a /dev/shm/b /dev/shm/c") == "1\n2\n3"
+        grandchild = await rig.restore(driver, last)
+        await shell(grandchild.link, "echo 3 > /proc/sys/vm/drop_caches || true")
+        files = "/dev/shm/a /dev/shm/b /dev/shm/c /root/d /root/e"
+        assert await shell(grandchild.link, f"cat {files}") == "1\n2\n3\n4\n5"
         await grandchild.kill()
+
+    @staticmethod
+    def over(older: RestoreParts, capture: Capture, parts: RestoreParts) -> RestoreParts:
+        """Return a capture's parts over those of the snapshot that it counts from."""
+        blocks = merge_pages(older.disk, parts.disk) if capture.disk_parent else parts.disk
+        return replace(parts, memory=merge_pages(older.memory, parts.memory), disk=blocks)
 
     async def test_pause_holds_the_guest(self, vm: Vm) -> None:
         """A paused VM does not answer; both moves may be repeated."""

@@ -43,6 +43,36 @@ async def test_the_second_counts_from_the_first_and_is_whole_without_it(room):
     room.store.verify(third.id)
 
 
+async def write_file(room, ref: str, name: str, size: int) -> None:
+    guest = room.host.vms[(await room.manager.get(ref)).id].guest
+    guest.files.write(name, bytes([len(name)]) * size)
+
+
+async def test_the_disk_counts_from_the_last_one_too(room):
+    """Also over a restore and a fork, whose children have all of the disk; what was captured in vain is in the next."""
+    await room.manager.create(ROOMY, name="one")
+    await write_file(room, "one", "/root/big", 300 * PAGE_BYTES)
+    first = await room.manager.snapshot("one")
+    await write_file(room, "one", "/root/z", 10)
+    second = await room.manager.snapshot("one")
+    captured_blocks = [int(row.figures["pages_captured"]["disk0"]) for row in (first, second)]
+    assert captured_blocks[1] < 10 < 300 <= captured_blocks[0]
+    # Names of one length: the fake guest's disk is one blob, in which a longer one would move what follows.
+    (child,) = await room.manager.fork("one", names=["two"])
+    other, _ = await room.manager.restore(second.id, name="six")
+    for ref in (child.id, other.id):
+        files = room.host.vms[ref].guest.disk.files
+        big = files["/root/big"]
+        assert big == room.host.vms[first.machine].guest.disk.files["/root/big"]
+        await write_file(room, ref, "/root/zz", 20)
+        row = await room.manager.snapshot(ref)
+        assert int(row.figures["pages_captured"]["disk0"]) < 10
+        room.store.verify(row.id)
+        again, _ = await room.manager.restore(row.id, name=f"{(await room.manager.get(ref)).name}-again")
+        assert room.host.vms[again.id].guest.disk.files["/root/big"] == big
+        assert "/root/zz" in room.host.vms[again.id].guest.disk.files
+
+
 async def test_what_is_touched_first_travels_with_the_children(room):
     """Known of a snapshot's machines on this node, it is in the next snapshot's manifest, and in those after it."""
     known: dict[str, list[int]] = {}

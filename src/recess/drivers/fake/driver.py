@@ -108,7 +108,7 @@ class FakeVm:
         self._driver = driver
         self._base_memory: Pages = {}
         self._base_disk: Pages = {}
-        self._writes = Writes("", {})
+        self._writes = Writes("", {}, {})
         self._link = FakeLink(guest)
         self.room = True
         self._stalled = asyncio.Event()
@@ -123,9 +123,9 @@ class FakeVm:
         """Say what captures are relative to."""
         self.base, self._base_memory, self._base_disk = name, memory, disk
 
-    def set_snapshot(self, name: str, memory: Pages) -> None:
-        """Say which snapshot it was restored from ("" for none), and what its memory was then."""
-        self._writes = Writes(name, memory)
+    def set_snapshot(self, name: str, memory: Pages, disk: Pages) -> None:
+        """Say which snapshot it was restored from ("" for none), and what its parts were then."""
+        self._writes = Writes(name, memory, disk)
 
     @property
     def link(self) -> FakeLink:
@@ -165,6 +165,7 @@ class FakeVm:
         before_pause: Hook | None = None,
         after_resume: Hook | None = None,
         parent: str = "",
+        disk_too: bool = False,
     ) -> Capture:
         """Take memory, disk and device state of one instant."""
         self._check()
@@ -187,13 +188,15 @@ class FakeVm:
         standstill = time.perf_counter() - start
         if resume and was_running and after_resume is not None:
             await after_resume()
-        delta = self._writes.delta(memory, parent)
+        delta = self._writes.delta(memory, disk, parent)
+        whole = (changed(memory, self._base_memory), changed(disk, self._base_disk))
         return Capture(
-            memory=changed(memory, self._base_memory) if delta is None else delta, disk=changed(disk, self._base_disk),
+            memory=(delta or whole)[0], disk=(delta if delta is not None and disk_too else whole)[1],
             vmstate=_device_state(), base=self.base, fingerprint=fingerprint,
             standstill_s=standstill if resume else 0.0, memory_pages_total=self.spec.memory_bytes // PAGE_BYTES,
             disk_blocks_total=self.spec.disk_bytes // PAGE_BYTES, timings_s={"pages": standstill},
-            parent="" if delta is None else parent, generation=self._writes.capture(memory),
+            parent="" if delta is None else parent, disk_parent="" if delta is None or not disk_too else parent,
+            generation=self._writes.capture(memory, disk),
         )  # fmt: skip
 
     async def committed(self, capture: Capture | None, snapshot: str) -> None:
@@ -385,7 +388,7 @@ class FakeDriver:
         _write_pages(directory / DISK_NAME, {}, spec.disk_bytes)  # filled when the VM ends: only its size is looked at
         vm.poked = {n: p for n, p in memory.items() if n >= POKE_FIRST and p != zero}
         vm.set_base("template" if parts.template is not None else "boot", base_memory, base_disk)
-        vm.set_snapshot(parts.snapshot, memory)
+        vm.set_snapshot(parts.snapshot, memory, disk)
         guest.run_vcpus()
         return vm
 

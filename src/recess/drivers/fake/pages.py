@@ -62,24 +62,26 @@ def as_pages(pages: PageSet) -> Pages:
 
 
 class Writes:
-    """What a real driver's dirty tracking knows: the memory at the last stored snapshot, and at the last capture."""
+    """What a real driver's dirty tracking knows: memory and disk at the last stored snapshot, and at the last capture."""
 
-    def __init__(self, snapshot: str, memory: Pages) -> None:
-        self._base, self._base_memory = snapshot, memory
-        self._captured = memory
+    def __init__(self, snapshot: str, memory: Pages, disk: Pages) -> None:
+        self._base, self._base_parts = snapshot, (memory, disk)
+        self._captured = (memory, disk)
         self._generation = 0
 
-    def delta(self, memory: Pages, parent: str) -> PageSet | None:
-        """Return what changed since the snapshot `parent`, or None if changes are not known since that one."""
-        return changed(memory, self._base_memory) if parent and parent == self._base else None
+    def delta(self, memory: Pages, disk: Pages, parent: str) -> tuple[PageSet, PageSet] | None:
+        """Return what of both changed since the snapshot `parent`, or None if changes are not known since that one."""
+        if not parent or parent != self._base:
+            return None
+        return changed(memory, self._base_parts[0]), changed(disk, self._base_parts[1])
 
-    def capture(self, memory: Pages) -> int:
-        """Note a capture of this memory; return its generation."""
-        self._captured = memory
+    def capture(self, memory: Pages, disk: Pages) -> int:
+        """Note a capture of these; return its generation."""
+        self._captured = (memory, disk)
         self._generation += 1
         return self._generation
 
     def committed(self, generation: int, snapshot: str) -> None:
         """Count from the last capture from now on, if it is the one that was stored."""
         if generation == self._generation:
-            self._base, self._base_memory = snapshot, self._captured
+            self._base, self._base_parts = snapshot, self._captured

@@ -43,6 +43,7 @@ class FirecrackerVm(KeptVm[Handles]):
         before_pause: Hook | None = None,
         after_resume: Hook | None = None,
         parent: str = "",
+        disk_too: bool = False,
     ) -> Capture:
         """Take memory, disk and device state of one instant."""
         vm = self._handles

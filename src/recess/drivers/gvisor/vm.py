@@ -42,6 +42,7 @@ class GvisorVm(KeptVm[Handles]):
         before_pause: Hook | None = None,
         after_resume: Hook | None = None,
         parent: str = "",
+        disk_too: bool = False,
     ) -> Capture:
         """Take everything of one instant. `parent` changes nothing: pages are compared by content."""
         async with self._turn:

@@ -1,10 +1,12 @@
 """Sparse files of 4 KiB blocks: the writable disk, a template's RAM, packed page sets. Synchronous; use a thread.
 
-How the blocks of a capture are found. QEMU copies the disk of the capture's instant by copy-before-write, and only
-what its dirty bitmap names: everything the guest wrote since the VM was started. It copies *over* a file that we have
-filled with the disk as it was at the start (the base file and, after a restore, the blocks that were put over it), so
-the file ends up as the whole disk of that instant. The changed blocks are then those that differ from the base file.
-A hole cannot stand for "unchanged" here because a block that the guest zeroed is a hole as well; hence the filling.
+How the blocks of a capture are found that must stand alone. QEMU copies the disk of the capture's instant by
+copy-before-write, and only what its dirty bitmap names: everything the guest wrote since the VM was started. It copies
+*over* a file that we have filled with the disk as it was at the start (the base file and, after a restore, the blocks that
+were put over it), so the file ends up as the whole disk of that instant. The changed blocks are then those that differ
+from the base file (`changed_blocks`). A hole cannot stand for "unchanged" here because a block that the guest zeroed is
+a hole as well; hence the filling. A capture that counts from an earlier snapshot needs none of this: its blocks are known by
+their numbers, and are taken out of the copy (`pick_blocks`).
 
 The base file never changes while the VM lives: a fork's is its template's disk, a booted machine's is a sparse copy
 made at the boot. This module knows neither QEMU nor the keeper, except for the layout of a packed page file.
@@ -228,6 +230,23 @@ def changed_blocks(base: Path | None, image: int, put_over: Indices, directory: 
         indices = np.concatenate(found)
         _write_all(out, memoryview(indices.astype("<u4").tobytes()), position)
         return map_packed(os.dup(out), len(indices))
+
+
+def pick_blocks(image: int, numbers: Indices, directory: Path) -> Packed:
+    """Return these blocks of `image`, whatever is in them, backed by a nameless file in `directory`. Raises OutOfSpace.
+
+    A guest that discards its free space has changed all of it, to zeros: what is a hole in `image` is one in the file.
+    """
+    with scratch_file(directory) as handle, space_errors(str(directory)):
+        out, size = handle.fileno(), len(numbers) * PAGE_BYTES
+        os.truncate(out, size)
+        held = np.isin(numbers, blocks_with_data(image), assume_unique=True)
+        for first, end in _runs(numbers):
+            if held[first:end].any():
+                data = _read_run(image, int(numbers[first]), end - first)
+                _write_all(out, data.reshape(-1).data, first * PAGE_BYTES)
+        _write_all(out, memoryview(numbers.astype("<u4").tobytes()), size)
+        return map_packed(os.dup(out), len(numbers))
 
 
 def punch_zero_pages(path: Path) -> None:

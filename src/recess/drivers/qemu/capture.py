@@ -1,10 +1,11 @@
 """One snapshot's raw material: memory, disk and device state of one instant, with the shortest standstill.
 
-    before the pause    the disk's target is filled and opened; the keeper copies what was written so far, and touches
-                        its buffer; the caller freezes the workload (`before_pause`); the channel falls silent
-    in the pause        stop; the keeper copies the rest while QEMU saves its devices and starts the disk's
+    before the pause    the disk's target is made (and filled, if its whole is wanted); the keeper copies what was written
+                        so far, and touches its buffer; the caller freezes the workload (`before_pause`); the channel
+                        falls silent
+    in the pause        stop; the keeper copies the rest while QEMU saves its devices and begins the disk's
                         copy-before-write; cont
-    after it            the caller lets the workload go (`after_resume`); QEMU finishes the disk's copy; the changed
+    after it            the caller lets the workload go (`after_resume`); QEMU does the disk's copy; the changed
                         blocks are picked out, the pages put in order
 
 If anything fails the disk's copy is given up, the VM runs again if it ran before, and nothing is left: every file
@@ -19,39 +20,26 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from recess.drivers.kept import disk
 from recess.drivers.kept.capturing import clear_capturing, interrupted_capture, mark_capturing
 from recess.drivers.kept.steps import Steps, all_of, in_thread
-from recess.drivers.qemu.argv import DISK_NODE
-from recess.drivers.qemu.handles import Handles, passed_file
+from recess.drivers.qemu.blocks import DiskCopy, DiskPlan, drop_copy, live_copy, plan_copy
+from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.memory import MemoryCapture, plan_capture
-from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.drivers.qemu.state import save_state
-from recess.errors import DriverFailed, OutOfSpace, RecessError, Timeout
+from recess.errors import OutOfSpace, RecessError
 from recess.machines.contract import Capture, Hook
 from recess.units import MIB, PAGE_BYTES
 
-_BITMAP = "since-start"
-_JOB = _TARGET_NODE = "capture"
 _CONSOLE_FDSET = 1
-_CBW_OPTION_SINCE = (10, 1)
 _SPARE_BYTES = 4 * MIB
-_JOB_TIMEOUT_S = 600.0
-_CANCEL_TIMEOUT_S = 10.0
 
-StartCopy = Callable[[], Awaitable[None]]
 Take = Callable[[], Awaitable[bytes]]
-
-
-async def track_disk(qmp: Qmp) -> None:
-    """Note every block the guest writes from now on. To be called before the VM runs for the first time."""
-    arguments = {"node": DISK_NODE, "name": _BITMAP, "granularity": PAGE_BYTES}
-    await qmp.execute("block-dirty-bitmap-add", arguments)
 
 
 async def capture(
@@ -61,6 +49,7 @@ async def capture(
     before_pause: Hook | None = None,
     after_resume: Hook | None = None,
     parent: str = "",
+    disk_too: bool = False,
 ) -> Capture:
     """Take a capture; see `machines.contract.Vm.capture`."""
     steps = Steps()
@@ -69,25 +58,26 @@ async def capture(
         async with vm.explain("capture"):
             ran = await vm.running()
             try:
-                await _check_space(vm)
+                plan = await plan_copy(vm, memory.plan.parent if disk_too else "")
+                await _check_space(vm, plan)
                 target = stack.enter_context(disk.scratch_file(vm.layout.directory))
-                put_over = await in_thread(_fill_target, vm, target.fileno())
+                put_over = await in_thread(_fill_target, vm, plan, target.fileno())
                 steps.mark("fill_target")
-                async with _disk_copy(vm, target.fileno()) as start_copy:
+                async with _disk_copy(vm, plan, target.fileno()) as copy:
                     steps.mark("open_target")
                     await memory.prepare()  # last, so that the pause finds little left
                     steps.mark("prepare")
                     if before_pause is not None:
                         await before_pause()
                         steps.mark("before_pause")
-                    take = partial(_take, vm, memory, start_copy)
+                    take = partial(_take, vm, memory, copy)
                     state, standstill_s = await _pause(vm, take, ran=ran, resume=resume, steps=steps)
                     if ran and resume and after_resume is not None:
                         await after_resume()
                         steps.mark("after_resume")
+                    changed = await copy.finish()
                 steps.mark("disk_copy")
-                base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
-                blocks = await in_thread(disk.changed_blocks, base, target.fileno(), put_over, vm.layout.directory)
+                blocks = await in_thread(_pick_blocks, vm, plan, target.fileno(), changed, put_over)
                 stack.callback(blocks.close)
                 steps.mark("disk_compare")
                 pages = await memory.collect()
@@ -96,6 +86,7 @@ async def capture(
             except BaseException:
                 await asyncio.shield(_run_on(vm, memory, ran=ran))
                 raise
+        vm.disk_after = memory.generation
         stack.pop_all()
         target.close()
     return Capture(
@@ -110,6 +101,7 @@ async def capture(
         timings_s={**steps.timings_s, "total": steps.total()},
         resources=[pages, blocks],
         parent=memory.plan.parent,
+        disk_parent=plan.parent,
         generation=memory.generation,
         memory_file=pages.fd,
     )
@@ -124,12 +116,9 @@ async def _run_on(vm: Handles, memory: MemoryCapture, *, ran: bool) -> None:
         clear_capturing(vm.layout)
 
 
-async def _check_space(vm: Handles) -> None:
+async def _check_space(vm: Handles, plan: DiskPlan) -> None:
     """Refuse early when the disk's copy cannot fit: a write that fails inside QEMU would hurt the guest."""
-    nodes = await vm.qmp.execute("query-named-block-nodes", {"flat": True})
-    bitmaps = [b for n in nodes if n["node-name"] == DISK_NODE for b in n.get("dirty-bitmaps", [])]
-    changed = sum(int(b["count"]) for b in bitmaps if b.get("name") == _BITMAP)
-    needed = 2 * changed + _SPARE_BYTES
+    needed = 2 * plan.bytes + _SPARE_BYTES
     free = shutil.disk_usage(vm.layout.directory).free
     if free < needed:
         raise OutOfSpace(
@@ -138,9 +127,12 @@ async def _check_space(vm: Handles) -> None:
         )
 
 
-def _fill_target(vm: Handles, target: int) -> disk.Indices:
-    """Write the disk as it was when the VM was started; return which blocks a restore had put there."""
+def _fill_target(vm: Handles, plan: DiskPlan, target: int) -> disk.Indices:
+    """Give the copy's target its size. For the disk's whole write it as it was when the VM was started, and return which
+    blocks a restore had put there."""
     os.truncate(target, vm.journal.spec.disk_bytes)
+    if plan.parent:
+        return disk.blocks_with_data()
     disk.copy_data(Path(vm.journal.disk_base), target)
     packed = disk.read_packed(vm.layout.disk_delta)
     indices, data = disk.as_arrays(packed.pages)
@@ -149,6 +141,44 @@ def _fill_target(vm: Handles, target: int) -> disk.Indices:
     del indices, data
     packed.close()
     return put_over
+
+
+def _pick_blocks(
+    vm: Handles, plan: DiskPlan, target: int, changed: disk.Indices, put_over: disk.Indices
+) -> disk.Packed:
+    """Take out of the copy what the capture gives out."""
+    if plan.parent:
+        return disk.pick_blocks(target, changed, vm.layout.directory)
+    base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
+    return disk.changed_blocks(base, target, put_over, vm.layout.directory)
+
+
+def _disk_copy(vm: Handles, plan: DiskPlan, target: int) -> contextlib.AbstractAsyncContextManager[DiskCopy]:
+    if vm.host.qemu.devices_command:
+        return live_copy(vm, plan, target)
+    # A migration takes the disks away from QEMU until `cont`, so a job cannot start: copy in the pause.
+    return contextlib.nullcontext(_StoppedCopy(vm, target))
+
+
+class _StoppedCopy:
+    """The whole disk, copied by ourselves while nobody writes."""
+
+    def __init__(self, vm: Handles, target: int) -> None:
+        self._vm = vm
+        self._target = target
+
+    async def start(self) -> None:
+        """Do it."""
+        await in_thread(self._copy)
+
+    def _copy(self) -> None:
+        os.truncate(self._target, 0)
+        os.truncate(self._target, self._vm.journal.spec.disk_bytes)
+        disk.copy_data(self._vm.layout.disk, self._target)
+
+    async def finish(self) -> disk.Indices:
+        """Nothing is left to do."""
+        return disk.blocks_with_data()
 
 
 async def _pause(vm: Handles, take: Take, *, ran: bool, resume: bool, steps: Steps) -> tuple[bytes, float]:
@@ -172,84 +202,21 @@ async def _pause(vm: Handles, take: Take, *, ran: bool, resume: bool, steps: Ste
     return state, standstill_s
 
 
-async def _take(vm: Handles, memory: MemoryCapture, start_copy: StartCopy) -> bytes:
-    _, state = await all_of(memory.take(), _devices(vm, start_copy))
+async def _take(vm: Handles, memory: MemoryCapture, copy: DiskCopy) -> bytes:
+    """Everything of the instant, side by side; the copy of the disk only begins, after QEMU has saved its devices."""
+    _, state = await all_of(memory.take(), _save_and_start(vm, copy))
     return cast(bytes, state)
 
 
-async def _devices(vm: Handles, start_copy: StartCopy) -> bytes:
+async def _save_and_start(vm: Handles, copy: DiskCopy) -> bytes:
     state = await save_state(vm.qmp, devices_command=vm.host.qemu.devices_command, shared=vm.journal.shared)
-    await start_copy()
+    await copy.start()
     return state
-
-
-@contextlib.asynccontextmanager
-async def _disk_copy(vm: Handles, target: int) -> AsyncIterator[StartCopy]:
-    """Give the block a function that starts the disk's copy; leaving the block waits for it, or gives it up."""
-    if not vm.host.qemu.devices_command:
-        # A migration takes the disks away from QEMU until `cont`, so a job cannot start: copy in the pause.
-        async def copy_now() -> None:
-            await in_thread(_copy_stopped_disk, vm, target)
-
-        yield copy_now
-        return
-    async with passed_file(vm.qmp, target) as name:
-        node = {"driver": "file", "node-name": _TARGET_NODE, "filename": name, "locking": "off"}
-        await vm.qmp.execute("blockdev-add", {**node, "cache": {"direct": False, "no-flush": True}})
-        ended = vm.qmp.expect("BLOCK_JOB_COMPLETED", lambda data: data.get("device") == _JOB)
-        try:
-            yield lambda: _start_job(vm)
-            await _job_done(ended)
-        finally:
-            ended.cancel()
-            await asyncio.shield(_drop_job(vm.qmp))
-
-
-def _copy_stopped_disk(vm: Handles, target: int) -> None:
-    os.truncate(target, 0)
-    os.truncate(target, vm.journal.spec.disk_bytes)
-    disk.copy_data(vm.layout.disk, target)
-
-
-async def _start_job(vm: Handles) -> None:
-    # The bitmap is never cleared: it goes on saying what differs from the disk that the target was filled with.
-    job: dict[str, Any] = {"job-id": _JOB, "device": DISK_NODE, "target": _TARGET_NODE}
-    job |= {"sync": "bitmap", "bitmap": _BITMAP, "bitmap-mode": "never"}
-    if vm.host.qemu.version[:2] >= _CBW_OPTION_SINCE:
-        job["on-cbw-error"] = "break-snapshot"
-    await vm.qmp.execute("transaction", {"actions": [{"type": "blockdev-backup", "data": job}]})
-
-
-async def _job_done(ended: asyncio.Future[Any]) -> None:
-    try:
-        async with asyncio.timeout(_JOB_TIMEOUT_S):
-            data = await ended
-    except TimeoutError as exc:
-        raise Timeout(f"the disk was not copied within {_JOB_TIMEOUT_S:g} s") from exc
-    if error := data.get("error"):
-        if "No space" in error:
-            raise OutOfSpace(f"no space left while copying the disk: {error}")
-        raise DriverFailed(f"the disk could not be copied: {error}")
-
-
-async def _drop_job(qmp: Qmp) -> None:
-    """End the copy if it still runs, and drop its target. Whatever of it is not there is no error."""
-    with contextlib.suppress(RecessError):
-        cancelled = qmp.expect("BLOCK_JOB_CANCELLED", lambda data: data.get("device") == _JOB)
-        try:
-            await qmp.execute("block-job-cancel", {"device": _JOB, "force": True})
-            await asyncio.wait([cancelled], timeout=_CANCEL_TIMEOUT_S)
-        except QmpRefused:
-            pass  # it has ended
-        finally:
-            cancelled.cancel()
-    with contextlib.suppress(RecessError):
-        await qmp.execute("blockdev-del", {"node-name": _TARGET_NODE})
 
 
 async def undo_interrupted(vm: Handles) -> None:
     """After a server died in the middle of a capture: drop what it began, and let the VM run if it ran before."""
-    await _drop_job(vm.qmp)
+    await drop_copy(vm.qmp)
     for entry in await vm.qmp.execute("query-fdsets"):
         if entry["fdset-id"] != _CONSOLE_FDSET:
             await vm.qmp.execute("remove-fd", {"fdset-id": entry["fdset-id"]})

@@ -38,6 +38,7 @@ class Handles:
     memory: str = ""  # how it was brought back, in words
     start: str = ""  # how its process came about, in words
     lazy: LazyMemory | None = None
+    disk_after: int = 0  # the capture whose blocks can be committed, by its generation (blocks.py); 0: none
 
     @contextlib.asynccontextmanager
     async def explain(self, what: str) -> AsyncIterator[None]:

@@ -40,7 +40,7 @@ from recess.drivers.kept.stats import process_stats
 from recess.drivers.kept.steps import all_of, in_thread
 from recess.drivers.qemu.argv import Qemu, command
 from recess.drivers.qemu.begun import Begun
-from recess.drivers.qemu.capture import track_disk
+from recess.drivers.qemu.blocks import track_disk
 from recess.drivers.qemu.host import HostFacts
 from recess.drivers.qemu.journal import Journal, write_journal
 from recess.errors import DriverFailed

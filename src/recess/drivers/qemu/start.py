@@ -26,8 +26,9 @@ from recess.drivers.kept.layout import Layout
 from recess.drivers.kept.steps import Steps, all_of, in_thread, unless_dead
 from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.begun import Begun
+from recess.drivers.qemu.blocks import track_disk
 from recess.drivers.qemu.bringing import bring_memory
-from recess.drivers.qemu.capture import track_disk, undo_interrupted
+from recess.drivers.qemu.capture import undo_interrupted
 from recess.drivers.qemu.card import PUBLIC, card_of
 from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.host import HostFacts

@@ -10,6 +10,7 @@ from pathlib import Path
 from recess.drivers.kept.keeper import Process, end_vm, read_pids
 from recess.drivers.kept.steps import unless_dead
 from recess.drivers.kept.vm import KeptVm
+from recess.drivers.qemu.blocks import commit
 from recess.drivers.qemu.capture import capture
 from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.template import export_template
@@ -41,12 +42,14 @@ class QemuVm(KeptVm[Handles]):
         before_pause: Hook | None = None,
         after_resume: Hook | None = None,
         parent: str = "",
+        disk_too: bool = False,
     ) -> Capture:
         """Take memory, disk and device state of one instant."""
         async with self._turn:
             return await capture(
-                self._handles, resume=resume, before_pause=before_pause, after_resume=after_resume, parent=parent
-            )
+                self._handles, resume=resume, before_pause=before_pause, after_resume=after_resume, parent=parent,
+                disk_too=disk_too,
+            )  # fmt: skip
 
     async def committed(self, capture: Capture | None, snapshot: str) -> None:
         """Have the next captures count from this snapshot."""
@@ -54,9 +57,14 @@ class QemuVm(KeptVm[Handles]):
         if not vm.tracking.exact:
             return
         async with self._turn, vm.explain("commit"):
-            await vm.keeper.committed(0 if capture is None else capture.generation, snapshot)
-            _, base, _ = await vm.keeper.tracking()
+            generation = 0 if capture is None else capture.generation
+            await vm.keeper.committed(generation, snapshot)
+            before, (_, base, _) = vm.tracking.base, await vm.keeper.tracking()
             vm.tracking = dataclasses.replace(vm.tracking, base=base)
+            # The disk follows the memory, never the other way round. What the VM was started from (0) needs no bitmap of
+            # its own: that since the start names what was written since.
+            if base == snapshot and generation and generation == vm.disk_after:
+                await commit(vm, before, snapshot)
 
     def about_memory(self) -> Mapping[str, str]:
         """Say how its changes are known, and why so."""

@@ -65,6 +65,31 @@ def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("numbers", [[], [0], [3, 4, 5, 30, 63]])
+def test_blocks_are_picked_by_number_whatever_is_in_them(tmp_path: Path, numbers: list[int]) -> None:
+    image = sparse(tmp_path / "image", {0: 0, 3: 3, 5: 5, 30: 0, 40: 4})
+    with image.open("rb") as handle:
+        packed = disk.pick_blocks(handle.fileno(), np.array(numbers, np.uint32), tmp_path)
+    indices, data = disk.as_arrays(packed.pages)
+    assert indices.tolist() == numbers
+    assert [set(page.tolist()) for page in data] == [{n if n in (3, 5) else 0} for n in numbers]
+    del indices, data
+    packed.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["image"]
+
+
+def test_a_discarded_disk_takes_no_room(tmp_path: Path) -> None:
+    """All of it has changed, to holes: as many blocks, none of them written."""
+    count = 1 << 18
+    image = sparse(tmp_path / "image", {7: 7}, count)
+    with image.open("rb") as handle:
+        packed = disk.pick_blocks(handle.fileno(), np.arange(count, dtype=np.uint32), tmp_path)
+    assert packed.pages.count == count
+    assert os.fstat(packed.fd).st_blocks * 512 < 32 * count  # 4 MiB around the one that is there, and the numbers
+    assert bytes(packed.pages.data[7 * PAGE : 8 * PAGE]) == b"\7" * PAGE
+    packed.close()
+
+
 fills = st.dictionaries(st.integers(0, BLOCKS - 1), st.integers(0, 2), max_size=30)
 
 
