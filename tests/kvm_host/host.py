@@ -280,6 +280,7 @@ def _python_command(words: Sequence[str], environment: Mapping[str, str]) -> str
     known = {
         "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/src:{REPOSITORY}/site",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONUNBUFFERED": "1",  # who waits for minutes sees where it is
         "HOME": "/root",
         **environment,
     }

@@ -19,7 +19,7 @@ from recess.drivers.gvisor.handles import processes
 from recess.drivers.gvisor.journal import write_journal
 from recess.drivers.kept.cgroup import Groups
 from recess.drivers.kept.keeper import read_pids
-from recess.errors import DriverFailed, GuestFailed
+from recess.errors import DriverFailed, GuestFailed, MissingTool
 from recess.guestlink.link import ExecRequest
 from recess.machines.contract import PageSet
 from recess.testing.driver_suite import new_thaw, quiet_capture, shell
@@ -332,6 +332,16 @@ async def test_a_start_that_was_not_finished_is_ended(rig, vm):
     write_journal(handles.layout, dataclasses.replace(handles.journal, phase="starting"))
     await rig.lose(vm)
     assert await rig.make_driver().adopt(vm.id, handles.layout.directory) is None
+    assert machine_processes(rig.gvisor.run_dir) == []
+
+
+async def test_a_machine_whose_runsc_was_removed_does_not_run_on(rig, vm):
+    """Nobody could take it over, and its row falls."""
+    await rig.lose(vm)
+    driver = GvisorDriver(dataclasses.replace(rig.gvisor.config, runsc_bin="/gone"))
+    with pytest.raises(MissingTool):
+        await driver.adopt(vm.id, vm._handles.layout.directory)
+    assert list(driver.list_leftovers()) == []
     assert machine_processes(rig.gvisor.run_dir) == []
 
 

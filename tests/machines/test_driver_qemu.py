@@ -15,8 +15,8 @@ import pytest
 from recess.drivers.kept import disk
 from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import read_pids
-from recess.drivers.qemu import QemuVm
-from recess.errors import DriverFailed, InvalidSpec, Unsupported
+from recess.drivers.qemu import QemuDriver, QemuVm
+from recess.errors import DriverFailed, InvalidSpec, MissingTool, Unsupported
 from recess.machines.contract import DISK_NAME, RestoreParts
 from recess.testing.driver_suite import NO_PAGES, lines, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
@@ -68,6 +68,19 @@ async def test_a_killed_servers_machine_is_taken_over(
     child = await rig.restore(driver, parts)
     assert await shell(child.link, "cat /dev/shm/word") == "before"
     await child.kill()
+    assert rig.leftovers() == []
+
+
+async def test_a_machine_whose_qemu_was_removed_does_not_run_on(rig: QemuRig, tmp_path: Path) -> None:
+    """Nobody could take it over, and its row falls; its disk can still be booted."""
+    directory = tmp_path / "machine"
+    await lose_server(rig, directory, "idle")
+    driver = QemuDriver(replace(rig.qemu.config, qemu_bin="/gone"))
+    with pytest.raises(MissingTool):
+        await driver.adopt("lost", directory)
+    assert list(driver.list_leftovers()) == []
+    assert (directory / DISK_NAME).is_file()
+    (directory / DISK_NAME).unlink()
     assert rig.leftovers() == []
 
 

@@ -18,6 +18,7 @@ from recess.blobs import LocalBlobs
 from recess.drivers.firecracker import FirecrackerVm
 from recess.drivers.firecracker.handles import family
 from recess.drivers.firecracker.ledger import is_poisoned
+from recess.drivers.kept.keeper import wait_gone
 from recess.errors import RecessError
 from recess.machines.contract import PageSet, RestoreParts, TemplateRef, Vm
 from recess.machines.mapped import DISK, MEMORY, MappedTemplate, capture_parts, to_pages
@@ -96,8 +97,10 @@ async def room(rig: FirecrackerRig, tmp_path: Path) -> AsyncIterator[Room]:
 
 
 async def test_memory_by_page_faults_is_whole_and_goes_on(room: Room) -> None:
-    """It runs before it is there; what is captured meanwhile counts from the snapshot; one of everything comes whole."""
+    """It runs before it is there; what is captured meanwhile counts from the snapshot; one of everything comes whole. Its pager
+    ends with it."""
     vm, pager = await room.restore()
+    pagers = _children_of_the_nursery(room.pagers)
     try:
         assert await shell(vm.link, "cat /dev/shm/n") == "1"
         await shell(vm.link, "echo 2 > /dev/shm/n")
@@ -112,6 +115,8 @@ async def test_memory_by_page_faults_is_whole_and_goes_on(room: Room) -> None:
         assert await shell(vm.link, CHECK) == "fine"
     finally:
         await vm.kill()
+    assert pagers
+    assert all([await wait_gone(pid, 60) for pid in pagers])
     child = await room.rig.restore(room.rig.make_driver(), whole)
     try:
         assert await shell(child.link, f"cat /dev/shm/n; {CHECK}") == "2\nfine"

@@ -391,7 +391,8 @@ class Driver(Protocol):
         A VM whose start or restore was not complete when that server died counts as gone: it is killed. One caught
         in the middle of a capture runs (or stays paused) as it did before the capture. A VM that was paused on
         purpose is still paused: `unpause` it. `link` is connected when this returns, of a paused VM when `unpause`
-        does.
+        does. Raises MissingTool where the driver's program is not there any more: the VM has been ended, for nobody could
+        do anything with it.
         """
         ...
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import IllegalState, OutOfSpace, RecessError
+from recess.errors import IllegalState, MissingTool, OutOfSpace, RecessError
 from recess.guestlink.link import GuestLink
 from recess.machines import keptdisk
 from recess.machines.contract import Vm
@@ -341,7 +341,10 @@ class Fleet:
         """End a VM that an earlier server started; its disk is kept, unless one is: then this VM was being brought back
         when that server died, and what is kept is newer."""
         directory = self._parts.directory(vm_id)
-        vm = await self._parts.leftovers().get(vm_id, self._parts.driver).adopt(vm_id, directory)
+        try:
+            vm = await self._parts.leftovers().get(vm_id, self._parts.driver).adopt(vm_id, directory)
+        except MissingTool:
+            vm = None  # its driver's program is gone, and has taken it along
         if not keptdisk.is_kept(directory):
             self._keep_disk(vm_id)
         if vm is not None:

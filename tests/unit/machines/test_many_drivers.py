@@ -134,6 +134,37 @@ async def test_a_driver_without_its_tools_is_as_good_as_none(room):
     assert await room.sh(asked.id, "cat /root/file") == "kept\n"
 
 
+class Removed(Uninstalled):
+    """One whose tools were removed while a machine ran."""
+
+    async def adopt(self, vm_id, directory):
+        await self.host.vms[vm_id].kill()
+        raise MissingTool("it is not installed")
+
+
+async def test_a_machine_that_runs_when_its_driver_is_removed_keeps_no_server_from_starting(room):
+    plain, asked = await room.manager.create(SMALL), await room.manager.create(OTHER)
+    await room.sh(asked.id, "echo kept > /root/file; sync")
+    host = room.parts.others["other"].host
+    await room.manager.close(detach=True)
+    with_drivers(room, Removed(name="other", host=host))
+    counts = await room.manager.recover()
+    assert (counts["adopted"], counts["lost"], counts["strays"]) == (1, 1, 0)
+    assert await room.sh(plain.id, "echo on") == "on\n"
+    assert "could not be taken over: it is not installed" in (await room.manager.get(asked.id)).status
+    assert not host.vms
+
+
+async def test_nor_does_a_stray_of_one(room):
+    asked = await room.manager.create(OTHER)
+    host = room.parts.others["other"].host
+    await room.manager.close(detach=True)
+    await room.parts.catalog.machines.delete(asked.id)
+    with_drivers(room, Removed(name="other", host=host))
+    assert (await room.manager.recover())["strays"] == 1
+    assert not host.vms
+
+
 async def test_a_driver_without_disks_leaves_none_to_boot(room):
     other = room.parts.others["other"]
     asked = await room.manager.create(OTHER)

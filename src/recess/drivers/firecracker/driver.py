@@ -10,14 +10,15 @@ from typing import Any
 
 from recess.config import Config
 from recess.drivers.firecracker import start
+from recess.drivers.firecracker.handles import end_machine
 from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
-from recess.drivers.firecracker.jail import JAIL_FOLDER
+from recess.drivers.firecracker.jail import JAIL_FOLDER, jail_of
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.kept.vm import hello_timeout_s
-from recess.errors import DriverFailed
+from recess.errors import DriverFailed, MissingTool
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
 BOOT_TIMEOUT_S = 120.0
@@ -83,7 +84,12 @@ class FirecrackerDriver:
             await end_vm(layout, None)
             shutil.rmtree(layout.directory / JAIL_FOLDER, ignore_errors=True)
             return None
-        handles = await start.adopt(await self._place(vm_id, journal.spec, directory), journal)
+        try:
+            place = await self._place(vm_id, journal.spec, directory)
+        except MissingTool:
+            await end_machine(layout, None, jail_of(Path(journal.jailed), layout) if journal.jailed else None)
+            raise  # its row falls: it must not run on
+        handles = await start.adopt(place, journal)
         return None if handles is None else FirecrackerVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:

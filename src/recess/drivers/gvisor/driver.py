@@ -78,7 +78,12 @@ class GvisorDriver:
         if read_journal(layout) is None:
             await end_machine(layout, None)
             return None
-        handles = await start.adopt(await self._place(vm_id, directory))
+        try:
+            place = await self._place(vm_id, directory)
+        except MissingTool:
+            await end_machine(layout, None)  # its row falls: it must not run on
+            raise
+        handles = await start.adopt(place)
         return None if handles is None else GvisorVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:

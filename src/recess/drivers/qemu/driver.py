@@ -21,17 +21,17 @@ from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import start_member, sweep
 from recess.drivers.qemu.vm import QemuVm
-from recess.errors import DriverFailed
+from recess.errors import DriverFailed, MissingTool
 from recess.machines.contract import Capabilities, Fingerprint, KeptReady, RestoreParts, VmSpec
 
 BOOT_TIMEOUT_S = 120.0
-TB_MIB = 32  # 32 to 256 measured: the same speed, and 32 keeps 20 MB less of a busy VM resident
+TB_MIB = 32  # of small programs: 32 to 256 measured, the same speed, and 32 keeps 20 MB less of a busy VM resident
 
 
 class QemuDriver:
     """Runs VMs on the host's QEMU; see `recess.machines.contract.Driver`. The host is inspected on first use.
 
-    `tb_mib` is the size of TCG's translation cache in MiB. `devices_command` False makes the driver do without
+    `tb_mib` is the least size of TCG's translation cache in MiB. `devices_command` False makes the driver do without
     QEMU's `xen-save-devices-state`, as it must where that is missing.
     """
 
@@ -110,7 +110,12 @@ class QemuDriver:
         if journal is None:
             await end_vm(layout, None)
             return None
-        handles = await start.adopt(await self._place(vm_id, journal.spec, directory))
+        try:
+            place = await self._place(vm_id, journal.spec, directory)
+        except MissingTool:
+            await end_vm(layout, None)  # its row falls: it must not run on
+            raise
+        handles = await start.adopt(place)
         return None if handles is None else QemuVm(handles)
 
     def list_leftovers(self) -> Sequence[str]:

@@ -24,7 +24,7 @@ from recess.drivers.kept.cgroup import Limits
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import Layout
 from recess.drivers.kept.steps import Steps, all_of, in_thread, unless_dead
-from recess.drivers.qemu.argv import command, kernel_command_line
+from recess.drivers.qemu.argv import cache_mib, command, kernel_command_line
 from recess.drivers.qemu.begun import Begun
 from recess.drivers.qemu.blocks import track_disk
 from recess.drivers.qemu.bringing import bring_memory
@@ -62,7 +62,7 @@ class Place:
 
     def limits(self, spec: VmSpec) -> Limits | None:
         """Return what the VMM may take of the host."""
-        return Limits.of(spec, self.host.qemu.tb_mib * MIB) if self.limited else None
+        return Limits.of(spec, cache_mib(self.host.qemu, spec) * MIB) if self.limited else None
 
 
 def check_spec(spec: VmSpec) -> None:

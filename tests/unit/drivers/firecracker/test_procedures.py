@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from recess.config import load_config
-from recess.drivers.firecracker import FirecrackerVm, start
+from recess.drivers.firecracker import FirecrackerDriver, FirecrackerVm, start
 from recess.drivers.firecracker.host import HostFacts
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.ledger import is_poisoned
+from recess.drivers.kept.keeper import read_pids
 from recess.drivers.kept.layout import layout_for
 from recess.errors import Conflict, DriverFailed, IllegalState, InvalidSpec, MissingTool, RecessError
 from recess.images.boot import build_initrd
@@ -385,6 +386,22 @@ async def test_a_machine_that_was_not_started_to_its_end_is_ended(bench: Bench) 
     assert journal is not None
     assert await start.adopt(place, replace(journal, phase="starting")) is None
     assert not place.layout.run.exists()
+
+
+async def test_a_machine_whose_firecracker_was_removed_does_not_run_on(bench: Bench, tmp_path: Path) -> None:
+    """Nobody could take it over, and its row falls."""
+    vm = await bench.boot()
+    await vm.detach()
+    ran = read_pids(vm._handles.layout)
+    assert all(process.alive() for process in ran.values())
+    driver = FirecrackerDriver(
+        load_config({}, home=str(tmp_path), run_dir=str(tmp_path / "run"), firecracker_bin="/gone")
+    )
+    assert list(driver.list_leftovers()) == [vm.id]
+    with pytest.raises(MissingTool):
+        await driver.adopt(vm.id, tmp_path / "machines" / vm.id)
+    assert list(driver.list_leftovers()) == []
+    assert [name for name, process in ran.items() if process.alive()] == []
 
 
 async def test_an_end_is_told_to_whoever_waits(bench: Bench) -> None:

@@ -6,6 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from recess.drivers.kept.layout import Layout
 from recess.drivers.qemu.argv import FILTER_OPTION, Qemu, command, kernel_command_line
 from recess.machines.contract import BootFiles, VmSpec
@@ -33,6 +35,13 @@ def test_kernel_parameters_name_root_disk_and_clock() -> None:
         "no_timer_check", "nokaslr", "cryptomgr.notests", "audit=0", "tsc_early_khz=2299997", "debug=1",
     ):  # fmt: skip
         assert wanted in words
+
+
+@pytest.mark.parametrize(("memory_mib", "cache"), [(64, 32), (256, 32), (512, 64), (1024, 128), (8192, 512)])
+def test_the_cache_of_translated_code_is_an_eighth_of_the_memory(memory_mib: int, cache: int) -> None:
+    spec = replace(SPEC, memory_bytes=memory_mib << 20)
+    argv = command(replace(QEMU, tb_mib=32), spec, LAYOUT, ram=LAYOUT.ram, share=True, boot="quiet")
+    assert value_of(argv, "-accel") == f"tcg,thread=multi,tb-size={cache}"
 
 
 def test_a_boot_has_a_kernel_and_a_restore_has_none() -> None:
