@@ -35,6 +35,7 @@ from recess.testing.small_disk import has_namespaces, may_mount, own_namespace
 
 _ALLOWED = Path(__file__).with_name("allowed_skips.txt")
 _SKIPS_NOT_ALLOWED = 20  # exit code; pytest's own are below 6
+_MACHINES_TIMEOUT_S = 300  # tests run side by side, and guests in software: what takes 20 s alone may take 100
 _GRACE_S = 10.0  # how long what a test ended may take to be gone
 
 _skips: dict[str, str] = {}
@@ -153,6 +154,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for index, item in enumerate(items):
         if "tests/machines/" in item.path.as_posix() or "real_config" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.machines)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(_MACHINES_TIMEOUT_S))
         if item.get_closest_marker("mounts") and not may_mount():
             items[index] = _in_own_namespace(item)
 

@@ -192,7 +192,8 @@ class Fleet:
         if live.keep_disk:
             self._keep_disk(machine_id)  # before the driver removes it
         await finish(live.vm.kill())
-        await live.gone.wait()
+        if live.watcher is not None:  # not `gone`: a watcher that was cancelled with all that runs here never says so
+            await asyncio.wait({live.watcher})
 
     def _keep_disk(self, machine_id: str) -> None:
         try:

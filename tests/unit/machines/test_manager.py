@@ -395,3 +395,14 @@ async def test_ports_are_published_and_move_for_forks(room):
 
     with pytest.raises(Conflict, match="in use"):
         await room.manager.create(replace(spec, ports=(("127.0.0.1", taken, 8000),)))
+
+
+async def test_an_end_whose_watcher_was_cancelled_returns_all_the_same(room):
+    row = await room.manager.create(SMALL)
+    live = room.manager.fleet.need(row.id)
+    live.watcher.cancel()  # as a runtime that ends does with every task
+    async with asyncio.timeout(10):
+        await room.manager.fleet.end(row.id, "test")
+    assert not live.gone.is_set()
+    live.gone.set()
+    room.manager.fleet._live.pop(row.id)
