@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union
 
 from recess_agent.app import Agent
@@ -17,8 +17,9 @@ from recess_agent.cancelling import Stop, TurnCancelled
 from recess_agent.mirror import Mirror
 from recess_agent.pump import DeltaPump
 from recess_agent.running import Runs
+from recess_agent.settled import Settled
 from recess_agent.stream import Collector, Reply, unique_ids
-from recess_agent.transcript import messages, to_openai
+from recess_agent.transcript import Message, to_openai
 from recess_agent.waiting import RETRY_MOST_S, RETRY_S, Report, Waits, retry_delay
 from recess_agent.wire import SessionClosed, Wire
 
@@ -26,6 +27,7 @@ SUSPEND_HOOK_S = 2.0
 
 T = TypeVar("T")
 Json = dict[str, Any]
+FORMATS: Mapping[str, Callable[[Sequence[Message]], list[Message]]] = {"openai": to_openai, "neutral": list}
 Source = Union[Awaitable[Any], AsyncIterator[Any]]  # noqa: UP007 - evaluated on Python 3.9
 
 
@@ -67,6 +69,7 @@ class Session:
         self._waits: Waits | None = None
         self._runs: Runs | None = None
         self._mirror = Mirror()
+        self._settled: dict[str, Settled] = {}  # the transcript of its entries, by format
         self._pumps: dict[int, DeltaPump] = {}  # of the replies that are being streamed, by part
         self._streams: Json = {}  # what the host has of them: part -> [pieces, checksum]
         self._hooks: set[asyncio.Future[None]] = set()
@@ -109,13 +112,10 @@ class Session:
 
         `format` is "openai" (chat completions) or "neutral" ({role, text, tool_calls?, tool_call_id?}).
         """
+        if format not in FORMATS:
+            raise ValueError(f"format must be 'openai' or 'neutral', not {format!r}")
         self._shown = self._mirror.position
-        neutral = messages(self._mirror.entries)
-        if format == "neutral":
-            return neutral
-        if format == "openai":
-            return to_openai(neutral)
-        raise ValueError(f"format must be 'openai' or 'neutral', not {format!r}")
+        return self._settled.setdefault(format, Settled(FORMATS[format])).messages(self._mirror.entries)
 
     @property
     def tools(self) -> list[Json]:

@@ -123,8 +123,24 @@ class _Block:
     forked: bool = False
 
 
+@dataclass
+class Built:
+    """A transcript, and what later entries could change in it. `settled`: nothing, but for an outcome of a call in `open`, or a turn
+    that begins with a message in `loose`; and a new system entry, a compaction or a rewind change anything."""
+
+    messages: list[Message]
+    settled: bool
+    open: set[str]
+    loose: set[int]
+
+
 def messages(log: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Return neutral messages: {role, text}, an assistant's `tool_calls`, a tool's `tool_call_id`, `name`, `error`."""
+    return build(log).messages
+
+
+def build(log: Sequence[Mapping[str, Any]]) -> Built:
+    """Make the transcript of a log."""
     entries = [_entry(one) for one in log]
     system, compact, rest = model_view(entries)
     blocks = [_Block(None)]
@@ -140,7 +156,19 @@ def messages(log: Sequence[Mapping[str, Any]]) -> list[Message]:
         out.append({"role": "system", "text": _text(system.body, "text")})
     for block in blocks:
         out += _write(block)
-    return out
+    return Built(out, *_unsettled(blocks, entries, rest, ordered))
+
+
+def _unsettled(
+    blocks: Sequence[_Block], entries: Sequence[Entry], rest: Sequence[Entry], ordered: Sequence[Entry]
+) -> tuple[bool, set[str], set[int]]:
+    """Return `settled`, `open` and `loose` of what was built. The newest reply's calls must have ended: what is told of the others
+    depends on what comes next. And nobody's message may be left out, waiting for its turn."""
+    open_calls = {slot.call_id for block in blocks for slot in block.slots if slot.text is None or slot.doubt}
+    begun = _begun(entries)
+    loose = {entry.position for entry in rest if entry.kind == "user" and entry.position not in begun}
+    ended = all(slot.text is not None and not slot.doubt for slot in blocks[-1].slots)
+    return ended and len(ordered) == len(rest), open_calls, loose
 
 
 def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entry]:
@@ -151,14 +179,8 @@ def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entr
     One that was passed over (a later one was accepted, or a fork or rewind came after it) stays where it came, and so
     does one sent with mode "steer", unless a turn of its own was begun for it.
     """
-    accepted: dict[int, int] = {}
-    branched = 0
-    for entry in entries:
-        inbox = entry.body.get("inbox") if entry.kind == "turn.start" else None
-        if isinstance(inbox, int) and inbox < entry.position:
-            accepted.setdefault(inbox, entry.position)
-        if entry.kind in ("fork", "rewind"):
-            branched = entry.position
+    accepted = _begun(entries)
+    branched = max((entry.position for entry in entries if entry.kind in ("fork", "rewind")), default=0)
     passed = max([branched, *accepted])
     placed: list[tuple[float, Entry]] = []
     for entry in shown:
@@ -167,6 +189,16 @@ def in_turn_order(entries: Sequence[Entry], shown: Sequence[Entry]) -> list[Entr
         elif entry.kind != "user" or entry.body.get("mode") == "steer" or entry.position < passed:
             placed.append((entry.position, entry))
     return [entry for _, entry in sorted(placed, key=lambda pair: pair[0])]
+
+
+def _begun(entries: Sequence[Entry]) -> dict[int, int]:
+    """Return which messages a turn began with, and where the first of these turns begins."""
+    found: dict[int, int] = {}
+    for entry in entries:
+        inbox = entry.body.get("inbox") if entry.kind == "turn.start" else None
+        if isinstance(inbox, int) and inbox < entry.position:
+            found.setdefault(inbox, entry.position)
+    return found
 
 
 def _take(blocks: list[_Block], entry: Entry, recovery: str) -> None:

@@ -2,6 +2,8 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recess_agent.settled import Settled
+from recess_agent.transcript import build
 from recess_agent.transcript import messages as agent_messages
 from recess_agent.transcript import to_openai as agent_openai
 
@@ -56,3 +58,57 @@ def test_host_and_agent_agree_on_any_log(drawn):
     assert ours == host_messages(log)
     assert check_transcript(ours) == []
     assert agent_openai(ours) == host_openai(ours)
+
+
+def spoil(value):
+    """Change everything that can be changed in a message."""
+    for one in value.values() if isinstance(value, dict) else value:
+        if isinstance(one, (dict, list)):
+            spoil(one)
+    value.clear()
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(ENTRY, max_size=30), st.lists(st.integers(1, 6), min_size=1, max_size=30))
+def test_what_is_kept_of_a_transcript_is_what_it_would_be_made_anew(drawn, steps):
+    whole = [
+        {"session": session, "position": i + 1, "kind": kind, "body": body, "turn": 1, "ref": ref}
+        for i, (kind, body, ref, session) in enumerate(drawn)
+    ]
+    neutral, openai = Settled(list), Settled(agent_openai)
+    log = []
+    for step in steps:
+        log += whole[len(log) : len(log) + step]
+        anew = agent_messages(log)
+        assert neutral.messages(log) == anew
+        shown = openai.messages(log)
+        assert shown == agent_openai(anew)
+        for one in shown:
+            spoil(one)
+
+
+def turn_of(n):
+    """One plain turn, as a log has it."""
+    call = {"id": f"c{n}", "name": "f", "arguments": {"n": n}}
+    made = [
+        ("user", {"text": str(n)}, ""),
+        ("turn.start", {"inbox": 6 * n + 1, "attempt": 1}, ""),
+        ("assistant", {"text": "", "tool_calls": [call], "part": 0}, ""),
+        ("tool.start", {"name": "f", "effect": "once"}, call["id"]),
+        ("tool.result", {"output": "x"}, call["id"]),
+        ("turn.end", {"status": "done"}, ""),
+    ]
+    return [
+        {"session": "s", "position": 6 * n + i + 1, "kind": kind, "body": body, "turn": n + 1, "ref": ref}
+        for i, (kind, body, ref) in enumerate(made)
+    ]
+
+
+def test_a_turn_costs_its_own_entries_whatever_the_past(monkeypatch):
+    built = []
+    monkeypatch.setattr("recess_agent.settled.build", lambda log: built.append(len(log)) or build(log))
+    kept, log = Settled(agent_openai), []
+    for n in range(50):
+        log += turn_of(n)
+        assert len(kept.messages(log)) == 3 * (n + 1)
+    assert max(built) == 6
