@@ -199,6 +199,11 @@ def test_a_dockerfile_on_an_image_of_a_registry_is_built_and_runs(recess, regist
     recess("start", "dev")
     recess("commit", "dev", "committed:1")
     assert recess("run", "--rm", *small, "committed:1", "cat copied more") == "copied\nmore\n"
+    # And so is what a Dockerfile stands on: no registry has it.
+    (context / "Dockerfile").write_text("ARG BASE\nFROM $BASE\nUSER root\nRUN cat more copied > both\n")
+    recess("build", "-t", "own:1", "--build-arg", "BASE=committed:1", str(context))
+    assert "committed:1 is an image here" in recess.said
+    assert recess("run", "--rm", *small, "own:1", "cat both") == "more\ncopied\n"
 
 
 def test_the_same_root_out_of_a_layout_an_archive_and_a_tar(tmp_path):

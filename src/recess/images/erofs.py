@@ -23,15 +23,15 @@ from recess.errors import Corrupt
 from recess.images.tree import Node
 
 BLOCK = 4096
-_MAGIC = 0xE0F5E1E2
+MAGIC = 0xE0F5E1E2
 _FEATURE_COMPAT_SB_CHECKSUM = 1
-_SLOT = 32
-_INODE = struct.Struct("<HHHHQIIIIQII16x")
+SLOT = 32
+INODE = struct.Struct("<HHHHQIIIIQII16x")
 _DIRENT = struct.Struct("<QHBB")
 _SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHHB37x")
 _PLAIN, _INLINE = 0, 2
-_FIRST_NID = 2  # inode number 0 would be hidden by readdir
-_META_BLOCK = 1
+FIRST_NID = 2  # inode number 0 would be hidden by readdir
+META_BLOCK = 1
 _UUID = bytes.fromhex("5ec0e550a9c84b7f8f0e726563657373")
 _FILE_TYPES = {
     stat.S_IFREG: 1,
@@ -42,7 +42,7 @@ _FILE_TYPES = {
     stat.S_IFSOCK: 6,
     stat.S_IFLNK: 7,
 }
-_XATTR_INDEX = {"user.": 1, "trusted.": 4, "security.": 6}
+XATTR_INDEX = {"user.": 1, "trusted.": 4, "security.": 6}
 
 
 @dataclass
@@ -65,7 +65,7 @@ def write_image(nodes: Mapping[str, Node], archive: Path, target: Path) -> int:
     archive is shorter than its nodes say; OSError as the disk has it.
     """
     inodes, home_of = _collect(nodes)
-    data_block = _META_BLOCK + _assign_nids(inodes)
+    data_block = META_BLOCK + _assign_nids(inodes)
     position = data_block
     for inode in inodes.values():
         if inode.layout == _PLAIN and inode.size:
@@ -126,28 +126,28 @@ def _resolve(nodes: Mapping[str, Node], path: str) -> str:
 def _xattr_body(attributes: Mapping[str, bytes]) -> bytes:
     entries = b""
     for name, value in sorted(attributes.items()):
-        prefix = next((p for p in _XATTR_INDEX if name.startswith(p)), None)
+        prefix = next((p for p in XATTR_INDEX if name.startswith(p)), None)
         if prefix is None:
             continue  # system.* and the like are made by the kernel
         short = name.removeprefix(prefix).encode()
-        entry = struct.pack("<BBH", len(short), _XATTR_INDEX[prefix], len(value)) + short + value
+        entry = struct.pack("<BBH", len(short), XATTR_INDEX[prefix], len(value)) + short + value
         entries += entry + bytes(-len(entry) % 4)
     return bytes(12) + entries if entries else b""
 
 
 def _assign_nids(inodes: Mapping[str, _Inode]) -> int:
     """Give every inode its place in the metadata area, the root first; return the area's size in blocks."""
-    offset = _FIRST_NID * _SLOT
+    offset = FIRST_NID * SLOT
     for inode in inodes.values():
-        head = _INODE.size + len(inode.xattrs)
+        head = INODE.size + len(inode.xattrs)
         small = stat.S_ISLNK(inode.node.mode) or stat.S_ISDIR(inode.node.mode)
         if small and 0 < inode.size <= BLOCK // 2 and head + inode.size <= BLOCK:
             inode.layout = _INLINE  # must not cross a block: the kernel refuses that
             if offset // BLOCK != (offset + head + inode.size - 1) // BLOCK:
                 offset = -(-offset // BLOCK) * BLOCK
             head += inode.size
-        inode.nid = offset // _SLOT
-        offset += -(-head // _SLOT) * _SLOT
+        inode.nid = offset // SLOT
+        offset += -(-head // SLOT) * SLOT
     return -(-offset // BLOCK)
 
 
@@ -216,7 +216,7 @@ def _write_inode(inode: _Inode, inodes: Mapping[str, _Inode], home_of: Mapping[s
     if stat.S_ISCHR(node.mode) or stat.S_ISBLK(node.mode):
         place = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
     xattr_count = (len(inode.xattrs) - 12) // 4 + 1 if inode.xattrs else 0
-    head = _INODE.pack(
+    head = INODE.pack(
         1 | (inode.layout << 1),
         xattr_count,
         node.mode,
@@ -231,14 +231,14 @@ def _write_inode(inode: _Inode, inodes: Mapping[str, _Inode], home_of: Mapping[s
         inode.links,
     )
     tail = (_content(inode, inodes, home_of) or b"") if inode.layout == _INLINE else b""
-    out.seek(_META_BLOCK * BLOCK + inode.nid * _SLOT)
+    out.seek(META_BLOCK * BLOCK + inode.nid * SLOT)
     out.write(head + inode.xattrs + tail)
 
 
 def _superblock(inodes: int, blocks: int, root_nid: int) -> bytes:
     def pack(checksum: int) -> bytes:
         return bytes(1024) + _SUPER.pack(
-            _MAGIC,
+            MAGIC,
             checksum,
             _FEATURE_COMPAT_SB_CHECKSUM,
             12,
@@ -248,7 +248,7 @@ def _superblock(inodes: int, blocks: int, root_nid: int) -> bytes:
             0,
             0,
             blocks,
-            _META_BLOCK,
+            META_BLOCK,
             0,
             _UUID,
             b"recess",

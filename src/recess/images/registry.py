@@ -8,9 +8,10 @@ is in it is unpacked by `oci` and `layers`. Why these: docs/decisions/images.md.
 from __future__ import annotations
 
 import re
+import shutil
 import tarfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from recess.images.layers import Tree, append_layer
 from recess.images.oci import ARCHITECTURE, SYSTEM, make_root, read_layout, with_folders
 from recess.images.store import LATEST, ImageInfo, ImageStore
 from recess.images.tools import Progress, run_tool
+from recess.images.unpack import write_layout
 
 _HOST = r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?(?::[0-9]{1,5})?"
 _PATH = r"[a-z0-9]+(?:[._/-]+[a-z0-9]+)*"
 _REFERENCE = re.compile(rf"(?:{_HOST}/)?{_PATH}(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{{0,127}})?(?:@sha256:[0-9a-f]{{64}})?")
 _LOCAL = re.compile(r"(?:localhost|127\.[0-9.]+|\[::1\])(?::[0-9]+)?/")
 _LAYOUT = "layout"
+_NAMED = re.compile(r"^[ \t]*FROM[ \t]+(?:--\S+[ \t]+)*(\S+)|--from=(\S+)", re.IGNORECASE | re.MULTILINE)
+_ARGUMENT = re.compile(r"^[ \t]*ARG[ \t]+\w+=[\"']?([^\s\"']+)", re.IGNORECASE | re.MULTILINE)
 _LOCAL_REGISTRY = re.compile(r"(?<![\w.-])((?:localhost|127\.[0-9.]+)(?::[0-9]+)?)/")
 REGISTRIES_CONF = Path("/etc/containers/registries.conf")
 
@@ -67,6 +71,21 @@ def registries_conf(hosts: str, *texts: str) -> str:
         else 'unqualified-search-registries = ["docker.io"]\n'
     )
     return search + hosts + "".join(tables)
+
+
+def bases(dockerfile: str, arguments: Sequence[str] = ()) -> list[str]:
+    """Return what a Dockerfile may mean by an image's name, in `FROM` and `--from`, variables' values among them; some are
+    stages or nothing. Pure."""
+    named = [one for pair in _NAMED.findall(dockerfile) for one in pair if one and "$" not in one]
+    told = [*_ARGUMENT.findall(dockerfile), *(text.partition("=")[2] for text in arguments)]
+    return [one for one in dict.fromkeys([*named, *told]) if _REFERENCE.fullmatch(one)]
+
+
+def lent_name(name: str) -> str:
+    """Return what buildah finds an image of ours by: a name without a registry is looked for on `localhost` first. Pure."""
+    first, slash, _ = name.partition("/")
+    place = slash and (first == "localhost" or "." in first or ":" in first)
+    return with_tag(name if place else f"localhost/{name}")
 
 
 def _hosts_conf() -> str:
@@ -150,8 +169,8 @@ class Sources:
         self, context: Path, dockerfile: Path, name: str, progress: Progress, *, arguments: tuple[str, ...] = (),
         target: str = "", cancel: threading.Event | None = None,
     ) -> ImageInfo:  # fmt: skip
-        """Build a Dockerfile (its stage `target`, "": the last) with buildah and call the image `name`; registries on this
-        host need no TLS. Raises MissingTool, Unavailable (the build failed)."""
+        """Build a Dockerfile (its stage `target`, "": the last) with buildah and call the image `name`. What it names is an
+        image of this store, if there is one, else a registry's; registries on this host need no TLS. Raises MissingTool, Unavailable (the build failed)."""
         if not context.is_dir() or not dockerfile.is_file():
             raise BadInput(f"{context}: no such folder, or no {dockerfile.name} in it")
 
@@ -162,7 +181,9 @@ class Sources:
             words += ["--target", target] if target else []
             tag = "localhost/recess-build"
             conf = work / "registries.conf"
-            conf.write_text(registries_conf(_hosts_conf(), dockerfile.read_text(errors="replace"), *arguments))
+            text = dockerfile.read_text(errors="replace")
+            conf.write_text(registries_conf(_hosts_conf(), text, *arguments))
+            self._lend(bases(text, arguments), ["buildah", *store], work / "bases", progress, cancel)
             run_tool(
                 ["buildah", "--registries-conf", str(conf), *store, "bud", "--isolation", "chroot", "--format", "oci",
                  *words, "-t", tag, "-f", str(dockerfile), str(context)],
@@ -172,6 +193,22 @@ class Sources:
             return _of_layout(layout, _LAYOUT, work, progress, f"dockerfile:{dockerfile.name}")
 
         return self._put(with_tag(name), make, progress)
+
+    def _lend(
+        self, names: Sequence[str], buildah: Sequence[str], folder: Path, progress: Progress, cancel: threading.Event | None
+    ) -> None:  # fmt: skip
+        """Give buildah's own store those of the names that are images here: what is there it asks no registry for."""
+        for number, name in enumerate(names):
+            try:
+                info = self._store.get(name)
+            except (NotFound, BadInput):
+                continue
+            progress(f"{name} is an image here")
+            layout = folder / str(number)
+            image = write_layout(info.root_path, info.config, layout, _LAYOUT)
+            run_tool([*buildah, "pull", f"oci:{layout}:{_LAYOUT}"], cancel=cancel)
+            run_tool([*buildah, "tag", image, lent_name(name)], cancel=cancel)
+            shutil.rmtree(layout)
 
     def _copy(
         self, source: str, layout: Path, progress: Progress, insecure: bool, cancel: threading.Event | None

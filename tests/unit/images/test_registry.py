@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from recess.errors import MissingTool
-from recess.images import tools
+from recess.images import registry, tools
 from recess.images.registry import registries_conf
 
 HOSTS = """# unqualified-search-registries = ["example.org"]
@@ -43,3 +43,33 @@ def test_a_tool_that_is_missing_is_told_with_what_brings_it(monkeypatch, name, h
         tools.find_tool(name)
     assert hint in caught.value.hint
     assert ("setup.sh" in caught.value.hint) == (name != "buildah")
+
+
+def test_what_a_dockerfile_may_mean_by_an_image():
+    text = """
+# FROM nothing
+ARG BASE=base
+ARG QUOTED="team/tool:2" OTHER
+FROM --platform=linux/amd64 $BASE AS one
+  from python:3.12
+RUN echo FROM inside
+FROM one
+COPY --from=127.0.0.1:5000/lib:1 /a /b
+COPY --from=one /a /c
+FROM UPPER/Case
+"""
+    assert registry.bases(text, ["WORD=clay", "BASE=mine:3", "EMPTY="]) == [
+        "python:3.12", "one", "127.0.0.1:5000/lib:1", "base", "team/tool:2", "clay", "mine:3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "lent"),
+    [
+        ("base", "localhost/base:latest"), ("team/tool:2", "localhost/team/tool:2"),
+        ("127.0.0.1:5000/lib:1", "127.0.0.1:5000/lib:1"), ("ghcr.io/a/b", "ghcr.io/a/b:latest"),
+        ("localhost/x", "localhost/x:latest"),
+    ],
+)  # fmt: skip
+def test_what_buildah_calls_an_image_of_ours(name, lent):
+    assert registry.lent_name(name) == lent
