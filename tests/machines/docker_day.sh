@@ -4,7 +4,7 @@ docker images
 docker run --rm base true
 docker run --rm base echo hello
 docker run --rm -e WHO=you -w /tmp base sh -c 'echo $WHO; pwd'
-docker run -d --name web -p 8080 -l tier=front base python3 -m http.server 8080
+docker run -d --name web -p 8080 -p "$PWD/web.sock":8080 -l tier=front base python3 -m http.server 8080
 docker ps
 docker ps -q --filter label=tier=front
 docker ps --format '{{.Names}} {{.Image}} {{.Status}}'
@@ -32,6 +32,46 @@ docker top web
 docker stats --no-stream web
 docker logs web
 docker logs --tail 1 web
+printf 'ONE=1\nTWO=two words\n' > env.list
+docker run --rm --env-file env.list --entrypoint sh -m 512m --cpus 1 --net none base -c 'echo "env $ONE $TWO $(nproc)"'
+docker run -d -i --name listen base sh -c 'read word; echo "got $word"'
+echo word | docker attach listen
+docker logs -f listen
+docker run -d --name flaky --restart on-failure:1 base sh -c 'echo try; exit 3'
+docker wait flaky | grep 3
+docker logs -f flaky
+docker events --since 1h --until 1s -f machine=flaky --format '{{.Action}} of {{.name}}'
+docker df
+docker context ls
+docker completion bash | grep -c recess
+# What Docker has networks and bind mounts of its socket for.
+docker run --rm --allow web.recess.internal:8080 base curl -sS http://web.recess.internal:8080/ -o /dev/null -w 'sibling %{http_code}\n'
+docker run --rm -v "$PWD/web.sock":/run/web.sock base curl -sS --unix-socket /run/web.sock http://web/ -o /dev/null -w 'socket %{http_code}\n'
+# What Docker lacks.
+docker exec web sh -c 'echo first > /root/note'
+docker snapshot web note:first
+docker exec web sh -c 'echo second > /root/note'
+docker snapshot web note:second
+docker diff note:first note:second
+docker fork web --name twin
+docker exec twin cat /root/note
+docker rewind web note:first
+docker exec web sh -c 'echo rewound to $(cat /root/note)'
+docker restore note:second --name third -e FROM=afar -l tier=back
+docker exec third sh -c 'echo $(cat /root/note) $FROM'
+docker suspend third
+docker ps -a --filter label=tier=back --format '{{.Names}} {{.Status}}'
+docker resume third
+docker exec third cat /root/note
+ask() { "$PYTHON" -c 'import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.sendall(b"GET / HTTP/1.0\r\n\r\n"); print(sys.argv[2], s.recv(12).decode())' "$@"; }
+docker run -d --name nap --idle 1s -p "$PWD/nap.sock":8081 base python3 -m http.server 8081
+until ask nap.sock first | grep 200; do :; done
+until docker ps -a --filter status=suspended --format '{{.Names}}' | grep nap; do docker logs nap; done
+if docker exec --no-wake nap true; then exit 9; fi
+ask nap.sock woken
+docker exec nap echo still here
+docker push note:first --remote "$PWD/remote" --check
+docker rm -f twin third listen flaky nap
 docker rename web site
 docker pause site
 docker unpause site

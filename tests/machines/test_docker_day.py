@@ -38,6 +38,17 @@ def test_forty_lines_of_docker(real_config, tmp_path):
         "nobody\n",
         "content\n",
         "tree/deep/f\n",
+        "env 1 two words 1\n",
+        "got word\n",
+        "try\ntry\n",
+        "create of flaky\n",
+        "sibling 200\n",
+        "socket 200\n",
+        "C /root/note\n",
+        "rewound to first\n",
+        "second afar\n",
+        "woken HTTP/1.0 200\n",
+        "still here\n",
     ):
         assert piece in said, piece
     assert "started\n" in said

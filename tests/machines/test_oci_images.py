@@ -1,5 +1,7 @@
 """Images out of a real registry (Debian's docker-registry on loopback) and out of files, run in real machines."""
 
+import base64
+import contextlib
 import io
 import json
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from recess.errors import Refused
 from recess.images import ImageStore
 from recess.images.registry import Sources
 from recess.testing.oci_image import ImageMaker
@@ -39,10 +42,14 @@ def tar(*entries):
     return out.getvalue()
 
 
-@pytest.fixture
-def registry(tmp_path):
+# The password is "secret" (bcrypt).
+USERS = "dev:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
+
+
+@contextlib.contextmanager
+def serving(tmp_path, more=""):
     """A registry on a port that the kernel chose; yields its address."""
-    (tmp_path / "registry.yml").write_text(CONFIG.format(tmp_path / "registry"))
+    (tmp_path / "registry.yml").write_text(CONFIG.format(tmp_path / "registry") + more)
     command = ["docker-registry", "serve", str(tmp_path / "registry.yml")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -57,17 +64,15 @@ def registry(tmp_path):
             process.wait()
 
 
-def push(layout, address):
-    command = [
-        "skopeo",
-        "--insecure-policy",
-        "copy",
-        "--all",
-        "--dest-tls-verify=false",
-        f"oci:{layout}",
-        f"docker://{address}",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+@pytest.fixture
+def registry(tmp_path):
+    with serving(tmp_path) as address:
+        yield address
+
+
+def push(layout, address, *options):
+    command = ["skopeo", "--insecure-policy", "copy", "--all", *options, "--dest-tls-verify=false"]
+    subprocess.run([*command, f"oci:{layout}", f"docker://{address}"], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -204,6 +209,22 @@ def test_a_dockerfile_on_an_image_of_a_registry_is_built_and_runs(recess, regist
     recess("build", "-t", "own:1", "--build-arg", "BASE=committed:1", str(context))
     assert "committed:1 is an image here" in recess.said
     assert recess("run", "--rm", *small, "own:1", "cat both") == "more\ncopied\n"
+
+
+def test_a_private_registry_is_read_by_dockers_own_login(demo, tmp_path, monkeypatch):
+    for name in ("XDG_RUNTIME_DIR", "REGISTRY_AUTH_FILE", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "users").write_text(USERS)
+    with serving(tmp_path, f"auth: {{htpasswd: {{realm: r, path: {tmp_path / 'users'}}}}}\n") as address:
+        push(demo, f"{address}/team/demo:1", "--dest-creds", "dev:secret")
+        store = ImageStore(tmp_path / "images")
+        with pytest.raises(Refused, match="login"):
+            Sources(store).pull(f"{address}/team/demo:1", print)
+        login = {"auths": {address: {"auth": base64.b64encode(b"dev:secret").decode()}}}
+        (tmp_path / ".docker").mkdir()
+        (tmp_path / ".docker" / "config.json").write_text(json.dumps(login))
+        assert Sources(store).pull(f"{address}/team/demo:1", print).config["User"] == "app"
 
 
 def test_the_same_root_out_of_a_layout_an_archive_and_a_tar(tmp_path):

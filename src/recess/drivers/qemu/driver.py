@@ -84,6 +84,7 @@ class QemuDriver:
             "why": facts.why,
             "device_state": "command" if facts.qemu.devices_command else "migration",
             "tsc_khz": facts.tsc_khz,
+            "network_cards": self._config.network_cards,
             "limits": await asyncio.to_thread(describe, self._config.vmm_limits),
         }
 
