@@ -155,6 +155,7 @@ steps = st.one_of(
         st.sampled_from(["", "", "", "before the keeper", "qemu.disk_commit", "qemu.disk_committed"]),
         st.none(),
     ),
+    st.tuples(st.just("snapshot"), st.integers(0, BLOCKS - 1), st.sampled_from(["", "", "qemu.disk_commit"])),
     st.tuples(st.just("restart"), st.none(), st.none()),
     st.tuples(st.just("restore"), st.integers(0, 9), st.none()),
 )
@@ -168,6 +169,10 @@ async def live(life: Life, walk: list[tuple[str, Any, Any]]) -> None:
             await life.capture(disk_too=one, ends=two)
         elif name == "store":
             await life.store(one)
+        elif name == "snapshot":  # stored while the guest writes on
+            await life.capture(disk_too=True, ends="ok")
+            life.qemu.write(one, 9)
+            await life.store(two)
         elif name == "restart":
             life.serve()
         else:
@@ -176,7 +181,7 @@ async def live(life: Life, walk: list[tuple[str, Any, Any]]) -> None:
     await life.capture(disk_too=True, ends="ok")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(walk=st.lists(steps, min_size=15, max_size=50))
 def test_what_is_left_out_is_what_the_parent_holds(walk: list[tuple[str, Any, Any]]) -> None:
     asyncio.run(live(Life(), walk))
