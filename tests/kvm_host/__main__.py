@@ -3,8 +3,8 @@ drivers`, whose table then has a column for Firecracker and one for QEMU on KVM.
 
 Without arguments: the driver suite on Firecracker, and what is particular to that. RECESS_FIRECRACKER_BIN names the binary.
 With RECESS_KVM_HOST_KERNEL the guests there start from that kernel (`trimmed`: the one that `make kernel` built) instead of
-Debian's; RECESS_KVM_HOST_MEMORY is how much memory the host has (QEMU's `-m`); RECESS_KVM_HOST_IMAGES names images that it gets
-besides `base` (`RECESS_KVM_HOST_IMAGES=hard python -m tests.kvm_host -s tests/hard -k "firecracker and vim"`).
+Debian's; RECESS_KVM_HOST_MEMORY and RECESS_KVM_HOST_CPUS are how much memory (QEMU's `-m`) and how many processors the host has;
+RECESS_KVM_HOST_IMAGES names images that it gets besides `base` (`RECESS_KVM_HOST_IMAGES=hard python -m tests.kvm_host -s tests/hard -k "firecracker and vim"`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ async def main(arguments: list[str]) -> int:
             command = bench_command(arguments[1:], **environment)
         else:
             command = pytest_command([*PATIENCE, *(arguments or [SUITE, PARTICULAR])], **environment)
-        async with host.running(work, memory=os.environ.get("RECESS_KVM_HOST_MEMORY", "3G")) as link:
+        memory = os.environ.get("RECESS_KVM_HOST_MEMORY", "3G")
+        cpus = int(os.environ.get("RECESS_KVM_HOST_CPUS", "2"))
+        async with host.running(work, memory=memory, cpus=cpus) as link:
             return await run(link, command)
     finally:
         work.unlink(missing_ok=True)

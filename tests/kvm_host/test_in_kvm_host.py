@@ -31,7 +31,7 @@ def work(host: KvmHost, images_dir: Path, tmp_path: Path) -> Path:
 async def test_the_driver_suite_on_firecracker(host: KvmHost, work: Path) -> None:
     async with host.running(work) as link:
         environment = {"RECESS_FIRECRACKER_BIN": f"{REPOSITORY}/bin/firecracker"}
-        tests = [SUITE, PARTICULAR, "tests/machines/test_moves.py::test_a_disk_of_qemu_boots_under_firecracker"]
+        tests = [SUITE, PARTICULAR, "tests/machines/test_moves.py::test_a_disk_boots_under_the_other_driver"]
         assert await run(link, pytest_command([*PATIENCE, *tests], **environment)) == 0
 
 

@@ -28,6 +28,7 @@ def nodes(real_config: Config) -> dict[str, Config]:
     return {
         "qemu": replace(real_config, driver="qemu", runsc_bin=GONE),
         "gvisor": replace(real_config, driver="gvisor", qemu_bin=GONE, runsc_bin=runsc),
+        "firecracker": replace(real_config, driver="firecracker", qemu_bin=GONE, runsc_bin=GONE),
     }
 
 
@@ -38,8 +39,13 @@ async def move(t: Story, config: Config) -> None:
     t.node = await LocalNode.open(config)
 
 
-@pytest.mark.parametrize(("before", "after"), [("qemu", "gvisor"), ("gvisor", "qemu")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("qemu", "gvisor"), ("gvisor", "qemu"), ("gvisor", "firecracker"), ("firecracker", "gvisor")],
+)
 async def test_a_session_goes_on_under_the_other_driver(nodes: dict[str, Config], before: str, after: str) -> None:
+    if "firecracker" in (before, after) and (why := why_no_firecracker()):
+        pytest.skip(why)
     async with story(nodes[before]) as t:
         await t.say("sh echo here > /root/made; cat /root/made", turn=1)
         first = await t.machine()
@@ -58,20 +64,25 @@ async def test_a_session_goes_on_under_the_other_driver(nodes: dict[str, Config]
         ]  # fmt: skip
 
 
-async def test_a_disk_of_qemu_boots_under_firecracker(real_config: Config) -> None:
+@pytest.mark.parametrize(("before", "after"), [("qemu", "firecracker"), ("firecracker", "qemu")])
+async def test_a_disk_boots_under_the_other_driver(real_config: Config, before: str, after: str) -> None:
     if why := why_no_firecracker():
         pytest.skip(why)
     spec = MachineSpec(memory_bytes=256 * MIB, disk_bytes=GIB)
-    node = await LocalNode.open(replace(real_config, driver="qemu"))
+    without = {
+        "qemu": replace(real_config, driver=after, qemu_bin=GONE),
+        "firecracker": replace(real_config, driver=after, firecracker_bin=GONE),
+    }
+    node = await LocalNode.open(replace(real_config, driver=before))
     try:
         row = await node.machines.create(spec)
         await node.machines.suspend(row.id)
         await node.close(detach=True)
-        node = await LocalNode.open(replace(real_config, driver="firecracker", qemu_bin=GONE))
+        node = await LocalNode.open(without[before])
         report = await node.machines.bring_back(row.id)
         assert report.rung == 4
         assert "memory and processes are gone" in report.why
-        assert "under the driver firecracker, since qemu is not on this node" in report.why
+        assert f"under the driver {after}, since {before} is not on this node" in report.why
         await node.machines.remove(row.id, force=True)
     finally:
         await node.close(detach=False)

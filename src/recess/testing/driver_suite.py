@@ -452,11 +452,18 @@ class DriverSuite:
             await driver.restore(vm_id, rig.spec, RestoreParts(ref, NO_PAGES, NO_PAGES, b"\0" * 64), directory)
         assert rig.leftovers() == []
 
-    async def test_what_is_not_claimed_is_refused(self, rig: Rig, driver: Driver) -> None:
-        """A typed error, at a boot and at a restore, before anything is made."""
+    async def test_a_network_card_if_it_is_claimed(self, rig: Rig, driver: Driver) -> None:
+        """A machine has one besides its loopback; else a typed error, at a boot and at a restore, before anything is made."""
+        spec = replace(rig.spec, network="full")
         if driver.capabilities.network_full:
-            pytest.skip(f"{driver.name} claims all there is")
-        spec, ref = replace(rig.spec, network="full"), await rig.template()
+            vm = await replace(rig, spec=spec).boot(driver)
+            try:
+                assert await shell(vm.link, "ls /sys/class/net | grep -vcx lo") == "1"
+            finally:
+                await vm.kill()
+            assert rig.leftovers() == []
+            return
+        ref = await rig.template()
         vm_id, directory = rig.machine()
         directory.mkdir(parents=True)
         rig.make_disk(directory)

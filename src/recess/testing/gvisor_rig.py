@@ -13,7 +13,8 @@ from pathlib import Path
 from recess.config import Config, load_config
 from recess.drivers.gvisor import GvisorDriver
 from recess.drivers.gvisor.runsc import find_runsc
-from recess.errors import MissingTool
+from recess.drivers.kept.keeper import last_words
+from recess.errors import MissingTool, RecessError
 from recess.machines.contract import DISK_NAME, TemplateRef, Vm, VmSpec
 from recess.testing.driver_suite import Rig, new_thaw, shell
 from recess.testing.qemu_rig import spec_of
@@ -73,6 +74,10 @@ class GvisorHome:
                     await shell(vm.link, "true")
                     await vm.link.freeze(sync=True)
                     self._template = await vm.export_template(self.run_dir / "template")
+                except RecessError as exc:
+                    end = await last_words(vm._handles.keeper)
+                    exc.add_note("its machine lives" if end is None else f"its machine ended: {end.line()}\n{end.log}")
+                    raise
                 finally:
                     await vm.kill()
         return self._template
