@@ -73,7 +73,7 @@ def agent(
     """Declare the agent of this file: `@agent(image="base", idle="30s", tools=[...])`.
 
     `image`, `idle` and the other settings (memory, memory_most, cpus, disk, network, allow, routes,
-    upgrade, snapshot, cron, limits, backend) are read from the
+    upgrade, contract, snapshot, cron, limits, backend) are read from the
     source by `recess deploy` without running it, so write them as literals.
     """
 

@@ -8,6 +8,7 @@ from recess.errors import IllegalState
 from recess.sessions.decisions import (
     ATTEMPTS_MAX,
     Act,
+    Contracts,
     Rung,
     View,
     decide,
@@ -15,6 +16,7 @@ from recess.sessions.decisions import (
     keeps_agent,
     plan_wake,
     snapshot_for,
+    speaks,
     upgrade_target,
 )
 from recess.sessions.states import MOVES, STATES, next_state
@@ -27,7 +29,7 @@ VIEWS = st.builds(
     turn_open=st.booleans(), turn_cut=st.booleans(), cuts=st.integers(0, 4), calls_open=st.integers(0, 2),
     inbox=st.booleans(), holds=st.integers(0, 2), idle_s=SECONDS, idle_timeout_s=SECONDS, park_s=SECONDS,
     suspend_wanted=st.booleans(), freeze_blocked_s=SECONDS, upgrade_to=st.sampled_from(["", "v2"]),
-    policy=st.sampled_from(["pin", "turn", "now"]), cancel=st.booleans(), cancel_told=st.booleans(), cancel_s=SECONDS,
+    policy=st.sampled_from(["pin", "turn", "now", "contract"]), cancel=st.booleans(), cancel_told=st.booleans(), cancel_s=SECONDS,
     resting=st.booleans(), ready=st.booleans(), due_s=st.one_of(st.none(), st.sampled_from([0.001, 30.0, 900.0])),
     rest_s=SECONDS, due_near_s=SECONDS, snapshot_in_s=st.one_of(st.none(), SECONDS),
     by_hand=st.booleans(), oom=st.booleans(), may_grow=st.booleans(),
@@ -146,8 +148,13 @@ def test_closed_is_the_end_and_reachable_from_everywhere():
 
 
 def test_small_decisions():
-    assert upgrade_target("a", "b", "turn") == "b"
-    assert upgrade_target("a", "b", "pin") == upgrade_target("a", "a", "now") == ""
+    needed, any_code, too_new = Contracts(2, 1, 2), Contracts(1, 1, 2), Contracts(3, 1, 2)
+    for contracts in (needed, any_code, too_new):
+        assert upgrade_target("a", "b", "turn", contracts) == "b"
+        assert upgrade_target("a", "b", "pin", contracts) == upgrade_target("a", "a", "now", contracts) == ""
+    assert [upgrade_target("a", "b", "contract", one) for one in (needed, any_code, too_new)] == ["b", "", ""]
+    assert [speaks("contract", one) for one in (needed, any_code, too_new)] == [True, True, False]
+    assert [speaks("pin", one) for one in (needed, any_code, too_new)] == [False, True, False]
     assert snapshot_for(10, [("s1", 4), ("s2", 9), ("s3", 12)]) == ("s2", 9)
     assert snapshot_for(3, [("s1", 4)]) == ("", 0)
     assert keeper_deadline_s(15.0, margin_s=2.0, embedded=False, orphan_s=600.0) == 13.0

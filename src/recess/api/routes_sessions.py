@@ -90,13 +90,14 @@ async def get_session(request: Request) -> Response:
 async def send(request: Request) -> Response:
     """POST /v1/sessions/REF/messages: durable when answered, before any machine exists."""
     ctx, body = context_of(request), await read_json(request)
-    reject_unknown(body, {"text", "mode"}, "body")
+    reject_unknown(body, {"text", "mode", "contract"}, "body")
     text = field(body, "text", str, None)
     if not text:
         raise BadInput("text: a message needs one")
     appended = await ctx.node.sessions.send(
-        _ref(request), text, key=request.headers.get("idempotency-key", ""), mode=field(body, "mode", str, "queue")
-    )
+        _ref(request), text, key=request.headers.get("idempotency-key", ""), mode=field(body, "mode", str, "queue"),
+        contract=field(body, "contract", int, 0),
+    )  # fmt: skip
     return JSONResponse(asdict(appended), status_code=202)
 
 

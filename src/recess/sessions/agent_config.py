@@ -21,6 +21,7 @@ from recess.units import parse_duration, parse_size
 ENTRY = "agent.py"
 SNAPSHOT_LEAST_S = 1.0
 CRONS_MAX = 16
+CONTRACT_MAX = 1_000_000
 BACKENDS = ("machine", "process")
 _KEYS = frozenset(
     {
@@ -31,6 +32,7 @@ _KEYS = frozenset(
         "disk",
         "idle",
         "policy",
+        "contract",
         "env",
         "allow",
         "routes",
@@ -56,6 +58,7 @@ class AgentConfig:
     driver: str = ""  # "": the node's own choice
     idle_s: float | None = None
     policy: str = "turn"
+    contract: int = 0  # what clients may expect of this code; see `decisions.Contracts`
     snapshot: str = "off"  # beside those of idle times: off | turn | tool | seconds (then every `snapshot_s`)
     snapshot_s: float = 0.0
     cron: Mapping[str, str] = field(default_factory=dict)  # expression -> the message that comes at that time
@@ -141,6 +144,7 @@ def check_config(config: Mapping[str, Any]) -> AgentConfig:
         driver=str(config.get("driver") or default.driver),
         idle_s=parse_duration(config["idle"]) if config.get("idle") else None,
         policy=policy,
+        contract=_contract(config.get("contract", 0)),
         snapshot=snapshot,
         snapshot_s=snapshot_s,
         cron=_crons(config.get("cron") or {}),
@@ -180,6 +184,12 @@ def _crons(value: object) -> dict[str, str]:
 def _count(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
         raise BadInput(f"agent config: cpus must be 1 to 64, not {value!r}")
+    return value
+
+
+def _contract(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= CONTRACT_MAX:
+        raise BadInput(f"agent config: contract must be a number from 0 to {CONTRACT_MAX}, not {value!r}")
     return value
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 ATTEMPTS_MAX = 3
-POLICIES = ("pin", "turn", "now")
+POLICIES = ("pin", "turn", "now", "contract")
+_AT_TURN = ("turn", "contract")  # the policies under which newer code waits for a turn's boundary
 
 
 class Act(StrEnum):
@@ -112,7 +113,7 @@ def decide(view: View) -> Move:
     if _snapshot_due(view) and not view.suspend_wanted:
         return Move(Act.SNAPSHOT, "a turn's boundary")
     if view.inbox:
-        if view.upgrade_to and view.policy == "turn":
+        if view.upgrade_to and view.policy in _AT_TURN:
             return Move(Act.UPGRADE, "a turn's boundary")
         return Move(Act.START_TURN, "a message waits")
     return _idle(view)
@@ -169,7 +170,7 @@ def _without_agent(view: View) -> Move:
         return Move(Act.GROW, "out of memory") if view.may_grow else Move(Act.FAIL_TURN, "out of memory")
     if view.turn_open and view.cuts >= ATTEMPTS_MAX:
         return Move(Act.FAIL_TURN, f"cut {view.cuts} times")
-    if view.inbox and not view.turn_open and view.upgrade_to and view.policy == "turn":
+    if view.inbox and not view.turn_open and view.upgrade_to and view.policy in _AT_TURN:
         return Move(Act.UPGRADE, "a turn's boundary")
     if view.inbox and not view.turn_open and view.agent_failed:
         # Code that ends before it asks for its turn: begin the turn without it, so that its attempts are counted.
@@ -313,9 +314,31 @@ def snapshot_in(
     return None
 
 
-def upgrade_target(current: str, deployed: str, policy: str) -> str:
+@dataclass(frozen=True)
+class Contracts:
+    """Numbers by which code says what its clients may expect of it: what the message at hand `wants`, what the session's code `has`,
+    what the deployed one `offers`."""
+
+    wants: int = 0
+    has: int = 0
+    offers: int = 0
+
+    @property
+    def move(self) -> bool:
+        """Tell whether the message needs the deployed code."""
+        return self.has < self.wants <= self.offers
+
+
+def upgrade_target(current: str, deployed: str, policy: str, contracts: Contracts) -> str:
     """Return the version to move to, or "" to stay."""
-    return deployed if policy != "pin" and deployed and deployed != current else ""
+    if not deployed or deployed == current or policy == "pin":
+        return ""
+    return deployed if policy != "contract" or contracts.move else ""
+
+
+def speaks(policy: str, contracts: Contracts) -> bool:
+    """Tell whether a message will meet code of the contract it wants: the session's, or, unless that is pinned, the deployed."""
+    return contracts.wants <= contracts.has or (policy != "pin" and contracts.wants <= contracts.offers)
 
 
 def snapshot_for(position: int, snapshots: Sequence[tuple[str, int]]) -> tuple[str, int]:

@@ -104,13 +104,17 @@ class Sessions:
             raise
 
     async def send(
-        self, ref: str, text: str, *, key: str = "", mode: str = "queue", body: Mapping[str, Any] | None = None
-    ) -> Appended:
+        self, ref: str, text: str, *, key: str = "", mode: str = "queue", body: Mapping[str, Any] | None = None,
+        contract: int = 0,
+    ) -> Appended:  # fmt: skip
         """Append a user message and wake the session. Durable when it returns; no machine need exist yet. The same
-        `key` gives the old position. `mode`: queue | steer | interrupt (see `talking.message`). Raises NotFound,
-        IllegalState (closed), KeyReused, BadInput."""
-        draft = talking.message(text, key=key, mode=mode, body=body or {}, max_bytes=self._deps.settings.max_text_bytes)
+        `key` gives the old position. `mode`: queue | steer | interrupt (see `talking.message`). `contract`: the least that the
+        code which takes it must have. Raises NotFound, IllegalState (closed), KeyReused, BadInput, Incompatible."""
+        most = self._deps.settings.max_text_bytes
+        draft = talking.message(text, key=key, mode=mode, body=body or {}, max_bytes=most, contract=contract)
         row = await self._deps.log.get(ref)
+        if contract:
+            await talking.check_contract(self._deps.agents, row, contract)
         done = await self._deps.log.append_inbox(row.id, draft)
         self._wake(row.id)
         return done

@@ -19,7 +19,7 @@ from recess.sessions.agent_job import AgentJob, Ended
 from recess.sessions.agent_side import AgentSide
 from recess.sessions.branching import fork_turn
 from recess.sessions.children import report, spawn
-from recess.sessions.decisions import Act, View, decide, snapshot_in, upgrade_target
+from recess.sessions.decisions import Act, Contracts, View, decide, snapshot_in, upgrade_target
 from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.facts import TurnFacts
@@ -30,6 +30,7 @@ from recess.sessions.machine_hand import MachineHand
 from recess.sessions.protocol import Request
 from recess.sessions.rebooting import oom_kills
 from recess.sessions.states import next_state
+from recess.sessions.talking import contract_of
 from recess.sessions.waits import next_due, outcome
 from recess.sessions.waking import Woken, wake
 
@@ -255,7 +256,12 @@ class Supervisor:
         now = self.deps.clock.monotonic_s()
         self._look_for_stop(now)
         deployed = await self.deps.agents.current(self.held_row.agent)
-        policy = check_config(deployed.config).policy
+        newest = check_config(deployed.config)
+        policy = newest.policy
+        wants = 0
+        if policy == "contract" and desk.inbox.queue and deployed.version != desk.code_version:
+            wants = await contract_of(self.deps.log, self.session, desk.inbox.queue[0])
+        contracts = Contracts(wants, self.config.contract, newest.contract)
         self.agent.watched = self.config.snapshot in ("tool", "seconds")
         return View(
             state=self.state,
@@ -276,7 +282,7 @@ class Supervisor:
             park_s=settings.park_s,
             suspend_wanted=self.suspend_wanted,
             freeze_blocked_s=max(0.0, self.no_freeze_before_s - now),
-            upgrade_to=upgrade_target(desk.code_version, deployed.version, policy),
+            upgrade_to=upgrade_target(desk.code_version, deployed.version, policy, contracts),
             policy=policy,
             cancel=bool(self.stop[0]),
             by_hand=bool(self.by_hand),

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from recess.contextlog.contract import Appended, ContextLog, Draft, SessionRow
-from recess.errors import BadInput, IllegalState, KeyReused, NotFound
+from recess.errors import BadInput, IllegalState, Incompatible, KeyReused, NotFound
 from recess.ids import new_id
+from recess.sessions.agent_config import CONTRACT_MAX, check_config
+from recess.sessions.decisions import Contracts, speaks
+from recess.sessions.deps import AgentStore
 from recess.sessions.desk import read_back
 from recess.sessions.facts import TurnFacts, fold
 from recess.sessions.inbox import MODES, QUEUE
@@ -32,15 +35,38 @@ class Question:
     body: Mapping[str, Any]
 
 
-def message(text: str, *, key: str, mode: str, body: Mapping[str, Any], max_bytes: int) -> Draft:
+def message(text: str, *, key: str, mode: str, body: Mapping[str, Any], max_bytes: int, contract: int = 0) -> Draft:
     """Return a user message. `mode`: queue (a turn of its own), steer (the open turn's model sees it at its next call),
-    interrupt (the open turn is stopped first). Raises BadInput."""
+    interrupt (the open turn is stopped first). `contract`: see `check_contract`. Raises BadInput."""
+    if not 0 <= contract <= CONTRACT_MAX:
+        raise BadInput(f"a contract is a number from 0 to {CONTRACT_MAX}, not {contract}")
     if len(text.encode()) > max_bytes:
         raise BadInput(f"a message of more than {max_bytes} bytes")
     if mode not in MODES:
         raise BadInput(f"mode must be one of {', '.join(MODES)}, not {mode[:40]!r}")
-    plain = {**body, "text": text}
+    plain = {**body, "text": text, **({"contract": contract} if contract else {})}
     return Draft("user", plain if mode == QUEUE else {**plain, "mode": mode}, key=key or new_id("msg"))
+
+
+async def check_contract(agents: AgentStore, row: SessionRow, wants: int) -> None:
+    """Raise Incompatible if no code of at least this contract will take the message: neither the session's own nor, unless it is
+    pinned, the agent's current one."""
+    own, current = await agents.get(row.agent, row.code_version), await agents.current(row.agent)
+    config = check_config(current.config)
+    found = Contracts(wants, check_config(own.config).contract, config.contract)
+    if not speaks(config.policy, found):
+        raise Incompatible(
+            f"this client needs contract {wants} of agent {row.agent}: the session's code has {found.has}, the deployed "
+            f"{found.offers} (upgrade policy {config.policy})",
+            hint=f"deploy code with contract={wants}, or use an older client",
+        )
+
+
+async def contract_of(log: ContextLog, session: str, position: int) -> int:
+    """Return the contract that a message wants."""
+    found = await log.read(session, after=position - 1, to=position, limit=1)
+    wants = found[0].body.get("contract") if found else 0
+    return wants if isinstance(wants, int) else 0
 
 
 async def facts_of(log: ContextLog, row: SessionRow) -> TurnFacts:

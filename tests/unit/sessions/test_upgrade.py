@@ -1,7 +1,9 @@
 """New code takes the next turn; the machine stays; rollback is the same move."""
 
+import pytest
+
 from recess.contextlog.transcript import messages
-from recess.errors import NotFound
+from recess.errors import BadInput, Incompatible, NotFound
 from recess.testing.session_world import appears, coder_world, deploy_coder, kinds, machine_of, notes
 
 
@@ -41,6 +43,44 @@ async def test_policy_pin_stays(tmp_path):
         await deploy_coder(w, tmp_path, "2", policy="pin")
         await w.say(s, "two", turn=2)
         assert [n["version"] for n in notes(await w.entries(s))] == ["1", "1"]
+
+
+async def test_policy_contract_stays_until_a_client_needs_more(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        await deploy_coder(w, tmp_path, "2", policy="contract", contract=2)
+        await w.say(s, "an old client", turn=2)
+        with pytest.raises(
+            Incompatible, match="needs contract 3 of agent coder: the session's code has 0, the deployed 2"
+        ):
+            await w.sessions.send(s, "a client of tomorrow", contract=3)
+        await w.sessions.send(s, "a new client", key="new", contract=2)
+        await w.until(s, "turn.end", count=3)
+        await w.say(s, "the old client again", turn=4)
+        assert [n["version"] for n in notes(await w.entries(s))] == ["1", "1", "2", "2"]
+
+
+async def test_a_frozen_session_is_moved_by_the_message_that_needs_it(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        await deploy_coder(w, tmp_path, "2", policy="contract", contract=1)
+        await w.until_state(s, "frozen")
+        await w.sessions.send(s, "new", key="new", contract=1)
+        await w.until(s, "turn.end", count=2)
+        log = await w.entries(s)
+        assert notes(log)[-1]["version"] == "2"
+        assert [e.body["rung"] for e in log if e.kind == "machine.restore"] == [5, 2]
+
+
+async def test_a_pinned_session_refuses_who_needs_more(tmp_path):
+    async with coder_world(tmp_path) as (w, s):
+        await w.say(s, "one", turn=1)
+        await deploy_coder(w, tmp_path, "2", policy="pin", contract=2)
+        with pytest.raises(Incompatible, match="upgrade policy pin"):
+            await w.sessions.send(s, "a new client", contract=2)
+        with pytest.raises(BadInput):
+            await w.sessions.send(s, "nobody", contract=-1)
+        assert len(await w.entries(s, "user")) == 1
 
 
 async def test_policy_now_cuts_the_turn(tmp_path):

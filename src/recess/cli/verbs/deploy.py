@@ -62,7 +62,9 @@ def _declared_name(source: str) -> str:
 @click.option("--driver", default="", help="What its machine runs on; default: the node's choice.")
 @click.option("-m", "--memory", default="", help="Memory of its machine.")
 @click.option("--idle", default="", help="Idle time before it is put away, like 30s.")
-@click.option("--policy", type=click.Choice(["pin", "turn", "now"]), help="When sessions take it; default: turn.")
+@click.option(
+    "--policy", type=click.Choice(["pin", "turn", "now", "contract"]), help="When sessions take it; default: turn."
+)
 @click.option("-e", "--env", multiple=True, metavar="NAME=VALUE", help="Environment of the agent process.")
 @click.option("--route", multiple=True, metavar="NAME=URL", help="A base-URL route of the broker (key added there).")
 @click.option("--allow", multiple=True, metavar="HOST", help="Let it reach a host.")

@@ -47,13 +47,17 @@ def start(inv: Invocation, agent: str, name: str, label: tuple[str, ...]) -> Non
     "--mode", type=click.Choice(["queue", "steer", "interrupt"]), default="queue", show_default=True,
     help="While a turn is at work: wait for a turn of its own, be seen by this one, or stop this one first.",
 )  # fmt: skip
+@click.option(
+    "--contract", type=click.IntRange(0), default=0,
+    help="The least contract that the code which takes it must have (`contract=` of @agent).",
+)  # fmt: skip
 @click.argument("ref")
 @click.argument("text")
 @verb
-def send(inv: Invocation, ref: str, text: str, key: str, detach: bool, mode: str) -> int:
+def send(inv: Invocation, ref: str, text: str, key: str, detach: bool, mode: str, contract: int) -> int:
     """Send TEXT to a session and show what happens until the turn ends. TEXT "-" reads stdin."""
     message = sys.stdin.read() if text == "-" else text
-    body = {"text": message, "mode": mode}
+    body = {"text": message, "mode": mode, **({"contract": contract} if contract else {})}
     sent = inv.server.call("POST", f"/v1/sessions/{ref}/messages", body, key=key or new_key())
     if detach:
         inv.out.data(sent, str(sent["position"]))
