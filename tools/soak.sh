@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The long run: twenty rounds of the crash matrix (agents as processes; memory log, SQLite, Postgres, plain machines), a hundred sessions
 # through a deploy (tools/deploy_wave.py), two hundred naps of one real machine
-# (tools/naps.py), then the tests in tests/machines, tests/faults, tests/e2e and tests/hard on real machines, again and again.
+# (tools/naps.py), then the tests in tests/machines, tests/faults, tests/e2e and tests/hard (a much written disk among them) on real machines, again and again.
 #
 #   tools/soak.sh [MINUTES]       default 60; stops at the first failure
 #

@@ -45,7 +45,7 @@ def dirty_blocks(run: Path, name: str, export: str, bitmap: str, size: int) -> N
     try:
         with _connected(run, name) as sock:
             context = _negotiate(sock, export, f"qemu:dirty-bitmap:{bitmap}", size)
-            runs = np.array(list(_dirty_runs(sock, context, size)), np.int64).reshape(-1, 2)
+            runs = np.concatenate([np.empty((0, 2), np.int64), *_dirty_runs(sock, context, size)])
             sock.sendall(struct.pack(">IHHQQI", _REQUEST, 0, _DISCONNECT, 0, 0, 0))
     except TimeoutError as exc:
         raise Timeout(f"QEMU did not tell within {TIMEOUT_S:g} s which blocks changed") from exc
@@ -119,17 +119,18 @@ def _option(sock: socket.socket, option: int, data: bytes) -> list[tuple[int, by
     raise DriverFailed(f"QEMU's answer to NBD option {option} makes no sense")
 
 
-def _dirty_runs(sock: socket.socket, context: int, size: int) -> Iterator[tuple[int, int]]:
+def _dirty_runs(sock: socket.socket, context: int, size: int) -> Iterator[NDArray[np.int64]]:
+    """Yield rows of (first byte, end). A bitmap has a bit for a block: shorter extents would only make the asking endless."""
     at = 0
     while at < size:
         sock.sendall(struct.pack(">IHHQQI", _REQUEST, 0, _BLOCK_STATUS, at, at, min(_ASKED_BYTES, size - at)))
         extents = _status(sock, context, at)
-        if not len(extents) or not bool((extents[:, 0] > 0).all()):
+        if not len(extents) or not bool(((extents[:, 0] > 0) & (extents[:, 0] % PAGE_BYTES == 0)).all()):
             raise DriverFailed("QEMU does not say which blocks changed")
         ends = at + np.cumsum(extents[:, 0])
         starts = ends - extents[:, 0]
         dirty = (extents[:, 1] & _DIRTY).astype(np.bool_) & (starts < size)
-        yield from zip(starts[dirty].tolist(), np.minimum(ends[dirty], size).tolist(), strict=True)
+        yield np.stack((starts[dirty], np.minimum(ends[dirty], size)), axis=1)
         at = int(ends[-1])
 
 

@@ -102,6 +102,7 @@ def test_a_server_is_asked_until_it_has_told_all(answer) -> None:
         (hello(context=b"base:allocation"), "another disk, or no bitmap"),
         ([*hello(), status([(0, 1)])], "does not say"),
         ([*hello(), status([])], "does not say"),
+        ([*hello(), status([(4096, 1), (512, 0)])], "does not say"),
         ([*hello(), status([(SIZE, 1)], handle=7)], "makes no sense"),
         ([*hello(), status([(SIZE, 1)], context=6)], "does not tell"),
         ([*hello(), struct.pack(">IHHQI", CHUNK, 1, 5, 0, 1 << 31)], "makes no sense"),
