@@ -67,10 +67,11 @@ class Cap:
 
 
 class Life:
-    """One side's run of `last` turns, brought to longer and longer pasts, and killed at the end of each."""
+    """One side's run of `last` turns, brought to longer and longer pasts, and killed at the end of each. The first `past` of them
+    Recess writes straight into its log."""
 
-    def __init__(self, side: Side, world: World, last: int) -> None:
-        self._side, self._world, self._last = side, world, last
+    def __init__(self, side: Side, world: World, last: int, past: int) -> None:
+        self._side, self._world, self._last, self._past = side, world, last, past
         self._turn = 0
 
     def grow(self, turns: int, cap: Cap) -> None:
@@ -79,7 +80,7 @@ class Life:
         world, side = self._world, self._side
         self._turn = turns + 1
         world.arm(model=self._turn)
-        began = side.start(self._last)
+        began = side.start(self._last, PAST=str(self._past))
         while not world.reached.wait(LOOK_S):
             took, kept = time.monotonic() - began, side.stored()
             if took > cap.seconds or kept > cap.bytes:
@@ -103,10 +104,10 @@ class Life:
 
 
 @contextmanager
-def life_of(name: str, python: str, last: int) -> Iterator[Life]:
+def life_of(name: str, python: str, last: int, past: int = 0) -> Iterator[Life]:
     """A fresh side with `last` turns before it."""
     with side_of(name, python) as (side, world):
-        yield Life(side, world, last)
+        yield Life(side, world, last, past)
 
 
 def lunch(name: str, python: str, entries: int) -> float:

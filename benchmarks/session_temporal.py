@@ -23,7 +23,7 @@ from temporalio.client import WorkflowHistory
 from temporalio.converter import DataConverter
 from temporalio.worker import Replayer, UnsandboxedWorkflowRunner
 
-from benchmarks.session_world import REPLY
+from benchmarks.session_worker import REPLY
 
 ACTIVITY_S = timedelta(seconds=60)
 

@@ -1,7 +1,7 @@
 """One side of the session benchmark as a process that can be killed: the same loop in each system's own recommended style.
 
     python -m benchmarks.session_worker SIDE FOLDER TURNS LINE     (from the environment, see `Job`: MODEL, PAY, FULL, FORKS, LUNCH,
-                                                                    DATABASE_URL)
+                                                                    DATABASE_URL, PAST)
 
 Every turn asks the model once and charges once. A start in a FOLDER that holds an earlier run goes on with it. LINE is 0, or 1
 for the same loop with one line more in it: newer code. Peers (`benchmarks.session_peers`) run under a Python of their own that has
@@ -65,10 +65,14 @@ async def loop(s):
 """
 
 
+REPLY = "words " * 40  # what the model of the world says
+
+
 @dataclass(frozen=True)
 class Job:
     """What a worker is to do. `full`: the model is sent the whole transcript. `forks`: so many at the end, at the head. `lunch`: so
-    many entries of a dict, and a dev server, that the loop needs. `database`: a Postgres that two workers share."""
+    many entries of a dict, and a dev server, that the loop needs. `database`: a Postgres that two workers share. `past`: so many turns
+    are written straight into the log first (Recess alone)."""
 
     folder: Path
     turns: int
@@ -79,6 +83,7 @@ class Job:
     forks: int
     lunch: int
     database: str
+    past: int
 
     @classmethod
     def read(cls, argv: list[str]) -> Job:
@@ -87,6 +92,7 @@ class Job:
         return cls(
             Path(argv[0]), int(argv[1]), int(argv[2]), env["MODEL"], env["PAY"], bool(env.get("FULL")),
             int(env.get("FORKS", "0")), int(env.get("LUNCH", "0")), env.get("DATABASE_URL", ""),
+            int(env.get("PAST", "0")),
         )  # fmt: skip
 
     def reply(self, turn: int, messages: list[Any]) -> str:
@@ -170,10 +176,46 @@ async def recess(job: Job) -> None:
         env = {"MODEL": job.model, "PAY": job.pay, "FULL": "1" if job.full else ""}
         await node.sessions.deploy("loop", {"agent.py": code}, {"env": env})
     row = known[0] if known else await node.sessions.start("loop")
+    if job.past and not known:
+        row = await _write_past(job, node, row.id)
     await _talk(job.turns, node, row.id, row.head)
     if job.forks:
         await _fork(job, node, row.id)
     await node.close(detach=False)
+
+
+async def _write_past(job: Job, node: Any, session: str) -> Any:
+    """Write turns into the log as the loop's own are, 100 in a transaction; return the session's row."""
+    from recess.contextlog import Draft, rules
+    from recess.contextlog import sql_tx as sql
+
+    row = await node.log.claim(session, "past", 600.0, now=time.time())
+
+    def turn_in(tx: Any, turn: int) -> int:
+        said = rules.pack(Draft("user", {"text": str(turn)}, key=f"m{turn}"), inbox=True)
+        inbox = sql.append_inbox_in(tx, session, said, ts=time.time()).position
+        call = {"id": f"c{turn}", "name": "charge", "arguments": {"turn": turn}}
+        charge = {"name": "charge", "arguments": {"turn": turn}, "effect": "once", "verify": True}
+        drafts = [
+            Draft("turn.start", {"attempt": 1, "inbox": inbox}, turn=turn, key=f"t{turn}/start/1"),
+            Draft("assistant", {"text": REPLY, "tool_calls": [call], "part": 0}, turn=turn, key=f"t{turn}/a0"),
+            Draft("tool.start", charge, turn=turn, ref=call["id"], key=f"t{turn}/s"),
+            Draft("tool.result", {"output": '{"text": "paid"}'}, turn=turn, ref=call["id"], key=f"t{turn}/r"),
+            Draft("assistant", {"text": "done", "tool_calls": [], "part": 1}, turn=turn, key=f"t{turn}/a1"),
+            Draft("turn.end", {"status": "done"}, turn=turn, key=f"t{turn}/end"),
+        ]
+        sql.append_in(tx, session, row.epoch, rules.pack_all(drafts), ts=time.time())
+        return inbox
+
+    inbox = 0
+    for first in range(1, job.past + 1, 100):
+        some = range(first, min(first + 100, job.past + 1))
+        inbox = await node.log.db.write(
+            lambda tx, some=some: [turn_in(tx, turn) for turn in some][-1], locks=(session,)
+        )
+    await node.log.update(session, row.epoch, consumed=inbox, turn=job.past)
+    await node.log.release(session, row.epoch, state="cold")
+    return await node.sessions.get(session)
 
 
 async def _talk(turns: int, node: Any, session: str, head: int) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from benchmarks.session_worker import REPLY
+
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0
-REPLY = "words " * 40
 
 
 def transcript_faults(messages: list[Mapping[str, Any]], turn: int) -> list[str]:

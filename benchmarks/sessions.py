@@ -126,11 +126,12 @@ class Run:
         failed: dict[str, str] = {}
         with ExitStack() as stack:
             for name, python in self.sides.items():
-                if name != "temporal":
-                    lives[name] = stack.enter_context(cells.life_of(name, python, longest))
+                if name == "recess" or (name != "temporal" and not self.given.past):
+                    life = cells.life_of(name, python, longest, self.given.past)
+                    lives[name] = stack.enter_context(life)
             for turns in lengths:
                 self._lives_at(turns, lives, failed)
-                if "temporal" in self.sides:
+                if "temporal" in self.sides and not self.given.past:
                     try:
                         self._replayer(turns)
                     except FAILURES as exc:
@@ -323,6 +324,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cap-s", type=float, default=600.0, help="of `length`: longest work of a side from one to the next"
     )
     parser.add_argument("--cap-gb", type=float, default=8.0, help="of `length`: most that a side may keep")
+    parser.add_argument(
+        "--past", type=int, default=0, help="of `length`: turns that Recess, alone then, writes straight into its log"
+    )
     parser.add_argument("--kills", type=int, default=3, help="of `card`")
     parser.add_argument("--deploys", type=int, default=1)
     parser.add_argument("--orphans", type=int, default=8, help="kills of `orphan`")

@@ -22,8 +22,8 @@ def patient(monkeypatch):
 
 
 def test_recess_recovers_charges_once_and_takes_newer_code():
-    with session_cells.life_of("recess", sys.executable, 5) as life:
-        for turns in (1, 3):
+    with session_cells.life_of("recess", sys.executable, 205, past=198) as life:
+        for turns in (200, 202):
             life.grow(turns, session_cells.Cap(300.0, 1e9))
             found = life.recover()
             assert 0 < found.replay < found.whole < 300

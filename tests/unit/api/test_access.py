@@ -213,6 +213,22 @@ async def test_a_signed_webhook_is_a_message_once(server):
     assert (sent.body["hook"], sent.body["payload"]["n"]) == ("ci", 1)
 
 
+async def test_a_webhook_wakes_a_session_that_is_put_away_under_the_next_server(server):
+    w, mine = server.world, await session(server)
+    path, key = await hook(server, mine)
+    await w.say(mine, "hi", turn=1)
+    assert (await w.sessions.suspend(mine)).state == "frozen"
+    await w.sessions.settled(mine)
+    assert [one.row.state for one in w.machines.machines.values()] == ["suspended"]
+    await w.crash_server()
+    body = json.dumps({"text": "build failed", "n": 2}).encode()
+    headers = signing.signed(key, "msg_1", time.time(), body)
+    assert (await Server(w)("", "POST", path, raw=body, headers=headers))[0] == 202
+    await w.until(mine, "turn.end", count=2)
+    assert [e.body["text"] for e in await w.entries(mine, "assistant")][-1] == "build failed 2"
+    assert [e.body["rung"] for e in await w.entries(mine, "machine.restore")][-1] == 2
+
+
 async def test_webhooks_that_are_refused(server):
     mine, other = await session(server), await session(server)
     path, key = await hook(server, mine)
@@ -220,7 +236,7 @@ async def test_webhooks_that_are_refused(server):
     good = signing.signed(key, "m", now, body)
     wrong = [
         ({}, body, path), (good, b"other words", path), ({**good, "webhook-id": "n"}, body, path),
-        (signing.signed(key, "m", now - 301, body), body, path), (signing.signed(key, "m", now + 301, body), body, path),
+        (signing.signed(key, "m", now - 900, body), body, path), (signing.signed(key, "m", now + 900, body), body, path),
         ({**good, "webhook-timestamp": "soon"}, body, path), ({**good, "webhook-signature": "v1,"}, body, path),
         ({**good, "webhook-signature": "v2," + good["webhook-signature"][3:]}, body, path),
         (good, body, path.replace(mine, other)), (good, body, path + "x"), (good, body, "/v1/hooks/ses_none/ci"),
