@@ -86,7 +86,11 @@ class World:
                 self._answer({"turn": world.keys[key]} if key in world.keys else {})
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                raw = self.rfile.read(int(self.headers["Content-Length"]))
+                try:
+                    body = json.loads(raw)
+                except ValueError:
+                    return  # its client was killed while it asked
                 self._answer(world._take(self.path, body))
 
             def _answer(self, data: Any) -> None:

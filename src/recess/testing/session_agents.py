@@ -1,15 +1,23 @@
 """An agent for tests of sessions: a scripted model, tools that tell the test through files in $SHARED. Source text only."""
 
-CODER = """
-import asyncio, os, pathlib, time
-from recess_agent import agent, tool
+# Lines of an agent that tells its test what happened, by files in the folder $SHARED.
+MARKS = """
+import os, pathlib
 
 SHARED = pathlib.Path(os.environ["SHARED"])
-VERSION = "VERSION_HERE"
 
 def mark(name, text="x"):
     with open(SHARED / name, "a") as f:
         f.write(text + "\\n")
+"""
+
+CODER = (
+    MARKS
+    + """
+import asyncio, time
+from recess_agent import agent, tool
+
+VERSION = "VERSION_HERE"
 
 def wait_for(name):
     while not (SHARED / name).exists():
@@ -84,6 +92,7 @@ async def coder(s):
             await s.run_tools(reply)
         await s.note(version=VERSION, pid=os.getpid(), cache=list(cache), attempt=turn.attempt)
 """
+)
 
 
 def coder(version: str = "1", *, order_effect: str = "keyed") -> str:

@@ -6,18 +6,16 @@ import pytest
 
 from recess.contextlog.transcript import check_transcript, messages
 from recess.errors import BadInput, IllegalState
+from recess.testing.session_agents import MARKS
 from recess.testing.session_world import appears, kinds, texts, world
 
-AGENT = """
-import asyncio, os, pathlib, time
+AGENT = (
+    MARKS
+    + """
+import asyncio, time
 from recess_agent import agent, tool
 
-SHARED = pathlib.Path(os.environ["SHARED"])
 LIFE = []
-
-def mark(name, text="x"):
-    with open(SHARED / name, "a") as f:
-        f.write(text + "\\n")
 
 @tool
 async def wait(name: str) -> str:
@@ -70,6 +68,7 @@ async def me(s):
             await s.run_tools(reply, parallel=turn.text.startswith("both"))
         await s.note(pid=os.getpid(), count=count, cancelled=turn.cancelled)
 """
+)
 
 
 async def started(w, shared):

@@ -6,17 +6,14 @@ import pytest
 
 from recess.contextlog.contract import Delta
 from recess.errors import BadInput
+from recess.testing.session_agents import MARKS
 from recess.testing.session_world import appears, texts, world
 
-AGENT = """
-import asyncio, os, pathlib
+AGENT = (
+    MARKS
+    + """
+import asyncio
 from recess_agent import agent, tool
-
-SHARED = pathlib.Path(os.environ["SHARED"])
-
-def mark(name, info):
-    with open(SHARED / name, "a") as f:
-        f.write(repr(info) + "\\n")
 
 @tool
 async def nap(name: str) -> str:
@@ -86,22 +83,23 @@ async def answer(calls):
 
 async def background(s):
     async with s.hold("indexing"):
-        mark("holding", 1)
+        mark("holding")
         while not (SHARED / "enough").exists():
             await asyncio.sleep(0.01)
 
 @me.on_suspend
 def suspended(info):
-    mark("hooks", ("suspend", info))
+    mark("hooks", repr(("suspend", info)))
 
 @me.on_resume
 async def resumed(info):
-    mark("hooks", ("resume", info["rung"], info["stale"]))
+    mark("hooks", repr(("resume", info["rung"], info["stale"])))
 
 @me.on_upgrade
 def upgraded(info):
-    mark("hooks", ("upgrade", sorted(info)))
+    mark("hooks", repr(("upgrade", sorted(info))))
 """
+)
 
 
 async def started(w, shared, **config):

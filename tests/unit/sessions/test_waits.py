@@ -6,17 +6,14 @@ import pytest
 
 from recess.contextlog.transcript import check_transcript, messages
 from recess.errors import BadInput, KeyReused, NotFound
+from recess.testing.session_agents import MARKS
 from recess.testing.session_world import appears, kinds, texts, world
 
-AGENT = """
-import asyncio, os, pathlib
+AGENT = (
+    MARKS
+    + """
+import asyncio
 from recess_agent import ModelError, agent, tool
-
-SHARED = pathlib.Path(os.environ["SHARED"])
-
-def mark(name, text="x"):
-    with open(SHARED / name, "a") as f:
-        f.write(text + "\\n")
 
 def costly(arguments):
     return arguments["cents"] > 100
@@ -106,6 +103,7 @@ async def me(s):
             await s.say("hello")
         await s.note(nonce=nonce)
 """
+)
 
 BUSY_HOOK = """
 @me.on_suspend
