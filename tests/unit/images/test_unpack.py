@@ -89,10 +89,10 @@ def test_a_layout_is_read_as_any_other_and_gives_the_same_root(tmp_path, image):
         assert {"bin/su", "link", "cap"} <= {member.name for member in tar}
 
 
-def test_a_damaged_image_is_corrupt_or_read_and_never_a_crash(tmp_path, image):
-    whole = image.read_bytes()
+def test_a_damaged_image_is_corrupt_or_read_and_never_a_crash(tmp_path):
+    whole = made(tmp_path, NODES).read_bytes()
     broken = tmp_path / "broken"
-    for cut in (4096, 5000, len(whole) // 2):
+    for cut in (4096, 5000, len(whole) - 4096):
         broken.write_bytes(whole[:cut])
         with pytest.raises(Corrupt):
             tar_of(broken)
@@ -100,7 +100,7 @@ def test_a_damaged_image_is_corrupt_or_read_and_never_a_crash(tmp_path, image):
     for _ in range(300):
         seed = seed * 6364136223846793005 + 1442695040888963407 & (1 << 64) - 1
         changed = bytearray(whole)
-        changed[1024 + (seed >> 33) % min(len(whole) - 1024, 60_000)] = seed >> 24 & 0xFF
+        changed[1024 + (seed >> 33) % min(len(whole) - 1024, 12_000)] = seed >> 24 & 0xFF
         broken.write_bytes(changed)
         try:
             tar_of(broken)
