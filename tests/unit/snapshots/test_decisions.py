@@ -76,6 +76,30 @@ def test_the_smallest_go_when_there_are_too_many():
     assert rewrites([], budget=PLENTY) == {}
 
 
+def test_files_of_a_size_go_together_so_that_the_next_snapshots_rewrite_nothing():
+    usages = [Usage(f"f{n:02}", 100 + n, 100 + n) for n in range(15)] + [Usage("old", 900, 900)]
+    assert rewrites(usages[1:], budget=PLENTY) == {}
+    assert rewrites(usages, budget=PLENTY) == {usage.id: usage.live for usage in usages[:15]}
+
+
+def test_a_long_life_of_small_snapshots_writes_little_more_than_is_new():
+    new, total, owner, entries = 64, 40_000, np.zeros(40_000, np.int64), {0: 40_000}
+    rng, written = np.random.default_rng(1), 0
+    for number in range(1, 241):
+        owner[rng.choice(total, new, replace=False)] = number
+        live = np.bincount(owner, minlength=number + 1)
+        usages = [Usage(f"{n:04}", int(live[n]), size) for n, size in entries.items() if live[n]]
+        moves = rewrites(usages, budget=budget_of(new)).items()
+        moved = [np.flatnonzero(owner == int(ref))[:count] for ref, count in moves]
+        for places in moved:
+            owner[places] = number
+        entries = {n: size for n, size in entries.items() if (owner == n).any()}
+        entries[number] = new + sum(map(len, moved))
+        written += entries[number]
+    assert len(entries) <= 16
+    assert written <= 4 * 240 * new  # rewriting only what is too many, each time again: 10 times
+
+
 def test_a_large_file_is_emptied_a_piece_at_a_time():
     usages = [Usage("large", 40_000, 100_000), Usage("small", 10, 100), Usage("full", 5, 5)]
     assert rewrites(usages, budget=1000) == {"small": 10, "large": 990}
