@@ -44,8 +44,8 @@ STRENGTHS = {
     "process is a whole server, so it starts slower than a library",
     "dbos": "no second process; durable steps in any program; its step outputs are the whole state, at any size; changed code is a "
     "new version by design, and what an old version began waits for a process of that version",
-    "langgraph": "state is a plain value at each node: cheap to inspect, to change code around, and to branch: in a tenth to a "
-    "quarter of the time that Recess took, in the runs of SPECIFICATION.md",
+    "langgraph": "state is a plain value at each node: cheap to inspect, to change code around, and to branch: as fast as Recess "
+    "or faster, in the runs of SPECIFICATION.md",
     "restate": "its replay is fast, from a server in Rust that streams the journal; a server that stays up while only the service dies "
     "recovers without the server's start, which is in `length` here and not in `replay`; newer code is a further deployment by "
     "design, beside the old one, which here is gone",
