@@ -16,7 +16,7 @@ from recess.drivers.kept import disk
 from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import read_pids
 from recess.drivers.qemu import QemuDriver, QemuVm
-from recess.errors import DriverFailed, InvalidSpec, MissingTool, Unsupported
+from recess.errors import DriverFailed, InvalidSpec, MissingTool
 from recess.machines.contract import DISK_NAME, RestoreParts
 from recess.testing.driver_suite import NO_PAGES, lines, quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
@@ -246,8 +246,6 @@ async def test_what_cannot_be_started(rig: QemuRig, tmp_path: Path) -> None:
     (tmp_path / DISK_NAME).write_bytes(bytes(4096))
     with pytest.raises(InvalidSpec, match="4096 bytes"):
         await driver.boot("smalldisk", rig.spec, tmp_path)
-    with pytest.raises(Unsupported):
-        await driver.boot("net", replace(rig.spec, network="full"), tmp_path)
     ref = await rig.template()
     gone = replace(ref, ram=tmp_path / "gone")
     with pytest.raises(DriverFailed, match="gone"):

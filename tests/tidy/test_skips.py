@@ -44,9 +44,10 @@ def run(tmp_path, environment, allowed):
     (tmp_path / "conftest.py").write_text((TESTS / "conftest.py").read_text())
     (tmp_path / "allowed_skips.txt").write_text(allowed)
     (tmp_path / "test_a.py").write_text("import pytest\ndef test_it(): pytest.skip('no device')\ndef test_ok(): pass\n")
-    kept = {k: v for k, v in os.environ.items() if k not in ("CI", "RECESS_CI")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("CI", "RECESS_CI") and not k.startswith("PYTEST_")}
+    words = ["-q", "-p", "no:cacheprovider", "-o", "markers=machines", f"--basetemp={tmp_path / 'of-the-run'}"]
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "markers=machines", str(tmp_path)],
+        [sys.executable, "-m", "pytest", *words, str(tmp_path)],
         env={**kept, **environment, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         cwd=tmp_path,
         capture_output=True,
