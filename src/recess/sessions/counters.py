@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class Counters:
     """An `Observer` that counts. `samples` are sums since the server began: they only rise."""
 
     def __init__(self) -> None:
-        self._sums: Counter[tuple[str, Labels]] = Counter()
+        self._sums: defaultdict[tuple[str, Labels], float] = defaultdict(float)
 
     def taken_up(self, session: str, entries: Sequence[Entry]) -> None:
         """Count a session that is taken up; what is in its log was counted where it was written."""
@@ -74,4 +74,4 @@ class Counters:
         key = (name, tuple((label, text[:LABEL_CHARS]) for label, text in sorted(labels.items())))
         if key not in self._sums and len(self._sums) >= SERIES_MAX:
             key = (name, tuple((label, OTHER) for label, _ in key[1]))
-        self._sums[key] += value  # type: ignore[assignment]
+        self._sums[key] += value
