@@ -150,7 +150,7 @@ class GuestLink(Protocol):
         ...
 
     async def forget(self, job_id: str) -> None:
-        """Drop an ended job and its ring."""
+        """Drop an ended job and its ring. Raises NotFound; IllegalState for one that runs."""
         ...
 
     async def freeze(self, *, sync: bool = False, timeout_s: float = 2.0) -> None:

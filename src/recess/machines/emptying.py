@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-from recess.errors import BadInput, GuestFailed, NotFound, Timeout
+from recess.errors import BadInput, GuestFailed, IllegalState, NotFound, Timeout
 from recess.guestlink.link import ExecRequest, GuestLink
 from recess.units import parse_duration
 
@@ -52,9 +52,10 @@ async def drop_caches(link: GuestLink) -> bool:
         async with asyncio.timeout(WAIT_S):
             return await job.wait() == 0
     except (TimeoutError, GuestFailed, Timeout):
-        with contextlib.suppress(NotFound, GuestFailed, Timeout):
+        with contextlib.suppress(NotFound, GuestFailed, Timeout, IllegalState):  # it may just have ended
             await job.signal(9)
         return False
     finally:
-        with contextlib.suppress(NotFound, GuestFailed, Timeout):
+        # One that was killed in the middle of its writing may not have ended yet: it is left in the guest's list.
+        with contextlib.suppress(NotFound, GuestFailed, Timeout, IllegalState):
             await link.forget(job.job_id)

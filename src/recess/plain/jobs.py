@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recess.errors import BadInput, GuestFailed, NotFound, Unsupported
+from recess.errors import BadInput, GuestFailed, IllegalState, NotFound, Unsupported
 from recess.guestlink.link import JobInfo
 from recess.plain import keeper
 
@@ -110,9 +110,9 @@ class PlainJobs:
             await self.ended(one.job_id)
 
     def forget(self, job_id: str) -> None:
-        """Drop an ended job. Raises BadInput for one that runs."""
+        """Drop an ended job. Raises IllegalState for one that runs."""
         if self.find(job_id).exit_code is None:
-            raise BadInput(f"job {job_id} still runs")
+            raise IllegalState(f"job {job_id} still runs")
         for suffix in ("pid", "json", "out", "code"):
             (self._folder / f"{job_id}.{suffix}").unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from recess.clock import SystemClock
-from recess.errors import BadInput, GuestFailed, NotFound
+from recess.errors import BadInput, GuestFailed, IllegalState, NotFound
 from recess.machines import emptying
 from recess.machines.emptying import drop_caches, parse_policy, should_drop
 from recess.machines.manager import Manager
@@ -137,6 +137,7 @@ class Link:
 
     async def forget(self, job_id):
         self.done.append(job_id)
+        raise IllegalState("it was killed, and has not ended")
 
 
 @pytest.mark.parametrize("error", [NotFound("no sh"), GuestFailed("silent")])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from recess.errors import BadInput, GuestFailed, NotFound, Unsupported
+from recess.errors import BadInput, GuestFailed, IllegalState, NotFound, Unsupported
 from recess.plain import keeper
 from recess.plain.jobs import LOST, PlainJob, PlainJobs
 from recess.testing.patience import wait_until
@@ -51,7 +51,7 @@ async def test_a_process_belongs_to_nobody_but_its_keeper(jobs, tmp_path):
     same = await run(jobs, tmp_path, "sleep", "1000")
     assert same.pid == info.pid  # a job id that is known is that job
     assert info.exit_code is None
-    with pytest.raises(BadInput, match="still runs"):
+    with pytest.raises(IllegalState, match="still runs"):
         jobs.forget("j1")
     PlainJobs(tmp_path / "jobs").signal(signal.SIGTERM, "j1")
     assert await jobs.ended("j1") == 128 + signal.SIGTERM

@@ -11,7 +11,7 @@ from typing import Any
 
 from recess.drivers.fake.guest import STDIN_BYTES_MAX, FakeGuest
 from recess.drivers.fake.state import JobState
-from recess.errors import BadInput, GuestFailed, Timeout
+from recess.errors import BadInput, GuestFailed, IllegalState, Timeout
 from recess.guestlink.link import ByteStream, ExecRequest, FileStat, IncomingHandler, JobInfo, Thaw
 
 ANSWER_S = 5.0
@@ -147,7 +147,7 @@ class FakeLink:
         """Drop an ended job."""
         await self.answer()
         if self.guest.find_job(job_id).exit_code is None:
-            raise BadInput(f"job {job_id} still runs")
+            raise IllegalState(f"job {job_id} still runs")
         del self.guest.memory.jobs[job_id]
 
     async def freeze(self, *, sync: bool = False, timeout_s: float = 2.0) -> None:
