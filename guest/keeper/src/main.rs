@@ -34,7 +34,7 @@ use std::path::PathBuf;
 use card::Filter;
 use group::Group;
 use memory::Ram;
-use serve::{Guarded, Keeper};
+use serve::{Guard, Guarded, Keeper};
 use tail::Tail;
 use vmm::{ChildFds, Vmm};
 
@@ -257,7 +257,7 @@ fn start(options: Options, tether: Option<OwnedFd>) -> io::Result<Keeper> {
         tracker: None,
         copying: None,
         guards: tether
-            .map(|pipe| (pipe, Guarded::Server))
+            .map(|pipe| Guard::new(pipe, Guarded::Server))
             .into_iter()
             .collect(),
         reason: None,

@@ -14,6 +14,7 @@
 //!   track BASE any|user [+ fd]     ok way=kernel|user       note every write from now on (track.rs); before it runs
 //!   track BASE wait + fd           ok way=kernel at=SEGMENTS + userfaultfd     the same, and the ranges are absent
 //!   guard + pipe                   ok                       kill the VM if this closes before it has said anything
+//!   guard-process + pidfd          ok                       the same if this process ends before, whoever holds the last pipe
 //!   move CONSOLE RECORD + folder   ok                       console and record are files of this folder from now on
 //!   tracking                       ok way=WAY base=BASE absent=N     way none: not tracked; N pagers still bring pages
 //!   prepare delta|all              ok                       copy while the VM runs; touch what the pause will need
@@ -57,6 +58,7 @@ pub enum Request {
     },
     Tracking,
     Guard,
+    GuardProcess,
     Move {
         console: String,
         record: String,
@@ -109,6 +111,7 @@ pub fn parse(message: &[u8]) -> Result<Request, &'static str> {
             },
         }),
         ["guard"] => Ok(Request::Guard),
+        ["guard-process"] => Ok(Request::GuardProcess),
         ["move", console, record] => Ok(Request::Move {
             console: file_name(console)?,
             record: file_name(record)?,
@@ -168,6 +171,7 @@ mod tests {
         assert_eq!(parse(b"file"), Ok(Request::File));
         assert_eq!(parse(b"remap"), Ok(Request::Remap));
         assert_eq!(parse(b"guard"), Ok(Request::Guard));
+        assert_eq!(parse(b"guard-process"), Ok(Request::GuardProcess));
         let moved = Request::Move {
             console: "console.log".to_string(),
             record: "vmm.end".to_string(),

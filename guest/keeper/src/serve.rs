@@ -40,6 +40,24 @@ pub enum Guarded {
     Server,
 }
 
+/// A pipe that somebody must say a word on before it closes, and before that process ends, where one is known: another that
+/// holds the pipe, too, hides no end then.
+pub struct Guard {
+    pub pipe: OwnedFd,
+    pub whose: Guarded,
+    pub process: Option<OwnedFd>,
+}
+
+impl Guard {
+    pub fn new(pipe: OwnedFd, whose: Guarded) -> Guard {
+        Guard {
+            pipe,
+            whose,
+            process: None,
+        }
+    }
+}
+
 pub struct Keeper {
     /// Where the VMM's end is recorded, outside the run folder.
     pub record: Option<PathBuf>,
@@ -58,8 +76,7 @@ pub struct Keeper {
     pub prepared: Option<Buffer>,
     pub tracker: Option<Tracker>,
     pub copying: Option<Copying>,
-    /// Pipes that somebody must say a word on before they close.
-    pub guards: Vec<(OwnedFd, Guarded)>,
+    pub guards: Vec<Guard>,
     /// Why we ended the VMM, once we have.
     pub reason: Option<&'static str>,
 }
@@ -122,7 +139,10 @@ impl Keeper {
             watch(console),
         ];
         let first_guard = fds.len();
-        fds.extend(self.guards.iter().map(|(pipe, _)| watch(pipe.as_raw_fd())));
+        for guard in &self.guards {
+            fds.push(watch(guard.pipe.as_raw_fd()));
+            fds.push(watch(guard.process.as_ref().map_or(-1, |p| p.as_raw_fd())));
+        }
         let fixed = fds.len();
         fds.extend(self.clients.iter().map(|c| watch(c.as_raw_fd())));
         // SAFETY: the array is valid for its length. EINTR leaves all revents zero: one idle turn.
@@ -221,7 +241,13 @@ impl Keeper {
             Request::Guard => {
                 let pipe = fd.ok_or_else(|| invalid("no descriptor came"))?;
                 sys::set_nonblocking(&pipe)?;
-                self.guards.push((pipe, Guarded::Pager));
+                self.guards.push(Guard::new(pipe, Guarded::Pager));
+                done()
+            }
+            Request::GuardProcess => {
+                let process = fd.ok_or_else(|| invalid("no descriptor came"))?;
+                let last = self.guards.iter_mut().rfind(|g| g.whose == Guarded::Pager);
+                last.ok_or_else(|| invalid("no pager is watched"))?.process = Some(process);
                 done()
             }
             Request::Move { console, record } => {
@@ -294,7 +320,7 @@ impl Keeper {
                     let (way, base) = (tracker.way(), &tracker.base);
                     format!("ok way={way} base={base} absent={absent}")
                 }
-                None => "ok way=none base=- absent=0".to_string(),
+                None => format!("ok way=none base=- absent={absent}"),
             },
         };
         Ok((text, None))
@@ -323,13 +349,15 @@ impl Keeper {
     fn check_guards(&mut self) {
         let before = self.pagers();
         let mut broken = None;
-        self.guards.retain(|(pipe, whose)| {
+        self.guards.retain(|guard| {
+            // Asked before the pipe is read: one that has said its word may end.
+            let ended = guard.process.as_ref().is_some_and(sys::has_ended);
             let mut word = [0u8; 16];
-            match sys::read_now(pipe, &mut word) {
-                Ok(None) => true,
+            match sys::read_now(&guard.pipe, &mut word) {
+                Ok(None) if !ended => true,
                 Ok(Some(count)) if count > 0 => false,
                 _ => {
-                    broken = Some(*whose);
+                    broken = Some(guard.whose);
                     false
                 }
             }
@@ -349,7 +377,7 @@ impl Keeper {
 
     /// How many pagers still bring pages.
     fn pagers(&self) -> usize {
-        let pagers = self.guards.iter().filter(|g| g.1 == Guarded::Pager);
+        let pagers = self.guards.iter().filter(|g| g.whose == Guarded::Pager);
         pagers.count()
     }
 

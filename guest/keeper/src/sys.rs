@@ -211,6 +211,17 @@ pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
     own(ret as libc::c_int)
 }
 
+/// Whether the process of this pidfd has ended.
+pub fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut one = libc::pollfd {
+        fd: pidfd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&raw mut one, 1, 0) > 0 }
+}
+
 /// Nanoseconds of CLOCK_BOOTTIME: monotonic, and it goes on while the host sleeps, as a lease does.
 pub fn boottime_ns() -> u64 {
     clock_ns(libc::CLOCK_BOOTTIME)

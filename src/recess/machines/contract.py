@@ -165,7 +165,7 @@ class MappedMemory:
 class LazyMemory(Protocol):
     """A machine's memory that comes while it runs, brought by a process of its own (a pager).
 
-    Used once: `ranges`, then `serve` or `read_all`; `close` at the end in any case.
+    Used once: `ranges`, then `process` and `serve`, or `read_all`; `close` at the end in any case.
     """
 
     async def ranges(self) -> int:
@@ -173,19 +173,25 @@ class LazyMemory(Protocol):
         Raises DriverFailed, Timeout."""
         ...
 
+    def process(self) -> int:
+        """Return a pidfd of the pager, which stays this object's; known once `ranges` has returned. Raises DriverFailed."""
+        ...
+
     async def serve(
         self,
         uffd: int,
         pipe: int,
+        vmm: int,
         segments: Sequence[tuple[int, int, int]],
         first: Sequence[int] = (),
         *,
         whole: bool = False,
     ) -> None:
         """Answer the faults of this userfaultfd from now on; returns when it does. `segments`: (address in the process,
-        first page, pages). The pager says a word on `pipe` when every page is there; if that closes without a word the
-        machine must be ended. `first`: pages to bring before they are asked for. `whole`: all of the memory is absent,
-        not only the ranges, and nothing is protected against writing. Raises DriverFailed, Timeout."""
+        first page, pages). The pager says a word on `pipe` when every page is there; if that closes without a word, or the
+        pager ends, the machine must be ended. `vmm`: a pidfd of the process whose memory it is; the pager ends with that.
+        `first`: pages to bring before they are asked for. `whole`: all of the memory is absent, not only the ranges, and
+        nothing is protected against writing. The descriptors stay the caller's. Raises DriverFailed, Timeout."""
         ...
 
     async def read_all(self) -> PageSet:

@@ -2,12 +2,12 @@
 
 The nursery is one small process per server, started before it is needed, with everything imported: a fork of it is
 there in a few milliseconds. It has one thread, so forking is safe, and it ends when its server does. A pager does not:
-it serves its machine until every page is there, server or not. Its life hangs on a pipe that the machine's keeper
-watches: it says "filled" there, or it is gone and the keeper ends the machine.
+it serves its machine until every page is there, server or not, and ends with the machine's VMM, whose pidfd it watches. The
+machine's keeper watches the pager, by a pidfd and a pipe: "filled" is said there, or the keeper ends the machine.
 
     server -> nursery   {"home", "overrides", "snapshot", "part", "template", "files", "first", "keep"} + the pager's socket
-    pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs     or {"failed": text}
-    server -> pager     {"segments": [[address, first, pages]], "first": [pages], "whole"} + userfaultfd, pipe
+    pager -> server     {"ready": runs, "bytes"} + a descriptor with the runs, the pager's pidfd     or {"failed": text}
+    server -> pager     {"segments": [[address, first, pages]], "first": [pages], "whole"} + userfaultfd, pipe, the VMM's pidfd
     pager -> server     {"serving": true}, and at the end {"filled": report}      or {"failed": text}
                         with {"kept": {"ground", "pages"}} + a file with the pages that came, a descriptor with their runs
 """
@@ -62,32 +62,34 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
         files,
         far=bool(config.store),
     )
-    runs = _ranges_file(library)
+    fds = [_ranges_file(library), os.pidfd_open(os.getpid())]
     try:
-        _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, [runs])
+        _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, fds)
     finally:
-        os.close(runs)
+        for fd in fds:
+            os.close(fd)
     expected = [*order["first"], *library.first_pages]
     # Planned and read while the machine starts, and beside everything else: it waits for none of it.
     ahead = threading.Thread(target=_expect, args=(library, expected), name="expect", daemon=True)
     ahead.start()
-    message, fds = _receive(sock, 2)
+    message, fds = _receive(sock, 3)
     if message is None:
         return
-    uffd, pipe = fds
+    uffd, pipe, vmm = fds
     if message["whole"]:
         ahead.join()  # it looks up groups, and they are numbered anew
         library.take_all()
     segments = [Segment(*numbers) for numbers in message["segments"]]
     kept = None if message["whole"] else _kept_file(library, order)
     server = FaultServer(
-        Uffd(uffd, segments, protect=not message["whole"]), library.book, library,
+        Uffd(uffd, segments, protect=not message["whole"]), library.book, library, owner=vmm,
         first=_first(ahead, library, [*message["first"], *expected]), fill_groups=library.fill_groups,
         keep=None if kept is None else kept.keep,
     )  # fmt: skip
     _say(sock, {"serving": True})
     report = server.run()
-    os.write(pipe, FILLED)
+    with contextlib.suppress(BrokenPipeError):  # the keeper is gone with its machine
+        os.write(pipe, FILLED)
     filled: dict[str, Any] = {"filled": about(report, library)}
     # A machine that was ended before every page was there is no error, but what was written down then has holes.
     if kept is None or kept.fd < 0 or report.groups != library.book.groups:

@@ -175,20 +175,32 @@ class Pager:
         self._read_all = read_all
         self._working_set = working_set
         self._watching: asyncio.Task[None] | None = None
+        self._process = -1
         self.report: Mapping[str, Any] | None = None
         self.failure = ""
 
     async def ranges(self) -> int:
         """Return a descriptor with the absent runs, once the snapshot is open; the caller closes it."""
         message, fds = await _receive(self._sock, READY_S)
-        if message is None or "ready" not in message or len(fds) != 1:
+        if message is None or "ready" not in message or len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
             raise DriverFailed(f"the pager could not open the snapshot: {(message or {}).get('failed', 'it ended')}")
+        self._process = fds[1]
+        weakref.finalize(self, os.close, fds[1])
         return fds[0]
+
+    def process(self) -> int:
+        """Return its pidfd. Raises DriverFailed before `ranges` has returned."""
+        if self._process < 0:
+            raise DriverFailed("the pager has not told what it is")
+        return self._process
 
     async def serve(
         self,
         uffd: int,
         pipe: int,
+        vmm: int,
         segments: Sequence[tuple[int, int, int]],
         first: Sequence[int] = (),
         *,
@@ -197,7 +209,7 @@ class Pager:
         """Hand it the memory; returns when faults are being answered. The descriptors stay the caller's, to close."""
         order = json.dumps({"segments": [list(s) for s in segments], "first": list(first), "whole": whole}).encode()
         try:
-            socket.send_fds(self._sock, [order], [uffd, pipe], socket.MSG_NOSIGNAL)
+            socket.send_fds(self._sock, [order], [uffd, pipe, vmm], socket.MSG_NOSIGNAL)
         except OSError as exc:
             raise DriverFailed(f"the pager ended: {exc.strerror}") from exc
         message, _ = await _receive(self._sock, READY_S)

@@ -25,6 +25,7 @@ FILL_GROUPS = 32
 """Asked for together by the fill unless it is told otherwise: 2 MiB of memory, one request where they lie together."""
 
 _NICE = 10
+_STUCK_S = 5.0  # for a fill that waits for a store, once nobody waits for it
 _ABSENT, _ON_ITS_WAY, _THERE = 0, 1, 2
 
 
@@ -43,6 +44,7 @@ class Report:
 
 class FaultServer:
     """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks;
+    `owner` is a pidfd of the process whose memory it is: its end ends the serving, whatever is being waited for;
     `fill_groups`: how many the fill asks for together; `keep` is given every piece once it is there, from any thread, and raises nothing."""
 
     def __init__(
@@ -54,6 +56,7 @@ class FaultServer:
         fill_after_s: float = FILL_AFTER_S,
         fill_groups: int = FILL_GROUPS,
         first: Iterable[int] = (),
+        owner: int | None = None,
         keep: Callable[[Piece], None] | None = None,
     ) -> None:
         self._uffd = uffd
@@ -62,6 +65,7 @@ class FaultServer:
         self._fill_after_s = fill_after_s
         self._fill_groups = fill_groups
         self._first = first
+        self._owner = owner
         self._keep = keep
         self._state = bytearray(book.groups)
         self._lock = threading.Lock()
@@ -75,28 +79,34 @@ class FaultServer:
         """Serve until all is there, or the process is gone. Raises what made it impossible to go on."""
         filler = threading.Thread(target=self._fill, name="fill", daemon=True)
         filler.start()
+        gone = False
         try:
             self._answer()
         except ProcessGone:
-            pass
+            gone = True
         finally:
             self._ended.set()
-            filler.join()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            filler.join(_STUCK_S if gone else None)
+            if not filler.is_alive():  # one that waits for a store yet would write into whatever has these numbers then
+                os.close(self._wake_read)
+                os.close(self._wake_write)
         if self._error is not None and not isinstance(self._error, ProcessGone):
             raise self._error
         return self.report
 
     def _answer(self) -> None:
-        """Answer faults until the fill has ended."""
+        """Answer faults until the fill has ended. Raises ProcessGone."""
         poller = select.poll()
         poller.register(self._uffd.fd, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
+        if self._owner is not None:
+            poller.register(self._owner, select.POLLIN)
         while True:
             ready = {fd for fd, _ in poller.poll()}
             if self._wake_read in ready and (self._error is not None or self._uffd.fd not in ready):
                 return
+            if self._owner in ready:
+                raise ProcessGone
             for fault in self._uffd.faults():
                 self._bring_touched(fault.page)
 

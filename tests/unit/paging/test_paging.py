@@ -5,6 +5,7 @@ import fcntl
 import mmap
 import os
 import struct
+import subprocess
 import threading
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from recess.errors import Corrupt
 from recess.paging import Facts, FaultServer, Piece, Segment, Uffd, choose, make_book
+from recess.paging import server as server_module
 from recess.paging.book import gaps_of, number_groups, runs_of
 from recess.paging.uffd import ProcessGone
 
@@ -200,6 +202,42 @@ class GoesAway:
         if self.left == 0:
             raise ProcessGone
         self.left -= 1
+
+
+class Stuck(Library):
+    """One whose store does not answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def fetch(self, group):
+        self.asked.set()
+        self.go_on.wait()
+        return super().fetch(group)
+
+
+def test_it_ends_with_the_process_whose_memory_it_is_though_the_store_does_not_answer(memory, monkeypatch):
+    monkeypatch.setattr(server_module, "_STUCK_S", 0.05)
+    library = Stuck()
+    with subprocess.Popen(["sleep", "600"]) as owner:
+        pidfd = os.pidfd_open(owner.pid)
+        server = FaultServer(memory.uffd(), whole_book(), library, fill_after_s=0.0, owner=pidfd)
+        done = threading.Thread(target=server.run)
+        done.start()
+        assert library.asked.wait(20)
+        assert done.is_alive()
+        owner.kill()
+        done.join(20)
+    assert not done.is_alive()
+    assert server.report.groups == 0
+    library.go_on.set()  # late: what it brings now is nobody's
+    for thread in threading.enumerate():
+        if thread.name == "fill":
+            thread.join(20)
+    os.close(server._wake_read)
+    os.close(server._wake_write)
+    os.close(pidfd)
 
 
 def test_a_process_that_ends_meanwhile_is_no_error_but_not_everything_came():

@@ -4,13 +4,14 @@ The protocol (docs/snapshotting/handling-page-faults-on-snapshot-resume.md of Fi
 regions with exactly one descriptor; then never a word again. The kernel names the sender (SO_PEERCRED): it must be the VMM
 of this machine, and its message is bounded and checked before anything is done with it. Faults come while the load call is
 still being answered, so whoever answers them must not be whoever waits for that call: here it is the pager, a process of
-its own. The keeper watches the pager and ends the VM with it; the pager ends when the memory is no more.
+its own. Pager and VMM are each watched by their pidfd, and neither outlives the other (drivers/kept/paged.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -21,12 +22,14 @@ from pathlib import Path
 from recess.drivers.firecracker.calls import FAULT_SOCKET
 from recess.drivers.kept.keeper import Keeper
 from recess.drivers.kept.layout import socket_address
+from recess.drivers.kept.paged import serve_watched
 from recess.errors import DriverFailed, Timeout
 from recess.machines.contract import LazyMemory
 from recess.units import PAGE_BYTES
 
 _MESSAGE_MAX = 64 * 1024
 _REGIONS_MAX = 64
+_SO_PEERPIDFD = 77  # asm-generic/socket.h; Linux 6.5
 _WAIT_S = 30.0
 _DEVICE = Path("/dev/userfaultfd")
 _ALLOWED = Path("/proc/sys/vm/unprivileged_userfaultfd")
@@ -92,25 +95,22 @@ class FaultSocket:
             raise
         return cls(sock)
 
-    async def receive(self, vmm: Container[int], memory_bytes: int) -> tuple[int, list[Segment]]:
-        """Return the userfaultfd, the caller's, and where the memory lies. `vmm`: the
-        processes of which one must have sent it.
-        Raises DriverFailed for another sender or a message that makes no sense, Timeout."""
+    async def receive(self, vmm: Container[int], memory_bytes: int) -> tuple[int, int, list[Segment]]:
+        """Return the userfaultfd and a pidfd of its sender, both the caller's, and where the memory lies. `vmm`: the processes
+        of which one must have sent it. Raises DriverFailed for another sender or a message that makes no sense, Timeout."""
         try:
             async with asyncio.timeout(_WAIT_S):
                 peer, _ = await self._loop.sock_accept(self._sock)
-                with peer:
-                    pid, _uid, _gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-                    if pid not in vmm:
-                        raise DriverFailed(f"process {pid} is not the machine's VMM", log="")
+                with peer, contextlib.ExitStack() as stack:
+                    process = _held_sender(peer, vmm)
+                    stack.callback(os.close, process)
                     message, fd = await self._message(peer)
+                    stack.callback(os.close, fd)
+                    segments = parse_regions(message, memory_bytes)
+                    stack.pop_all()
+                    return fd, process, segments
         except TimeoutError as exc:
             raise Timeout(f"Firecracker did not ask for its pages within {_WAIT_S:g} s") from exc
-        try:
-            return fd, parse_regions(message, memory_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
 
     async def _message(self, peer: socket.socket) -> tuple[bytes, int]:
         """Return the message and its one descriptor. It is sent with one call, so it is received with one."""
@@ -133,16 +133,33 @@ class FaultSocket:
             self._sock.close()
 
 
+def _held_sender(peer: socket.socket, vmm: Container[int]) -> int:
+    """Return a pidfd of the process that connected, which must be one of these. Raises DriverFailed.
+
+    The pid of SO_PEERCRED may be another's once that has ended, so the descriptor is taken from the socket itself; from a
+    kernel before 6.5 by the pid, which is the VMM's as long as the keeper has not told of its end.
+    """
+    pid, _uid, _gid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if pid not in vmm:
+        raise DriverFailed(f"process {pid} is not the machine's VMM", log="")
+    try:
+        try:
+            return int(peer.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD))
+        except OSError as exc:
+            if exc.errno != errno.ENOPROTOOPT:
+                raise
+            return os.pidfd_open(pid)
+    except OSError as exc:
+        raise DriverFailed(f"the VMM, process {pid}, has ended: {exc.strerror}", log="") from exc
+
+
 async def serve_faults(
     sock: FaultSocket, keeper: Keeper, vmm: Container[int], memory_bytes: int, lazy: LazyMemory
 ) -> None:
-    """Take the memory from Firecracker and have the pager answer for all of it. First the keeper watches, then the pager
-    serves: from the moment it could fail somebody looks. Raises DriverFailed, Timeout."""
-    uffd, segments = await sock.receive(vmm, memory_bytes)
-    watched, pipe = os.pipe()
+    """Take the memory from Firecracker and have the pager answer for all of it. Raises DriverFailed, Timeout."""
+    uffd, process, segments = await sock.receive(vmm, memory_bytes)
     try:
-        await keeper.guard(watched)
-        await lazy.serve(uffd, pipe, segments, whole=True)
+        await serve_watched(keeper, lazy, uffd, process, segments, whole=True)
     finally:
-        for fd in (uffd, watched, pipe):
-            os.close(fd)
+        os.close(uffd)
+        os.close(process)

@@ -14,7 +14,7 @@ import socket
 import struct
 import subprocess
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,19 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL to this process and no other: by descriptor, so that its pid cannot be another's meanwhile."""
-        with contextlib.suppress(OSError):
-            fd = os.pidfd_open(self.pid)
-            try:
-                if self.alive():
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
-            finally:
-                os.close(fd)
+        with contextlib.suppress(OSError), self.held() as fd:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[int]:
+        """Yield a pidfd of this very process. Raises ProcessLookupError when it has ended."""
+        fd = os.pidfd_open(self.pid)
+        try:
+            if not self.alive():  # asked once the descriptor is held: it is of whoever has the pid then
+                raise ProcessLookupError(f"process {self.pid} has ended")
+            yield fd
+        finally:
+            os.close(fd)
 
 
 def _stat(pid: int) -> list[str]:
@@ -207,9 +213,11 @@ class Keeper:
             found.append((int(address, 16), int(first), int(pages)))
         return fd, found
 
-    async def guard(self, pipe: int) -> None:
-        """Have the VM ended if the other end of this pipe closes before a word was said there."""
+    async def guard(self, pipe: int, process: int) -> None:
+        """Have the VM ended if the other end of this pipe closes, or the process of this pidfd ends, before a word was said
+        there."""
         await self._ask("guard", pipe)
+        await self._ask("guard-process", process)
 
     async def move(self, layout: Layout) -> None:
         """Have the console and the record of the end written into this layout's directory from now on, the console with

@@ -7,6 +7,7 @@ faults, or that is told not to (`page_tracking`), falls back to putting everythi
 from __future__ import annotations
 
 from recess.drivers.kept import disk
+from recess.drivers.kept.keeper import read_pids
 from recess.drivers.kept.steps import in_thread
 from recess.drivers.qemu.handles import Handles
 from recess.drivers.qemu.memory import begin_lazy, begin_tracking, map_in_place
@@ -28,7 +29,7 @@ async def bring_memory(vm: Handles, parts: RestoreParts, pages_fd: int, *, mode:
     elif parts.lazy is not None:
         refused = f"page_tracking = {mode}" if mode != "auto" else _SHARED
         if mode == "auto" and not vm.journal.shared:
-            tracking = await begin_lazy(vm.keeper, parts.snapshot, parts.lazy)
+            tracking = await begin_lazy(vm.keeper, read_pids(vm.layout)["vmm"], parts.snapshot, parts.lazy)
             if tracking.exact:
                 vm.tracking, vm.lazy = tracking, parts.lazy
                 return

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from recess.drivers.kept import disk
 from recess.drivers.kept import keeper as keepers
-from recess.drivers.kept.keeper import Keeper
+from recess.drivers.kept.keeper import Keeper, Process
+from recess.drivers.kept.paged import serve_watched
 from recess.drivers.qemu.journal import Journal
 from recess.errors import DriverFailed, OutOfSpace, RecessError
 from recess.machines.contract import LazyMemory, MappedMemory
@@ -64,7 +65,7 @@ async def begin_tracking(keeper: Keeper, base: str, *, mode: str, known: int | N
     return Tracking(way, _MODES.get(way, way), base)
 
 
-async def begin_lazy(keeper: Keeper, base: str, lazy: LazyMemory) -> Tracking:
+async def begin_lazy(keeper: Keeper, vmm: Process, base: str, lazy: LazyMemory) -> Tracking:
     """Track a VM that has not run yet, and have its memory brought by a pager. Not `exact` if this host cannot: nothing
     has changed then. Raises DriverFailed, Timeout (the VM must be ended: some of its pages may be absent)."""
     ranges = await lazy.ranges()
@@ -76,14 +77,13 @@ async def begin_lazy(keeper: Keeper, base: str, lazy: LazyMemory) -> Tracking:
         return Tracking(NONE, f"this host cannot: {exc.message}")
     finally:
         os.close(ranges)
-    watched, pipe = os.pipe()
     try:
-        # First the guard, then the pager: from the moment it could fail somebody looks.
-        await keeper.guard(watched)
-        await lazy.serve(uffd, pipe, segments)
+        with vmm.held() as process:
+            await serve_watched(keeper, lazy, uffd, process, segments)
+    except ProcessLookupError as exc:
+        raise DriverFailed("the VM has ended before its memory came") from exc
     finally:
-        for fd in (uffd, watched, pipe):
-            os.close(fd)
+        os.close(uffd)
     return Tracking("kernel", _MODES["kernel"], base)
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recess.drivers.firecracker import faults
 from recess.drivers.firecracker.calls import FAULT_SOCKET
 from recess.drivers.firecracker.faults import FaultSocket, may_catch_faults, parse_regions
 from recess.drivers.kept.layout import socket_address
@@ -99,31 +100,42 @@ async def connect(run: Path) -> socket.socket:
     return sock
 
 
-async def test_the_descriptor_comes_with_the_regions(tmp_path: Path) -> None:
-    faults = FaultSocket.open(tmp_path)
-    receiving = asyncio.ensure_future(faults.receive([os.getpid()], SIZE))
+def pid_of(pidfd: int) -> int:
+    (line,) = [row for row in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines() if row.startswith("Pid:")]
+    return int(line.split()[1])
+
+
+@pytest.mark.parametrize("option", [faults._SO_PEERPIDFD, 9999])
+async def test_the_descriptor_comes_with_the_regions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: int
+) -> None:
+    """And a pidfd of who sent it: from the socket, or, of a kernel that has no such option, by its pid."""
+    monkeypatch.setattr(faults, "_SO_PEERPIDFD", option)
+    taking = FaultSocket.open(tmp_path)
+    receiving = asyncio.ensure_future(taking.receive([os.getpid()], SIZE))
     ours = os.memfd_create("uffd")
     with await connect(tmp_path) as sock:
         socket.send_fds(sock, [json.dumps([region()]).encode()], [ours])
-        fd, segments = await receiving
+        fd, process, segments = await receiving
     assert os.fstat(fd).st_ino == os.fstat(ours).st_ino
+    assert pid_of(process) == os.getpid()
     assert segments == [(0x7F00_0000_0000, 0, 256)]
-    os.close(fd)
-    os.close(ours)
-    faults.close()
-    faults.close()
+    for one in (fd, process, ours):
+        os.close(one)
+    taking.close()
+    taking.close()
 
 
 async def test_another_process_is_not_heard(tmp_path: Path) -> None:
-    faults = FaultSocket.open(tmp_path)
+    taking = FaultSocket.open(tmp_path)
     with await connect(tmp_path), pytest.raises(DriverFailed, match="is not the machine's VMM"):
-        await faults.receive([os.getpid() + 1], SIZE)
-    faults.close()
+        await taking.receive([os.getpid() + 1], SIZE)
+    taking.close()
 
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 async def test_exactly_one_descriptor(tmp_path: Path, count: int) -> None:
-    faults = FaultSocket.open(tmp_path)
+    taking = FaultSocket.open(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     ours = os.memfd_create("uffd")
     with await connect(tmp_path) as sock:
@@ -133,20 +145,20 @@ async def test_exactly_one_descriptor(tmp_path: Path, count: int) -> None:
         else:
             sock.send(message)
         with pytest.raises(DriverFailed, match="descriptors"):
-            await faults.receive([os.getpid()], SIZE)
+            await taking.receive([os.getpid()], SIZE)
     os.close(ours)
     assert len(os.listdir("/proc/self/fd")) == before
-    faults.close()
+    taking.close()
 
 
 async def test_a_refused_message_leaves_no_descriptor(tmp_path: Path) -> None:
-    faults = FaultSocket.open(tmp_path)
+    taking = FaultSocket.open(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     ours = os.memfd_create("uffd")
     with await connect(tmp_path) as sock:
         socket.send_fds(sock, [b"[]"], [ours])
         with pytest.raises(DriverFailed):
-            await faults.receive([os.getpid()], SIZE)
+            await taking.receive([os.getpid()], SIZE)
     os.close(ours)
     assert len(os.listdir("/proc/self/fd")) == before
-    faults.close()
+    taking.close()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -303,21 +304,32 @@ class Pager:
         self.served: Sequence[tuple[int, int, int]] = ()
         self.whole = False
         self.closed = 0
+        self.child = subprocess.Popen(["sleep", "600"])
+        self.pidfd = os.pidfd_open(self.child.pid)
 
     async def ranges(self) -> int:
         return os.memfd_create("ranges")
+
+    def process(self) -> int:
+        return self.pidfd
+
+    def end(self) -> None:
+        self.child.kill()
+        self.child.wait()
+        os.close(self.pidfd)
 
     async def serve(
         self,
         uffd: int,
         pipe: int,
+        vmm: int,
         segments: Sequence[tuple[int, int, int]],
         first: Sequence[int] = (),
         *,
         whole: bool = False,
     ) -> None:
         os.fstat(uffd)
-        self.pipe = os.dup(pipe)
+        self.pipe, self.vmm = os.dup(pipe), os.dup(vmm)
         self.served, self.whole = segments, whole
         (self.run / "served").touch()
 
@@ -331,11 +343,28 @@ class Pager:
         self.closed += 1
 
 
-async def test_memory_by_page_faults(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Firecracker waits for its pages inside the load; the keeper ends the machine with the pager."""
+@pytest.fixture
+def make_pager(bench: Bench) -> Iterator[Callable[[], Pager]]:
+    """What makes the pager of the next machine; their processes end with the test."""
+    made: list[Pager] = []
+
+    def make() -> Pager:
+        made.append(Pager(bench.home / "run" / "m" / f"m{bench.number + 1}"))
+        return made[-1]
+
+    yield make
+    for pager in made:
+        pager.end()
+
+
+async def test_memory_by_page_faults(
+    bench: Bench, make_pager: Callable[[], Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Firecracker waits for its pages inside the load; each is watched for the other, and the keeper ends the machine with
+    the pager, whoever may still hold its pipe."""
     monkeypatch.setattr(start, "may_catch_faults", lambda **_: True)
     ref = await bench.template()
-    pager = Pager(bench.home / "run" / "m" / f"m{bench.number + 1}")
+    pager = make_pager()
     state = ref.vmstate.read_bytes()
     vm = await bench.restore(RestoreParts(ref, NO_PAGES, NO_PAGES, state, "snp_a", lazy=pager, choice="lazy: a test"))
     assert (list(pager.served), pager.whole) == ([(0x7000_0000_0000, 0, MEMORY // PAGE_BYTES)], True)
@@ -345,22 +374,28 @@ async def test_memory_by_page_faults(bench: Bench, monkeypatch: pytest.MonkeyPat
     capture = await vm.capture(resume=True, parent="snp_a")
     assert capture.parent == "snp_a"
     assert len(pages_of(capture)) == 1
-    os.close(pager.pipe)  # without a word
+    vmm = read_pids(vm._handles.layout)["vmm"].pid
+    assert f"Pid:\t{vmm}\n" in Path(f"/proc/self/fdinfo/{pager.vmm}").read_text()
+    os.close(pager.vmm)
+    pager.child.kill()  # without a word
     assert "pager" in await asyncio.wait_for(vm.wait_dead(), 60)
+    os.close(pager.pipe)
 
 
 async def test_everything_of_a_machine_whose_memory_came_by_faults(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, make_pager: Callable[[], Pager], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "may_catch_faults", lambda **_: True)
     ref = await bench.template()
-    pager = Pager(bench.home / "run" / "m" / f"m{bench.number + 1}")
+    pager = make_pager()
     vm = await bench.restore(RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes(), "snp_a", lazy=pager))
     waiting = asyncio.ensure_future(vm.capture(resume=True))
     done, _ = await asyncio.wait([waiting], timeout=0.05)
     assert not done  # all must be there first
     os.write(pager.pipe, b"filled")
     os.close(pager.pipe)
+    os.close(pager.vmm)
+    pager.child.kill()  # it has said its word: nothing ends with it now
     capture = await waiting
     assert capture.parent == ""
     capture.close()
@@ -368,10 +403,12 @@ async def test_everything_of_a_machine_whose_memory_came_by_faults(
     await vm.link.ping(timeout_s=60)
 
 
-async def test_a_user_who_may_not_catch_faults(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_user_who_may_not_catch_faults(
+    bench: Bench, make_pager: Callable[[], Pager], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(start, "may_catch_faults", lambda **_: False)
     ref = await bench.template()
-    pager = Pager(Path("/nowhere"))
+    pager = make_pager()
     vm = await bench.restore(RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes(), lazy=pager))
     assert "may not catch page faults" in vm.about_memory()["memory"]
     assert pager.closed == 1

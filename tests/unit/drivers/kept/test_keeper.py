@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,44 @@ async def test_a_word_unties_it(layout: Layout) -> None:
     os.write(ours, b"taken")
     os.close(ours)
     await keeper.tracking()  # served after the pipe was looked at
+    assert read_pids(layout)["vmm"].alive()
+
+
+@pytest.fixture
+def pager() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that plays a pager."""
+    with subprocess.Popen(["/bin/sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+async def test_a_pagers_end_is_the_machines_whoever_holds_its_pipe(
+    layout: Layout, pager: subprocess.Popen[bytes]
+) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    watched, held = os.pipe()
+    process = os.pidfd_open(pager.pid)
+    with pytest.raises(DriverFailed, match="no pager is watched"):
+        await keeper._ask("guard-process", process)
+    await keeper.guard(watched, process)
+    assert (await keeper.tracking())[2]  # pages are being brought
+    pager.kill()
+    assert (await asyncio.wait_for(keeper.death, 20)).line() == "its pager died (signal 9)"
+    for fd in (watched, held, process):
+        os.close(fd)
+
+
+async def test_a_pager_that_is_done_may_end(layout: Layout, pager: subprocess.Popen[bytes]) -> None:
+    keeper = start(layout, "/bin/sleep", "60")
+    watched, held = os.pipe()
+    process = os.pidfd_open(pager.pid)
+    await keeper.guard(watched, process)
+    os.write(held, b"filled")
+    pager.kill()
+    for fd in (watched, held, process):
+        os.close(fd)
+    await asyncio.wait_for(keeper.filled.wait(), 20)
+    await keeper.tracking()
     assert read_pids(layout)["vmm"].alive()
 
 
