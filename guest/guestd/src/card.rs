@@ -42,22 +42,17 @@ impl Plan {
 
 /// Bring the card up. A machine that was promised a card and has none is of no use: an error ends the boot.
 pub fn up(plan: &Plan) -> Result<(), Fail> {
-    await_path("/sys/class/net/eth0")?;
+    await_path("/sys/class/net/eth0").map_err(|_| {
+        let why = "no eth0 appeared: this guest kernel has no driver for the network card (CONFIG_VIRTIO_NET)";
+        Fail::new("failed", why)
+    })?;
     configure("eth0", plan).map_err(|e| Fail::io("eth0", &e))
 }
 
 fn configure(name: &str, plan: &Plan) -> io::Result<()> {
-    // SAFETY: ifreq and rtentry are plain data, and all-zero is valid for both; the socket is owned and closed here.
+    // SAFETY: ifreq and rtentry are plain data, and all-zero is valid for a rtentry.
     unsafe {
-        let s = sys::own(libc::socket(
-            libc::AF_INET,
-            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
-            0,
-        ))?;
-        let mut req: libc::ifreq = std::mem::zeroed();
-        for (to, from) in req.ifr_name.iter_mut().zip(name.bytes()) {
-            *to = from as libc::c_char;
-        }
+        let (s, mut req) = sys::interface(name)?;
         for (call, address) in [
             (libc::SIOCSIFADDR, plan.address),
             (libc::SIOCSIFNETMASK, plan.mask),

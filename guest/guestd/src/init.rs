@@ -308,19 +308,10 @@ fn limits() {
 }
 
 fn loopback_up() -> io::Result<()> {
-    // SAFETY: an ifreq is plain data; the socket is owned and closed here.
-    unsafe {
-        let s = sys::own(libc::socket(
-            libc::AF_INET,
-            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
-            0,
-        ))?;
-        let mut req: libc::ifreq = std::mem::zeroed();
-        req.ifr_name[0] = b'l' as libc::c_char;
-        req.ifr_name[1] = b'o' as libc::c_char;
-        req.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
-        sys::check(libc::ioctl(s.as_raw_fd(), libc::SIOCSIFFLAGS, &req)).map(drop)
-    }
+    let (s, mut req) = sys::interface("lo")?;
+    req.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the request is plain data and outlives the call.
+    sys::check(unsafe { libc::ioctl(s.as_raw_fd(), libc::SIOCSIFFLAGS, &req) }).map(drop)
 }
 
 fn network_files(resolver: &str) {

@@ -23,6 +23,21 @@ pub fn own(fd: libc::c_int) -> io::Result<OwnedFd> {
     check(fd).map(|fd| unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// What a network interface is configured by: a socket that carries no data, and a request that names the interface.
+pub fn interface(name: &str) -> io::Result<(OwnedFd, libc::ifreq)> {
+    // SAFETY: a plain call.
+    let socket =
+        own(unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) })?;
+    // SAFETY: an ifreq is plain data, and all-zero is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays zero: a name ends with one.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    Ok((socket, request))
+}
+
 pub fn read(fd: RawFd, buf: &mut [u8]) -> io::Result<usize> {
     loop {
         // SAFETY: the buffer is valid for its length.

@@ -90,7 +90,8 @@ class Acts:
         driver = self._parts.driver_of(spec.driver)
         check_spec(spec, driver.capabilities)
         spec = with_authority(await asyncio.to_thread(self._fleet.mounting.check, spec))
-        await self._parts.images.boot_files(spec.image)  # there is such an image
+        boot = await self._parts.images.boot_files(spec.image)  # there is such an image
+        await driver.fingerprint(vm_spec(spec, boot, driver.name))  # and a host that runs it
         return machine_row(
             await self._launcher.claim(
                 spec,

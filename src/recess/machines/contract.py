@@ -369,7 +369,7 @@ class Driver(Protocol):
         ...
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
-        """Return what a snapshot taken of this spec here would carry."""
+        """Return what a snapshot taken of this spec here would carry. Raises Unsupported for what this host lacks."""
         ...
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> Vm:

@@ -135,7 +135,8 @@ def check_spec(spec: MachineSpec, can: Capabilities) -> None:
     if spec.network == "full" and not can.network_full:
         raise Unsupported(
             "this driver gives machines no network card",
-            hint="--net broker with --allow HOST lets them out by HTTP and CONNECT, and a freeze breaks no address",
+            hint="--net broker with --allow HOST lets them out by HTTP and CONNECT, and a freeze breaks no address; "
+            "recess doctor says what this driver has",
         )
     if not 0 <= spec.idle_s <= IDLE_S_MAX:
         raise InvalidSpec(f"idle: from 0 to {IDLE_S_MAX} s, got {spec.idle_s:g}")

@@ -12,6 +12,7 @@ from recess.cli.common import Invocation, new_key, verb
 from recess.cli.machine_flags import machine_flags, spec_of
 from recess.cli.terminal import follow_main
 from recess.errors import BadInput, NotFound
+from recess.sdk.transport import Json
 
 
 def _shell(flags: dict[str, Any]) -> list[str]:
@@ -19,8 +20,8 @@ def _shell(flags: dict[str, Any]) -> list[str]:
     return ["/bin/bash"] if flags["tty"] else ["/bin/sh"]
 
 
-def _note_card(inv: Invocation, flags: dict[str, Any]) -> None:
-    if flags["network"] == "full":
+def _note_card(inv: Invocation, row: Json) -> None:
+    if row["spec"]["network"] == "full":
         inv.out.progress(
             "--net full: no rules, no journal; its connections end at a suspend, restore and in forks (docs/egress.md)"
         )
@@ -40,8 +41,8 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
     body: dict[str, Any] = {"name": flags["name"], "pull": flags["pull"], "spec": spec_of(image, command, flags)}
     if not detach:
         body["shell"] = _shell(flags)
-    _note_card(inv, flags)
     row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
+    _note_card(inv, row)
     if detach:
         inv.out.data(row, row["id"])
         return 0
@@ -78,6 +79,6 @@ def create(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) 
     }
     if flags["tty"] or flags["interactive"]:
         body["shell"] = _shell(flags)
-    _note_card(inv, flags)
     row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
+    _note_card(inv, row)
     inv.out.data(row, row["id"])

@@ -33,7 +33,8 @@ _FILTER = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=de
 @dataclass(frozen=True)
 class Qemu:
     """The QEMU of this host. `tb_mib`: the least size of TCG's translation cache in MiB. `devices_command`: device state is
-    saved by `xen-save-devices-state` (see state.py). `confines`: it can confine itself."""
+    saved by `xen-save-devices-state` (see state.py). `confines`: it can confine itself. `cards`: it has a network for a card
+    (card.py), which is an option of its build."""
 
     binary: Path
     version: tuple[int, int, int]
@@ -41,6 +42,7 @@ class Qemu:
     tb_mib: int = 32
     devices_command: bool = True
     confines: bool = False  # it was built with its filter of system calls
+    cards: bool = True
 
 
 def cpu_properties(accelerator: str) -> dict[str, bool]:

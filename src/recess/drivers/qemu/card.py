@@ -28,9 +28,9 @@ _NETDEV = "net0"
 _STREAMS = (("card-sent", 5), ("card-passed", 6), ("card-back", 7))
 
 
-def card_of(spec: VmSpec, setting: str) -> str:
-    """Return which card a machine gets under this setting (`network_cards`): "" for none. Raises Unsupported when the
-    operator forbids them, BadInput for a setting that is none."""
+def card_of(spec: VmSpec, setting: str, *, able: bool = True) -> str:
+    """Return which card a machine gets under this setting (`network_cards`): "" for none. `able`: this host's QEMU has a
+    network for it. Raises Unsupported when it has none or the operator forbids them, BadInput for a setting that is none."""
     if setting not in SETTINGS:
         raise BadInput(f"network_cards: {', '.join(SETTINGS)}; got {setting!r}")
     if spec.network != "full":
@@ -38,6 +38,11 @@ def card_of(spec: VmSpec, setting: str) -> str:
     if setting == OFF:
         raise Unsupported(
             "machines get no network card here", hint="the operator set network_cards = off; use --net broker"
+        )
+    if not able:
+        raise Unsupported(
+            "this host's QEMU was built without a network for cards (slirp)",
+            hint="set RECESS_QEMU_BIN to one that has it, as Debian's has, and see recess doctor; or use --net broker",
         )
     return setting
 

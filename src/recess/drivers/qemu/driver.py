@@ -15,7 +15,7 @@ from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.kept.vm import hello_timeout_s
 from recess.drivers.qemu import start
 from recess.drivers.qemu.argv import CPU_MODEL, MACHINE_TYPE
-from recess.drivers.qemu.card import OFF
+from recess.drivers.qemu.card import OFF, card_of
 from recess.drivers.qemu.host import HostFacts, find_tools, host_facts, run_tiny_guest
 from recess.drivers.qemu.journal import read_journal
 from recess.drivers.qemu.pool import WarmPool
@@ -84,13 +84,18 @@ class QemuDriver:
             "why": facts.why,
             "device_state": "command" if facts.qemu.devices_command else "migration",
             "tsc_khz": facts.tsc_khz,
-            "network_cards": self._config.network_cards,
+            "network_cards": self._config.network_cards
+            if facts.qemu.cards
+            else "none: this QEMU has no network for them",
             "limits": await asyncio.to_thread(describe, self._config.vmm_limits),
         }
 
     async def fingerprint(self, spec: VmSpec) -> Fingerprint:
-        """Return what a snapshot taken here would carry."""
-        return self._fingerprint(await self._host(), spec)
+        """Return what a snapshot taken here would carry. Raises Unsupported for a network card that cannot be had here, so
+        that nothing is made for it first."""
+        facts = await self._host()
+        card_of(spec, self._config.network_cards, able=facts.qemu.cards)
+        return self._fingerprint(facts, spec)
 
     async def boot(self, vm_id: str, spec: VmSpec, directory: Path, *, for_template: bool = False) -> QemuVm:
         """Cold-boot."""
@@ -155,6 +160,8 @@ class QemuDriver:
                 if not self._devices_command:
                     facts = dataclasses.replace(facts, qemu=dataclasses.replace(facts.qemu, devices_command=False))
                 self._facts = facts
+                can = facts.qemu.cards and self._config.network_cards != OFF
+                self.capabilities = dataclasses.replace(self.capabilities, network_full=can)
             return self._facts
 
     def _fingerprint(self, facts: HostFacts, spec: VmSpec) -> Fingerprint:

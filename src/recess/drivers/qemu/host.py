@@ -36,7 +36,7 @@ from recess.drivers.qemu.argv import (
     cpu_properties,
 )
 from recess.drivers.qemu.pvh import DEBUG_PORT, EXIT_CODE, tiny_kernel
-from recess.drivers.qemu.qmp import Qmp
+from recess.drivers.qemu.qmp import Qmp, QmpRefused
 from recess.errors import DriverFailed, MissingTool, RecessError
 
 MINIMUM_VERSION = (7, 2, 0)
@@ -102,14 +102,18 @@ def _key(config: Config, binary: Path, keeper: Path, tb_mib: int) -> str:
 async def inspect_host(config: Config, binary: Path, keeper: Path, *, tb_mib: int) -> HostFacts:
     """Run QEMU and say what it is. Raises MissingTool, DriverFailed."""
     accelerator, why = await choose_accelerator(config, binary, keeper)
-    version, flags, commands, confines = await _ask(config, binary, keeper, accelerator)
+    asked = await _ask(config, binary, keeper, accelerator)
+    version = asked.version
     if version < MINIMUM_VERSION:
         raise MissingTool(
             f"QEMU {'.'.join(map(str, version))} is too old", hint="7.2 or later is needed; set RECESS_QEMU_BIN"
         )
     tsc_khz = await asyncio.to_thread(measure_tsc_khz, keeper)
-    qemu = Qemu(binary, version, accelerator, tb_mib, "xen-save-devices-state" in commands, confines)
-    return HostFacts(qemu, flags, tsc_khz, why)
+    qemu = Qemu(
+        binary, version, accelerator, tb_mib,
+        devices_command="xen-save-devices-state" in asked.commands, confines=asked.confines, cards=asked.cards,
+    )  # fmt: skip
+    return HostFacts(qemu, asked.cpu_flags, tsc_khz, why)
 
 
 async def choose_accelerator(config: Config, binary: Path, keeper: Path) -> tuple[str, str]:
@@ -145,11 +149,18 @@ async def run_tiny_guest(config: Config, binary: Path, keeper: Path, accelerator
     return (obituary.log.strip().splitlines() or [obituary.line()])[-1]
 
 
-async def _ask(
-    config: Config, binary: Path, keeper: Path, accelerator: str
-) -> tuple[tuple[int, int, int], tuple[str, ...], frozenset[str], bool]:
-    """Return version, the CPU's features, the monitor's commands, and whether it can confine itself, of a QEMU that stands
-    still."""
+@dataclass(frozen=True)
+class _Answers:
+    """What a QEMU that stands still says of itself. `commands`: its monitor's."""
+
+    version: tuple[int, int, int]
+    cpu_flags: tuple[str, ...]
+    commands: frozenset[str]
+    confines: bool
+    cards: bool
+
+
+async def _ask(config: Config, binary: Path, keeper: Path, accelerator: str) -> _Answers:
     async with _Trial(config) as trial:
         await trial.start(keeper, [str(binary), *_arguments(accelerator), "-S"])
         try:
@@ -162,11 +173,29 @@ async def _ask(
             options = {str(entry["option"]) for entry in await qmp.execute("query-command-line-options")}
             wanted = {"name": CPU_MODEL, "props": cpu_properties(accelerator)}
             model = await qmp.execute("query-cpu-model-expansion", {"type": "full", "model": wanted})
+            cards = await has_network(qmp)
         finally:
             await qmp.close()
     flags = sorted(name for name, value in model["model"]["props"].items() if value is True)
     version = (int(numbers["major"]), int(numbers["minor"]), int(numbers["micro"]))
-    return version, tuple(flags), frozenset(str(entry["name"]) for entry in names), FILTER_OPTION[1:] in options
+    return _Answers(
+        version=version,
+        cpu_flags=tuple(flags),
+        commands=frozenset(str(entry["name"]) for entry in names),
+        confines=FILTER_OPTION[1:] in options,
+        cards=cards,
+    )
+
+
+async def has_network(qmp: Qmp) -> bool:
+    """Say whether this QEMU makes a network for a card: by making one. Its list of kinds names those it was built without,
+    too."""
+    try:
+        await qmp.execute("netdev_add", {"type": "user", "id": "probe"})
+        await qmp.execute("netdev_del", {"id": "probe"})
+    except QmpRefused:
+        return False
+    return True
 
 
 def measure_tsc_khz(keeper: Path) -> int:

@@ -60,6 +60,10 @@ class Place:
     cards: str = PUBLIC  # public | open | off: what a machine's network card may reach (card.py)
     limited: bool = True  # the VMM gets a control group where there may be one (cgroup.py)
 
+    def card(self, spec: VmSpec) -> str:
+        """Return which network card a VM gets here. Raises as `card_of`."""
+        return card_of(spec, self.cards, able=self.host.qemu.cards)
+
     def limits(self, spec: VmSpec) -> Limits | None:
         """Return what the VMM may take of the host."""
         return Limits.of(spec, cache_mib(self.host.qemu, spec) * MIB) if self.limited else None
@@ -77,7 +81,7 @@ def check_spec(spec: VmSpec) -> None:
 
 async def boot(place: Place, spec: VmSpec, *, for_template: bool) -> Handles:
     """Cold-boot and wait for guestd's hello."""
-    layout, steps, card = place.layout, Steps(), card_of(spec, place.cards)
+    layout, steps, card = place.layout, Steps(), place.card(spec)
     _check_boot(layout, spec)
     journal = Journal(
         vm_id=layout.run.name,
@@ -132,7 +136,7 @@ def _prepare_boot(layout: Layout, spec: VmSpec) -> None:
 async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPool) -> Handles:
     """Bring a VM back: vCPUs running, guestd has said hello, the workload is still frozen."""
     layout, template = place.layout, parts.template
-    card = card_of(spec, place.cards)
+    card = place.card(spec)
     # Without its own device command QEMU can save a state only of memory that is mapped shared: then each machine has
     # a copy of the template's RAM instead of a private mapping of it.
     own_ram = template is None or not place.host.qemu.devices_command
@@ -171,7 +175,7 @@ async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles
     """Restore over a VM that has waited, or start one."""
     place, journal = begin.place, begin.journal
     layout, spec = place.layout, journal.spec
-    card = card_of(spec, place.cards)
+    card = place.card(spec)
     disk_fd, pages_fd = await in_thread(_create_files, layout, journal, parts.template, begin.member)
     try:
         filling = asyncio.ensure_future(_fill(layout, journal, disk_fd, pages_fd, parts, begin.member is None))
@@ -323,7 +327,7 @@ class _Begin:
     async def __call__(self, argv: Sequence[str]) -> Handles:
         place, journal = self.place, self.journal
         limits = place.limits(journal.spec)
-        filtered = card_of(journal.spec, place.cards) == PUBLIC
+        filtered = place.card(journal.spec) == PUBLIC
         await self.begun.start(place.keeper_binary, Path(journal.ram), argv, limits=limits, filtered=filtered)
         return self.handles()
 

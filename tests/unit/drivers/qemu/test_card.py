@@ -11,6 +11,7 @@ from recess.config import load_config
 from recess.drivers.qemu import QemuDriver
 from recess.drivers.qemu.argv import command, kernel_command_line
 from recess.drivers.qemu.card import OFF, OPEN, PUBLIC, SETTINGS, card_arguments, card_of
+from recess.drivers.qemu.host import HostFacts
 from recess.errors import BadInput, Unsupported
 from tests.unit.drivers.qemu.test_argv import LAYOUT, QEMU, SPEC
 
@@ -39,6 +40,28 @@ def test_the_operator_decides() -> None:
     assert "network_cards" in told.value.hint
     with pytest.raises(BadInput, match="network_cards"):
         card_of(SPEC, "all")
+
+
+def test_a_qemu_without_a_network_is_refused_by_name() -> None:
+    with pytest.raises(Unsupported, match="slirp") as told:
+        card_of(FULL, PUBLIC, able=False)
+    assert "RECESS_QEMU_BIN" in told.value.hint
+    assert card_of(SPEC, PUBLIC, able=False) == ""
+
+
+async def test_it_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = HostFacts(replace(QEMU, cards=False), ("sse2",), 2_300_000, "because")
+
+    async def found(*_args: object, **_kwargs: object) -> HostFacts:
+        return facts
+
+    monkeypatch.setattr("recess.drivers.qemu.driver.host_facts", found)
+    driver = QemuDriver(load_config(home=str(tmp_path)))
+    await driver.fingerprint(SPEC)
+    with pytest.raises(Unsupported, match="slirp"):
+        await driver.fingerprint(FULL)
+    assert not driver.capabilities.network_full
+    assert "none" in (await driver.probe())["network_cards"]
 
 
 def test_the_devices_are_the_same_with_and_without_the_filter() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from recess.drivers.kept.layout import MONITOR_SOCKET
+from recess.drivers.qemu.host import has_network
 from recess.drivers.qemu.qmp import LINE_LIMIT, Qmp, QmpRefused
 from recess.errors import DriverFailed, Timeout
 
@@ -85,6 +86,18 @@ async def test_a_refusal_is_typed(monitor: Monitor, qmp: Qmp) -> None:
     with pytest.raises(QmpRefused, match="no such node") as caught:
         await qmp.execute("blockdev-del")
     assert caught.value.details["command"] == "blockdev-del"
+
+
+async def test_a_qemu_without_user_networks_is_told_by_its_refusal(monitor: Monitor, qmp: Qmp) -> None:
+    async def refuse(command: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if command["execute"] == "netdev_add":
+            say(writer, {"error": {"class": "GenericError", "desc": "Parameter 'type' ..."}, "id": command["id"]})
+        else:
+            await obey(command, writer)
+
+    assert await has_network(qmp)
+    monitor.answer = refuse
+    assert not await has_network(qmp)
 
 
 async def test_events_reach_who_expects_them(monitor: Monitor, qmp: Qmp) -> None:
