@@ -88,6 +88,15 @@ class Layout:
         """The serial console."""
         return self.directory / CONSOLE_NAME
 
+    def console_tail(self, limit: int) -> bytes:
+        """Return the last bytes of the console, also of a VM that is gone; none if it cannot be read."""
+        try:
+            with self.console.open("rb") as handle:
+                handle.seek(max(0, handle.seek(0, os.SEEK_END) - limit))
+                return handle.read(limit)
+        except OSError:
+            return b""
+
     @property
     def end_record(self) -> Path:
         """How the VMM ended."""

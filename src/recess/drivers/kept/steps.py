@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import re
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from recess.drivers.kept.keeper import Keeper, Obituary, last_words
 from recess.errors import DriverFailed, RecessError
+
+_CONSOLE_BYTES, _WORD_CHARS = 4096, 200
+_LAST_WORD = re.compile(r"(?<=guestd: fatal: ).+|Kernel panic - not syncing: .+")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,9 +45,22 @@ class Steps:
         return time.monotonic() - self.started
 
 
-def died(what: str, obituary: Obituary) -> DriverFailed:
-    """Return the error for a VM that ended while something was done with it."""
-    return DriverFailed(f"the VM ended during {what}: {obituary.line()}", log=obituary.log, end=obituary.end)
+def died(what: str, obituary: Obituary, word: str = "") -> DriverFailed:
+    """Return the error for a VM that ended while something was done with it; `word`: why, by the guest itself."""
+    how = f"{word}; {obituary.line()}" if word else obituary.line()
+    return DriverFailed(f"the VM ended during {what}: {how}", log=obituary.log, end=obituary.end)
+
+
+def last_word(console: bytes) -> str:
+    """Return why a guest that just booted gave up, as its serial console says: guestd's or the kernel's own line, "" for neither.
+
+    Only its end counts, and it is a stranger's text: one short line of what can be printed.
+    """
+    for line in reversed(console[-_CONSOLE_BYTES:].decode("ascii", errors="replace").splitlines()):
+        found = _LAST_WORD.search(line)
+        if found:
+            return "".join(c if c.isprintable() else "?" for c in found[0])[:_WORD_CHARS]
+    return ""
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -73,8 +90,11 @@ async def all_of(*work: Awaitable[Any]) -> list[Any]:
     return results
 
 
-async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -> T:
-    """Return the result of `work`, or raise DriverFailed as soon as the VM is gone.
+async def unless_dead(
+    keeper: Keeper, what: str, work: Coroutine[Any, Any, T], *, console: Callable[[], bytes] = bytes
+) -> T:
+    """Return the result of `work`, or raise DriverFailed as soon as the VM is gone. `console`: returns the end of what a guest
+    said that was booted for this; its last word is told then.
 
     Whichever way this ends, `work` has ended before: a command that it runs is gone before the caller clears away its files.
     """
@@ -83,13 +103,13 @@ async def unless_dead(keeper: Keeper, what: str, work: Coroutine[Any, Any, T]) -
         waiting: set[asyncio.Future[Any]] = {task, keeper.death}
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise died(what, keeper.death.result())
+            raise died(what, keeper.death.result(), last_word(console()))
         error = task.exception()
         if isinstance(error, RecessError) and not isinstance(error, RefusedAlive):
             # A VM that ends cuts its channels before the keeper has told; its end is the better reason.
             obituary = await last_words(keeper)
             if obituary is not None:
-                raise died(what, obituary) from error
+                raise died(what, obituary, last_word(console())) from error
         return task.result()
     finally:
         if not task.done():

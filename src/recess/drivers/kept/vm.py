@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -141,12 +140,7 @@ class KeptVm(ABC, Generic[H]):
 
     def console_tail(self, limit: int = 65536) -> bytes:
         """Return the last bytes of the console, also of a VM that is gone."""
-        try:
-            with self._handles.layout.console.open("rb") as handle:
-                handle.seek(max(0, handle.seek(0, os.SEEK_END) - limit))
-                return handle.read(limit)
-        except OSError:
-            return b""
+        return self._handles.layout.console_tail(limit)
 
     async def stats(self) -> VmStats:
         """Return current numbers of all its processes together; zeros once they are gone."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import shutil
@@ -356,7 +357,8 @@ async def _run(vm: Handles, steps: Steps) -> None:
     async with vm.explain("start"):
         await vm.qmp.execute("cont")
     steps.mark("cont")
-    await unless_dead(vm.keeper, "start", vm.port.wait_connected())
+    console = functools.partial(vm.layout.console_tail, 4096)
+    await unless_dead(vm.keeper, "start", vm.port.wait_connected(), console=console)
     steps.mark("hello")
 
 

@@ -11,7 +11,7 @@ import pytest
 from recess.drivers.kept import keeper as keepers
 from recess.drivers.kept import steps
 from recess.drivers.kept.keeper import Keeper, Obituary
-from recess.drivers.kept.steps import RefusedAlive, unless_dead
+from recess.drivers.kept.steps import RefusedAlive, last_word, unless_dead
 from recess.errors import DriverFailed, RecessError, Timeout
 
 END = Obituary("signal:9", "killed", "last words")
@@ -96,3 +96,27 @@ async def test_a_caller_that_goes_away_waits_for_its_end(keeper: Keeper) -> None
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert work.over
+
+
+@pytest.mark.parametrize(
+    ("console", "word"),
+    [
+        (b"", ""),
+        (b"[ 1.0] all well\n", ""),
+        (b"x\r\nguestd: fatal: no eth0 appeared\r\n[ 2.0] reboot: Restarting system\r\n", "no eth0 appeared"),
+        (
+            b"[ 1.1] Kernel panic - not syncing: VFS: no root\n[ 1.2] ---[ end ]---",
+            "Kernel panic - not syncing: VFS: no root",
+        ),
+        (b"guestd: fatal: \x1b[31m" + b"x" * 999, "?[31m" + "x" * 195),
+        (b"guestd: fatal: long ago\n" + b"." * 5000, ""),
+    ],
+)
+def test_what_a_guest_said_at_its_end(console: bytes, word: str) -> None:
+    assert last_word(console) == word
+
+
+async def test_the_reason_of_a_boot_that_failed_is_the_guests_own(keeper: Keeper) -> None:
+    keeper.death.set_result(END)
+    with pytest.raises(DriverFailed, match=r"no root here; killed \(signal 9\)"):
+        await unless_dead(keeper, "start", Work().run(), console=lambda: b"guestd: fatal: no root here\n")
