@@ -6,6 +6,7 @@ packages by the image builder, starts guestd as its first process, and is spoken
 
     DIR/kernel DIR/initrd DIR/root.erofs    the host; kept, made again when what it is made of has changed (DIR/*.made-of)
     DIR/work.ext4                           this repository, its Python packages, images, the binary under test; per run
+    (a file without a name)                 swap, sparse: room for large guests; per run
 
 The work disk is mounted at this repository's own path, read-write, and thrown away.
 """
@@ -46,6 +47,9 @@ _KERNEL_SOURCE = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]
 _MODULES = (*kernel_debian.WANTED_MODULES, "kvm_amd")
 _RECIPE = 2  # to be raised when the way of making it changes
 _WORK_MIB = 1400
+# A guest's kernel zeroes all its memory at its first boot, and a template of it is in shared memory for a while: a machine of
+# 8 GiB wants twice that of the host. The host's kernel notes pages of zeros that it puts away without writing them anywhere.
+_SWAP_BYTES = 24 << 30
 # cx16: QEMU 7.2 leaves wrong flags behind the 16-byte compare-and-exchange, and a newer kernel that uses it panics in its
 # first allocation. Programs still see it: numpy wants it.
 _COMMAND_LINE = (
@@ -89,7 +93,8 @@ class KvmHost:
     @contextlib.asynccontextmanager
     async def running(self, work: Path, *, memory: str = "3G", cpus: int = 2) -> AsyncIterator[Link]:
         """Boot it with this work disk, mount that, and yield the link; afterwards it is gone."""
-        with tempfile.TemporaryDirectory(prefix="kvm-host-") as temp:
+        with tempfile.TemporaryDirectory(prefix="kvm-host-") as temp, tempfile.TemporaryFile(dir=self.folder) as swap:
+            swap.truncate(_SWAP_BYTES)
             path = Path(temp) / "link"
             joined: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
             joined = asyncio.get_running_loop().create_future()
@@ -101,7 +106,7 @@ class KvmHost:
             server = await asyncio.start_unix_server(join, str(path))
             with (Path(temp) / "said").open("wb") as said:
                 process = await asyncio.create_subprocess_exec(
-                    *self._command(work, path, memory, cpus), stdin=asyncio.subprocess.DEVNULL,
+                    *self._command(work, path, memory, cpus, swap.fileno()), stdin=asyncio.subprocess.DEVNULL, pass_fds=[swap.fileno()],
                     stdout=said, stderr=said, start_new_session=True,
                 )  # fmt: skip
             try:
@@ -131,6 +136,8 @@ class KvmHost:
         await link.thaw(thaw, timeout_s=_HELLO_S)
         code = await run(link, f"mkdir -p {REPOSITORY} && mount /dev/vdb {REPOSITORY}")
         assert code == 0, "the work disk could not be mounted"
+        swap = f"mkswap /dev/vdc >/dev/null && swapon /dev/vdc && mount -o remount,size={_SWAP_BYTES} /dev/shm"
+        assert await run(link, swap) == 0, "there is no room for large guests"
         holder = await link.exec(ExecRequest(["python3", "-c", _HELD]))
         async for _stream, data in holder.output():
             assert data == b"held\n", data
@@ -138,7 +145,7 @@ class KvmHost:
         await holder.detach()
         return link
 
-    def _command(self, work: Path, link: Path, memory: str, cpus: int) -> list[str]:
+    def _command(self, work: Path, link: Path, memory: str, cpus: int, swap: int) -> list[str]:
         # Without AVX2, which QEMU 7.2 computes wrongly (drivers/qemu/argv.py): numpy sorted pages into orders that were none.
         out = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         out += ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "EPYC,+svm,-avx2", "-smp", str(cpus), "-m", memory]
@@ -147,6 +154,7 @@ class KvmHost:
         for name, path, options in (
             ("root", self.folder / "root.erofs", "readonly=on"),
             ("work", work, "cache=unsafe"),
+            ("swap", Path(f"/proc/self/fd/{swap}"), "cache=unsafe"),
         ):
             out += ["-drive", f"if=none,id={name},file={path},format=raw,{options}"]
             out += ["-device", f"virtio-blk-pci,drive={name}"]

@@ -11,6 +11,7 @@ mod bitmap;
 mod buffer;
 mod card;
 mod group;
+mod jail;
 mod memory;
 mod remap;
 mod remote;
@@ -41,6 +42,7 @@ use vmm::{ChildFds, Vmm};
 const USAGE: &str = "\
 usage: keeper run --dir DIR --ram FILE --console FILE [--record FILE] [--cgroup DIR] [--tether] [--card]
                   -- PROGRAM ARGUMENT...
+       keeper jail --root DIR [--folder NAME PATH]... [--file NAME PATH]... -- PROGRAM ARGUMENT...
        keeper tsc-khz
        keeper --version
 --cgroup: the control group that the program is put into, and that is removed at its end
@@ -111,6 +113,10 @@ fn main() {
             println!("{}", tsc::khz());
             0
         }
+        Some("jail") => match jail::parse(&words[1..]) {
+            Ok(options) => jail::run(&options),
+            Err(why) => usage(&why),
+        },
         Some("run") => match parse_options(&words[1..]) {
             Ok(options) => launch(options),
             Err(why) => usage(&why),

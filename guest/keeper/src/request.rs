@@ -136,9 +136,10 @@ fn parse_which(word: &str) -> Result<Which, &'static str> {
     }
 }
 
-fn file_name(word: &str) -> Result<String, &'static str> {
+pub fn file_name(word: &str) -> Result<String, &'static str> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
-    if word.len() <= NAME_LIMIT && word.chars().all(plain) && !word.starts_with('.') {
+    let length = 1..=NAME_LIMIT;
+    if length.contains(&word.len()) && word.chars().all(plain) && !word.starts_with('.') {
         Ok(word.to_string())
     } else {
         Err("not a plain file name")

@@ -5,10 +5,10 @@
       shm                                     bind mount of RUN/shm: what goes through shared memory
       api.sock v.sock uffd.sock               sockets, reachable from outside by their path here
 
-The chain is keeper -> unshare -> shell -> jailer, which becomes Firecracker. The jailer changes the user id, and with it the
-kernel forgets that Firecracker should die with its parent; so all of it is in a process namespace whose first process, the
-shell, keeps its rights and dies with the keeper, and the kernel ends the rest. The mounts are in a namespace of theirs, too:
-they are gone with the processes, and nobody else ever sees them.
+The chain is keeper -> `keeper jail` -> its first process -> jailer, which becomes Firecracker. The jailer changes the user id,
+and with it the kernel forgets that Firecracker should die with its parent; so all of it is in a process namespace whose first
+process keeps its rights and dies with the keeper, and the kernel ends the rest. The mounts are in a namespace of theirs, too:
+they are gone with the processes, and nobody else ever sees them (guest/keeper/src/jail.rs).
 
 A jail needs root, the jailer beside the binary, and a file system that may hold device nodes; where one is missing the VM
 runs without, and `recess doctor` says why. This module knows paths and command lines; it starts nothing.
@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,19 +90,15 @@ def prepare(jail: Jail, shm: Path, files: Mapping[str, Path], writable: Path) ->
         os.chown(path, jail.uid, jail.uid)
 
 
-def command(jail: Jail, shm: Path, files: Mapping[str, Path], memory_bytes: int) -> list[str]:
+def command(jail: Jail, keeper: Path, shm: Path, files: Mapping[str, Path], memory_bytes: int) -> list[str]:
     """Return the command line that starts Firecracker in its jail. `files`: by their names in it."""
-    lines = ["set -e", f"mkdir {shlex.quote(str(jail.root / SHM))}"]
-    for name, path in {SHM: shm, **files}.items():
-        target = shlex.quote(str(jail.root / name))
-        lines += [] if name == SHM else [f": > {target}"]
-        lines.append(f"mount --bind {shlex.quote(str(path))} {target}")
-    words = [str(jail.jailer), "--id", jail.id, "--exec-file", str(jail.binary), "--chroot-base-dir", str(jail.base)]
-    words += ["--uid", str(jail.uid), "--gid", str(jail.uid), *_cgroup_words(jail, memory_bytes)]
-    words += ["--", "--api-sock", API_SOCKET, "--level", "Error"]
-    lines += ["exec >&4 4>&- 3>&-", f"{shlex.join(words)} &", "wait $!"]
-    namespaces = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]
-    return ["/usr/bin/unshare", *namespaces, "--", "/bin/sh", "-c", "\n".join(lines)]
+    words = [str(keeper), "jail", "--root", str(jail.root), "--folder", SHM, str(shm)]
+    for name, path in files.items():
+        words += ["--file", name, str(path)]
+    words += ["--", str(jail.jailer), "--id", jail.id, "--exec-file", str(jail.binary)]
+    words += ["--chroot-base-dir", str(jail.base), "--uid", str(jail.uid), "--gid", str(jail.uid)]
+    words += _cgroup_words(jail, memory_bytes)
+    return [*words, "--", "--api-sock", API_SOCKET, "--level", "Error"]
 
 
 def _cgroup_words(jail: Jail, memory_bytes: int) -> list[str]:

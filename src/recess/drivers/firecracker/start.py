@@ -293,7 +293,7 @@ class _Begin:
         argv = command(place.host.binary)
         if jail is not None:
             files = {**_files(self.journal), calls.DISK_FILE: layout.disk}
-            argv = jail_command(jail, layout.run / calls.SHM, files, self.journal.spec.memory_bytes)
+            argv = jail_command(jail, place.host.keeper, layout.run / calls.SHM, files, self.journal.spec.memory_bytes)
         # The keeper is told of a file that is there: it copies no memory here, Firecracker does.
         await in_thread(keepers.launch, place.host.keeper, layout, layout.journal, argv)
         vm = self.handles(ledger, place.hello_timeout_s)
