@@ -59,7 +59,8 @@ _COMMAND_LINE = (
 # A first VM, a first limit on processor time and their last ends switch code of the host's scheduler on and off. The kernel
 # does that by a breakpoint instruction for a moment; with a second processor QEMU 7.2 may run that once more when it is gone
 # already, which the kernel takes for an invalid one ("int3"), and panics. So one of each is held for as long as the host runs,
-# from a moment when there is no second processor.
+# from a moment when there is no second processor. The same holds for KVM's switches for a processor without a local APIC, with
+# one that is off, and with one that the guest has not enabled yet, which every boot of a guest has for a moment.
 _HELD = """
 import fcntl, os, pathlib, signal
 others = list(pathlib.Path("/sys/devices/system/cpu").glob("cpu[1-9]*/online"))
@@ -69,7 +70,18 @@ groups = pathlib.Path("/sys/fs/cgroup")
 (groups / "cgroup.subtree_control").write_text("+cpu")
 (groups / "held").mkdir()
 (groups / "held" / "cpu.max").write_text("100000 100000")
-vm = fcntl.ioctl(os.open("/dev/kvm", os.O_RDWR), 0xAE01, 0)  # KVM_CREATE_VM
+kvm, kept = os.open("/dev/kvm", os.O_RDWR), []
+for kind in ("none", "off", "not enabled"):
+    vm = fcntl.ioctl(kvm, 0xAE01, 0)  # KVM_CREATE_VM
+    if kind != "none":
+        fcntl.ioctl(vm, 0xAE60, 0)  # KVM_CREATE_IRQCHIP
+    cpu = fcntl.ioctl(vm, 0xAE41, 0)  # KVM_CREATE_VCPU
+    if kind == "off":
+        registers = bytearray(312)
+        fcntl.ioctl(cpu, 0x8138AE83, registers)  # KVM_GET_SREGS
+        registers[272:280] = bytes(8)  # apic_base
+        fcntl.ioctl(cpu, 0x4138AE84, registers)  # KVM_SET_SREGS
+    kept += [vm, cpu]
 for other in others:
     other.write_text("1")
 print("held", flush=True)
