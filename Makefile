@@ -28,6 +28,7 @@ bench: setup ## the figures, each beside the bare QEMU equivalent of the same ru
 	@$(PY) -m benchmarks.run
 
 bench-cli: setup ## what a user of the command line waits for, beside podman, runsc and QEMU by hand
+	@tools/bench_cli_peers.sh
 	@$(PY) -m benchmarks.cli $(BENCH_ARGS)
 
 bench-drivers: setup plots ## a machine under each driver beside a process of the host: table and plots

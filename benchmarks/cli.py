@@ -143,7 +143,7 @@ def podman(scratch: Path) -> list[str] | str:
     """Return podman's command over a root of busybox alone, or why there is none."""
     program, busybox = shutil.which("podman"), shutil.which("busybox")
     if program is None or shutil.which("crun") is None or busybox is None:
-        return "not installed (apt-get install podman crun busybox-static)"
+        return "not installed (as root: tools/bench_cli_peers.sh, or apt-get install podman crun busybox-static)"
     if os.geteuid():
         return "run the benchmark as root: it gives podman a mount namespace without the host's control groups"
     root = scratch / "busybox"
@@ -155,7 +155,7 @@ def podman(scratch: Path) -> list[str] | str:
     own += ["--cgroup-manager", "cgroupfs", "--events-backend", "none", "--runtime", "crun"]
     options = ["--rm", "--network", "none", "--cgroups", "disabled"]
     options += [word for limit in ("nofile", "nproc") for word in ("--ulimit", f"{limit}=1024:1024")]
-    script = 'umount -R /sys/fs/cgroup && mount -t tmpfs none /sys/fs/cgroup && exec "$0" "$@"'
+    script = '{ umount -R /sys/fs/cgroup 2>/dev/null || true; } && mount -t tmpfs none /sys/fs/cgroup && exec "$0" "$@"'
     return [
         *("unshare", "--mount", "sh", "-c", script), program, *own, "run", *options, "--rootfs", str(root), "/bin/true"
     ]  # fmt: skip

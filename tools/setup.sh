@@ -15,7 +15,7 @@ readonly bin=src/recess/_bin
 readonly min_free_mb=2500 # packages, virtual environment, guest build, base image, and room to build it
 readonly min_rust=70      # Rust 1.70
 packages=(ca-certificates e2fsprogs gcc git libc6-dev make postgresql python3 python3-venv zstd)
-[[ $want == all ]] && packages+=(busybox-static docker-registry skopeo mmdebstrap qemu-system-x86 tmux uidmap)
+[[ $want == all ]] && packages+=(buildah busybox-static docker-registry skopeo mmdebstrap qemu-system-x86 tmux uidmap)
 
 say() { printf '%s\n' "$*" >&2; }
 step() { say "==> $*"; }

@@ -38,9 +38,6 @@ _PACKAGE_OF = {
 }
 
 
-BY_HAND = ("buildah",)  # that the set-up leaves to whoever wants to build Dockerfiles
-
-
 def find_tool(name: str) -> str:
     """Return the path of a program; Debian's sbin folders count, although an ordinary user's PATH lacks them.
 
@@ -49,8 +46,7 @@ def find_tool(name: str) -> str:
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")
     if found is None:
         package = _PACKAGE_OF.get(name, name)
-        also = "" if name in BY_HAND else "  (or run tools/setup.sh)"
-        raise MissingTool(f"{name} is not installed", hint=f"apt-get install {package}{also}")
+        raise MissingTool(f"{name} is not installed", hint=f"apt-get install {package}  (or run tools/setup.sh)")
     return found
 
 
