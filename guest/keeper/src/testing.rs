@@ -104,6 +104,63 @@ impl Drop for Writer {
     }
 }
 
+/// A child that writes every other page of a private mapping, over and over, as fast as it can.
+pub struct Restless {
+    pub pid: libc::pid_t,
+    path: PathBuf,
+}
+
+impl Restless {
+    pub fn start(name: &str, pages: usize) -> (Restless, Ram) {
+        let path = Path::new("/dev/shm").join(format!("keeper-{name}-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .unwrap();
+        file.set_len((pages * PAGE) as u64).unwrap();
+        let (ready, ready_write) = crate::sys::pipe().unwrap();
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: the child writes to its own mapping, nothing else.
+        let pid = unsafe {
+            let flags = libc::MAP_PRIVATE;
+            let none = std::ptr::null_mut();
+            let map = libc::mmap(none, pages * PAGE, access, flags, file.as_raw_fd(), 0);
+            assert_ne!(map, libc::MAP_FAILED);
+            let pid = libc::fork();
+            if pid == 0 {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                keep_only(ready_write.as_raw_fd(), ready_write.as_raw_fd());
+                libc::write(ready_write.as_raw_fd(), [0u8].as_ptr().cast(), 1);
+                loop {
+                    for page in (0..pages).step_by(2) {
+                        map.cast::<u8>().add(page * PAGE).write_volatile(1);
+                    }
+                }
+            }
+            libc::munmap(map, pages * PAGE);
+            let mut told = [0u8];
+            libc::read(ready.as_raw_fd(), told.as_mut_ptr().cast(), 1);
+            pid
+        };
+        let ram = Ram::new(pid, &path).unwrap();
+        (Restless { pid, path }, ram)
+    }
+}
+
+impl Drop for Restless {
+    fn drop(&mut self) {
+        // SAFETY: our own child.
+        unsafe {
+            libc::kill(self.pid, libc::SIGKILL);
+            libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+        }
+        std::fs::remove_file(&self.path).unwrap();
+    }
+}
+
 /// A forked child must not hold the pipes of tests that run beside this one.
 pub unsafe fn keep_only(one: libc::c_int, other: libc::c_int) {
     for fd in 3..256 {

@@ -318,7 +318,7 @@ impl Copying {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{content, Tracer, Writer};
+    use crate::testing::{content, Restless, Tracer, Writer};
 
     fn go() -> io::Result<()> {
         Ok(())
@@ -403,6 +403,33 @@ mod tests {
         let mut again = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
         writer.write(4, 4);
         assert_eq!(take(&mut again, &ram, Which::Delta), [(4, 4)]);
+    }
+
+    #[test]
+    fn a_page_is_named_once_however_often_it_is_written_meanwhile() {
+        let (_writer, ram) = Restless::start("restless", 16384);
+        let tracker = Tracker::start(&ram, "-", &[], Faults::Any).unwrap();
+        let segment = ram.segments().unwrap()[0];
+        let mut shown = 0;
+        for _ in 0..2000 {
+            std::thread::sleep(std::time::Duration::from_millis(10)); // it has to have written much
+            let mut named: Vec<(u64, u64)> = Vec::new();
+            let bytes = (segment.pages * PAGE) as u64;
+            uffd::scan_written(&tracker.pagemap, segment.address, bytes, |at, length| {
+                if named.len() % 512 == 511 {
+                    std::thread::sleep(std::time::Duration::from_millis(1)); // it writes on
+                }
+                named.push((at, at + length));
+            })
+            .unwrap();
+            assert!(named.windows(2).all(|two| two[0].1 <= two[1].0));
+            // The kernel goes through some 512 ranges in a walk: with fewer nothing is shown.
+            shown += usize::from(named.len() > 1500);
+            if shown == 5 {
+                return;
+            }
+        }
+        panic!("{shown} scans of many pages: too few to show anything");
     }
 
     #[test]

@@ -110,7 +110,8 @@ fn ioctl(fd: &impl AsRawFd, number: libc::c_ulong, argument: &mut [u64]) -> io::
 }
 
 /// Hand every range of pages written since it was last protected to `found` (address, bytes), and protect it again:
-/// one atomic step per page, so a write is reported by this scan or by the next, never by none.
+/// one atomic step per page, so a write is reported by this scan or by the next, never by none. Ranges ascend, and no
+/// page is in two of them.
 pub fn scan_written(
     pagemap: &File,
     address: u64,
@@ -156,10 +157,16 @@ pub fn scan_written(
         for range in &ranges[..count.min(RANGES)] {
             found(range[0], range[1] - range[0]);
         }
-        if argument[4] <= at {
+        // The kernel goes through many ranges in several walks, and tells where the last but one has ended (seen on
+        // 6.18): beginning there again would name pages twice that were written in between.
+        let named = ranges[..count.min(RANGES)]
+            .last()
+            .map_or(0, |range| range[1]);
+        let reached = argument[4].max(named);
+        if reached <= at {
             return Err(io::Error::other("the scan of the page tables made no way"));
         }
-        at = argument[4];
+        at = reached;
     }
     Ok(())
 }
