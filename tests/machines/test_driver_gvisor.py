@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import io
 import shutil
 import tarfile
+import termios
 import time
 from pathlib import Path
 
@@ -175,6 +177,28 @@ async def test_commands_of_the_past_are_in_no_snapshot(vm):
     for _ in range(40):
         await shell(vm.link, "true")
     assert await size() < settled + 1_000_000
+
+
+async def test_a_server_that_reads_late_misses_nothing(vm):
+    """Several commands write more than all buffers hold on the way to a server that is busy elsewhere: they wait."""
+    below = vm._handles.port._lasting.below
+    jobs = [await vm.link.exec(ExecRequest(["head", "-c", "3000000", "/dev/zero"])) for _ in range(4)]
+    below.pause_reading()
+    await _until_full(below.get_extra_info("socket").fileno())
+    below.resume_reading()
+    for job in jobs:
+        assert sum([len(data) async for _stream, data in job.output()]) == 3_000_000
+        assert await job.wait() == 0
+
+
+async def _until_full(fd: int) -> None:
+    """Return when what waits to be read here grows no more."""
+    seen: list[int] = []
+    while len(seen) < 20 or len(set(seen[-20:])) > 1:
+        queued = bytearray(4)
+        fcntl.ioctl(fd, termios.FIONREAD, queued)
+        seen.append(int.from_bytes(queued, "little"))
+        await asyncio.sleep(0.01)  # a buffer that fills is no event
 
 
 async def test_a_terminal_and_its_output_go_on_over_captures(vm):

@@ -150,20 +150,38 @@ fn join(host_in: RawFd, host_out: RawFd, guest: RawFd, keeps: bool) -> bool {
     }
 }
 
-/// Read once; 0 at the end and on any error.
+/// Read once; 0 at the end and on any error. Waits on a descriptor that does not.
 pub fn take(fd: RawFd, piece: &mut [u8]) -> usize {
-    sys::read(fd, piece).unwrap_or(0)
+    loop {
+        match sys::read(fd, piece) {
+            Err(e) if sys::would_block(&e) => wait_for(fd, libc::POLLIN),
+            result => return result.unwrap_or(0),
+        }
+    }
 }
 
-/// Write all of it; false when the other side is gone.
+/// Write all of it; false when the other side is gone. Waits on a descriptor that does not: a relay's standard output is
+/// such a one, since gVisor makes the host's file non-blocking for the input and then takes that for a wish of the output.
 pub fn put(fd: RawFd, mut data: &[u8]) -> bool {
     while !data.is_empty() {
         match sys::write(fd, data) {
             Ok(n) => data = &data[n..],
+            Err(e) if sys::would_block(&e) => wait_for(fd, libc::POLLOUT),
             Err(_) => return false,
         }
     }
     true
+}
+
+/// Return when the descriptor is ready, or has ended or failed, which the next call on it tells.
+fn wait_for(fd: RawFd, events: libc::c_short) {
+    let mut one = libc::pollfd {
+        fd,
+        events,
+        revents: 0,
+    };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&raw mut one, 1, -1) };
 }
 
 #[cfg(test)]
@@ -216,6 +234,30 @@ mod tests {
         port.read_to_end(&mut seen).unwrap();
         let wanted: Vec<u8> = (0..3u8).flat_map(|round| vec![round; 50_000]).collect();
         assert_eq!(seen, wanted);
+    }
+
+    #[test]
+    fn a_host_that_reads_late_misses_nothing() {
+        let (mut guestd, port) = UnixStream::pair().unwrap();
+        let (host, relay_io) = UnixStream::pair().unwrap();
+        relay_io.set_nonblocking(true).unwrap(); // as gVisor does
+        let (relay, held) = UnixStream::pair().unwrap();
+        let holder =
+            thread::spawn(move || join(held.as_raw_fd(), held.as_raw_fd(), port.as_raw_fd(), true));
+        let relaying = thread::spawn(move || {
+            let io = relay_io.as_raw_fd();
+            join(io, io, relay.as_raw_fd(), false)
+        });
+        let all = vec![7u8; 4 << 20]; // more than all buffers on the way
+        let writing = thread::spawn(move || guestd.write_all(&all).map(|()| guestd));
+        let mut got = vec![0u8; 4 << 20];
+        (&host).read_exact(&mut got).unwrap();
+        assert!(got.iter().all(|byte| *byte == 7));
+        let guestd = writing.join().unwrap().unwrap();
+        host.shutdown(Shutdown::Write).unwrap();
+        assert!(holder.join().unwrap());
+        relaying.join().unwrap();
+        drop(guestd);
     }
 
     #[test]
