@@ -102,7 +102,9 @@ def _machine_tools(client: Client) -> Sequence[Callable[..., Any]]:
 
     def machine_jobs(machine: str) -> list[Json]:
         """List the machine's processes that were started from outside; exit_code is null while one runs."""
-        return list(Machine.get(machine, client=client).jobs())
+        rows = Machine.get(machine, client=client).jobs()
+        # The name that machine_spawn returns and machine_output takes.
+        return [{"job": row["job_id"]} | {key: row[key] for key in row if key != "job_id"} for row in rows]
 
     def machine_output(machine: str, job: str, wait_s: float = 1.0) -> Json:
         """Return a spawned process's kept output and what comes within `wait_s` seconds."""
