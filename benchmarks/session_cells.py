@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.session_world import PATIENCE_S, Side, World, side_of, sides_of,
 
 DEPLOY_S = 20.0
 LOOK_S = 2.0  # between looks at how far a side has come
+ORPHAN_LIFE = 100  # kills
 WALL_S = 45.0  # for a large result to be kept and found again
 
 
@@ -172,9 +174,17 @@ def deploy(name: str, python: str) -> bool:
         return world.reached.wait(DEPLOY_S)
 
 
-def orphan(name: str, python: str, kills: int, seed: int = 11) -> tuple[int, list[str]]:
+def orphan(name: str, python: str, kills: int, at_once: int = 1) -> tuple[int, list[str]]:
     """Kill at random moments of the loop; return how many of the first model calls after a kill had a valid transcript, and what
-    was wrong with the others."""
+    was wrong with the others. In lives of at most 100 kills, so many of them `at_once`."""
+    lives = [min(ORPHAN_LIFE, kills - before) for before in range(0, kills, ORPHAN_LIFE)]
+    with ThreadPoolExecutor(at_once) as pool:
+        found = list(pool.map(lambda life: _orphans(name, python, life[1], 11 + life[0]), enumerate(lives)))
+    return sum(valid for valid, _ in found), [fault for _, faults in found for fault in faults]
+
+
+def _orphans(name: str, python: str, kills: int, seed: int) -> tuple[int, list[str]]:
+    """One life of `orphan`."""
     draw = random.Random(seed)
     faults: list[str] = []
     valid = 0
@@ -186,11 +196,12 @@ def orphan(name: str, python: str, kills: int, seed: int = 11) -> tuple[int, lis
                 raise fail(side, "go on")
             time.sleep(draw.uniform(0, 0.05))
             side.kill()
-            asked = len(world.transcripts)
+            world.transcripts.clear()  # a long life's would fill the memory
             side.start(10**6, FULL="1")
-            if not world.wait(lambda asked=asked: len(world.transcripts) > asked, PATIENCE_S):  # type: ignore[misc]
+            if not world.wait(lambda: bool(world.transcripts), PATIENCE_S):
                 raise fail(side, "recover")
-            found = transcript_faults(world.transcripts[asked][1], world.transcripts[asked][0])
+            turn, messages = world.transcripts[0]
+            found = transcript_faults(messages, turn)
             faults += found[:1]
             valid += not found
     return valid, faults
