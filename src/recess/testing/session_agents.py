@@ -101,50 +101,44 @@ def coder(version: str = "1", *, order_effect: str = "keyed") -> str:
 
 
 MATRIX = """
-import asyncio, json, os, pathlib, time, urllib.error, urllib.request
+import asyncio, http.client, json, os, pathlib, time, urllib.error, urllib.request
 from recess_agent import agent, tool
 
-SHARED = pathlib.Path(os.environ["SHARED"])
 VERSION = "VERSION_HERE"
 
-def struck(name):
-    # Tell whether the test wants to strike here; it does so once.
-    try:
-        (SHARED / ("arm-" + name)).unlink()
-    except FileNotFoundError:
-        return False
-    (SHARED / ("hit-" + name)).touch()
-    return True
-
-def gone_on(name):
-    return (SHARED / ("go-" + name)).exists()
-
-def stand(name):
-    if struck(name):
-        while not gone_on(name):
-            time.sleep(0.005)
-
-async def pause(name):
-    if struck(name):
-        while not gone_on(name):
-            await asyncio.sleep(0.005)
-
-def http(method, path, body=None, **headers):
+def http_call(method, path, body=None, **headers):
     data = None if body is None else json.dumps(body).encode()
     url = os.environ["PAY"] + path
     request = urllib.request.Request(url, data, {"Authorization": "Bearer k", **headers}, method=method)
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.load(answer)
 
+def told(path):
+    # What the test says. The way out is gone for a while with the server that was struck.
+    while True:
+        try:
+            return http_call("POST", path)
+        except (OSError, ValueError, http.client.HTTPException):
+            time.sleep(0.05)
+
+def stand(name):
+    # Stand still where the test wants to strike, once, until it has.
+    if told("/struck?name=" + name)["struck"]:
+        while not told("/going?name=" + name)["going"]:
+            pass
+
+async def pause(name):
+    await asyncio.to_thread(stand, name)
+
 def pay(cents, call):
     stand("tool.before")
-    done = http("POST", "/charges", {"cents": cents}, **{"Idempotency-Key": call.key})
+    done = http_call("POST", "/charges", {"cents": cents}, **{"Idempotency-Key": call.key})
     stand("tool.after")
     return done
 
 def paid(call):
     try:
-        return http("GET", "/charges?key=" + call.key)
+        return http_call("GET", "/charges?key=" + call.key)
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return None
@@ -211,7 +205,8 @@ async def me(s):
                 if not reply.tool_calls:
                     break
                 await s.run_tools(reply)
-        await s.note(version=VERSION)
+        journal = pathlib.Path("journal")
+        await s.note(version=VERSION, journal=journal.read_text().split() if journal.exists() else [])
 """
 
 

@@ -12,23 +12,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from recess import crashpoints
 from recess.contextlog import SCHEMA, DirectoryBodies, SqlLog
-from recess.contextlog.branch import on_branch
 from recess.contextlog.contract import ContextLog, Entry
 from recess.contextlog.transcript import check_transcript, messages
 from recess.db import Database
-from recess.testing.http_server import HttpRequest, HttpResponse
-from recess.testing.payment_server import PaymentServer
+from recess.sessions.service import Sessions
 from recess.testing.plain_harness import PlainHarness
+from recess.testing.session_account import Account, CountingPayments
 from recess.testing.session_agents import matrix_agent
-from recess.testing.session_world import World, machine_of, world
+from recess.testing.session_world import World, world
 
 # plain: the product's own plain machines, over SQLite; postgres: an empty database of a server that whoever runs the round has
 STORES = ("memory", "sqlite", "postgres", "plain")
@@ -53,102 +51,57 @@ VICTIMS = ("agent", "guestd", "machine", "server", "server+machine")
 TOOLS = ("charge", "wire", "order", "look", "work")  # once with verify, once without, keyed, pure, local
 
 
-class CountingPayments(PaymentServer):
-    """The provider, which also remembers every POST's key in order."""
+class Struck(Protocol):
+    """The runtime that is struck: `World`, or `recess.testing.session_real.RealWorld`, whose machines are real."""
 
-    def __init__(self) -> None:
-        super().__init__("k")
-        self.asked: list[str] = []
+    sessions: Sessions
+    log: ContextLog
 
-    async def answer(self, request: HttpRequest) -> HttpResponse:
-        """Count, then serve."""
-        if request.method == "POST":
-            self.asked.append(request.headers.get("idempotency-key", ""))
-        return await super().answer(request)
+    async def strike(self, machine: str, victim: str) -> None:
+        """Take away the agent's process, the guest's channel ("guestd": on a real machine the guest with it) or the machine."""
+        ...
 
+    async def crash_server(self) -> Sessions:
+        """Lose the server without a word; return the next one."""
+        ...
 
-@dataclass
-class Account:
-    """What was promised, and whether the log and the payment provider agree. `said`: text -> acknowledged position."""
+    async def until_state(self, session: str, state: str) -> None:
+        """Wait until the session's row says so and nobody drives it."""
+        ...
 
-    said: dict[str, int] = field(default_factory=dict)
-    strikes: list[str] = field(default_factory=list)
+    async def describe(self, session: str) -> str:
+        """Return all there is to know, as text."""
+        ...
 
-    def check(self, entries: list[Entry], pay: CountingPayments, journal: list[str]) -> None:
-        """Raise AssertionError with what does not add up."""
-        branch = on_branch(entries)
-        wrong = check_transcript(messages(entries))
-        assert not wrong, f"the transcript is invalid: {wrong}"
-        positions = [e.position for e in entries]
-        assert positions == list(range(1, len(entries) + 1)), "positions with gaps"
-        self._messages(branch, hidden=set(positions) - {e.position for e in branch})
-        self._charges(branch, pay)
-        self._losses(branch, journal)
+    async def image_of(self, machine: str) -> str:
+        """Return the image that a machine was made of."""
+        ...
 
-    def _messages(self, branch: list[Entry], *, hidden: set[int]) -> None:
-        """`hidden`: positions that a rewind took off the branch; nothing else excuses a message that is not there."""
-        users = [e for e in branch if e.kind == "user"]
-        wanted = {text: at for text, at in self.said.items() if at not in hidden}
-        assert {str(e.body["text"]): e.position for e in users} == wanted, "an acknowledged message is lost or doubled"
-        turns: dict[int, set[int]] = {}
-        for e in branch:
-            if e.kind == "turn.start":
-                turns.setdefault(int(e.body["inbox"]), set()).add(e.turn)
-        ends = [e.turn for e in branch if e.kind == "turn.end"]
-        assert len(ends) == len(set(ends)), "a turn has ended twice"
-        for user in users:
-            mine = turns.get(user.position, set())
-            assert len(mine) == 1, f"message {user.position} has the turns {sorted(mine)}"
-            assert mine <= set(ends), f"the turn of message {user.position} has not ended"
+    def another_image(self, present: str) -> str:
+        """Return the name of an image that is not this one."""
+        ...
 
-    def _charges(self, branch: list[Entry], pay: CountingPayments) -> None:
-        for text in self.said:
-            word, cents = text.split()[0], int(text.rsplit("#", 1)[1]) + 1
-            asked = [key for key in pay.asked if pay.charges[key].cents == cents]
-            if word in ("charge", "wire"):
-                assert len(asked) <= 1, f"`once` ran {len(asked)} times: {text}"
-            assert len(set(asked)) <= 1, f"one call, several keys: {text}"
-        started = {e.ref: e for e in branch if e.kind == "tool.start"}
-        outcomes: dict[str, list[Entry]] = {ref: [] for ref in started}
-        for e in branch:
-            if e.kind in ("tool.result", "tool.settled", "tool.doubt") and e.ref in outcomes:
-                outcomes[e.ref].append(e)
-        for ref, found in outcomes.items():
-            name = started[ref].body["name"]
-            assert len(found) == 1, f"call {ref} ({name}) has the outcomes {[e.kind for e in found]}"
-            if name == "charge" and not found[0].body.get("error"):
-                assert found[0].kind != "tool.doubt", "`verify` can tell, so there is no doubt"
-                cents = started[ref].body["arguments"]["cents"]
-                assert any(one.cents == cents for one in pay.charges.values()), (
-                    f"charge {cents} is claimed and not made"
-                )
-
-    def _losses(self, branch: list[Entry], journal: list[str]) -> None:
-        """A file that the log says was written is there, or a later `machine.restore` says that files are lost."""
-        names = {e.ref: str(e.body["arguments"]["name"]) for e in branch if _is_work(e)}
-        done = {e.ref: e.position for e in branch if e.kind == "tool.result" and not e.body.get("error")}
-        restores = [e for e in branch if e.kind == "machine.restore"]
-        for e in restores:
-            assert e.body["rung"] in (1, 2, 4, 5)
-            assert e.body["why"], f"no reason at {e.position}"
-            assert bool(e.body.get("lost")) == (bool(e.body["stale"]) or e.body["rung"] == 4), e.body
-        for ref, name in names.items():
-            if ref in done and name not in journal:
-                told = [e for e in restores if e.position > done[ref] and "files" in str(e.body.get("lost", ""))]
-                assert told, f"the file of {name} is gone and nobody was told"
+    def way_to(self, url: str) -> dict[str, Any]:
+        """Return the agent's settings by which its $PAY leads to `url`."""
+        ...
 
 
-def _is_work(entry: Entry) -> bool:
-    return entry.kind == "tool.start" and entry.body["name"] == "work"
+def all_strikes(draw: random.Random, *, images: bool = True) -> list[str]:
+    """Return the names of a whole round's strikes, in no order: each point of the host, and each moment inside with two victims."""
+    points = [one for one in HOST_POINTS if images or one not in REBOOT]
+    return points + [f"{point}/{victim}" for point in GUEST_POINTS for victim in draw.sample(VICTIMS, 2)]
 
 
 class Round:
-    """One session's life under fire. `strike_all` is the whole round; raises AssertionError with the log's text."""
+    """One session's life under fire. `strike_all` is the whole round; raises AssertionError with the log's text. `step_s`: how
+    long one strike and what comes of it may take."""
 
-    def __init__(self, w: World, shared: Path, pay: CountingPayments, seed: int, *, plain: bool = False) -> None:
+    def __init__(
+        self, w: Struck, pay: CountingPayments, seed: int, *, plain: bool = False, step_s: float = STEP_S
+    ) -> None:
         self.w = w
-        self.shared = shared
         self.pay = pay
+        self._step_s = step_s
         self.draw = random.Random(seed)
         self.account = Account()
         self.session = ""
@@ -157,19 +110,17 @@ class Round:
         self._image = "base"
         self._plain = plain
 
-    async def strike_all(self) -> Account:
-        """Every point once, in the seed's order."""
+    async def strike_all(self, names: Sequence[str] = ()) -> Account:
+        """These strikes, by default all, in the seed's order."""
         await self._deploy()
         self.session = (await self.w.sessions.start("me")).id
-        points = [one for one in HOST_POINTS if not (self._plain and one in REBOOT)]  # it has no image to boot
-        steps: list[tuple[str, Callable[[], Awaitable[None]]]] = [(p, self._step_of(p)) for p in points]
-        steps += [(f"{p}/{v}", self._in_guest(p, v)) for p in GUEST_POINTS for v in self.draw.sample(VICTIMS, 2)]
-        self.draw.shuffle(steps)
-        for name, step in steps:
+        wanted = list(names) or all_strikes(self.draw, images=not self._plain)
+        self.draw.shuffle(wanted)
+        for name in wanted:
             self.account.strikes.append(name)
             try:
-                async with asyncio.timeout(STEP_S):
-                    await step()
+                async with asyncio.timeout(self._step_s):
+                    await self._step_of(name)
                 await self._check()
             except (AssertionError, TimeoutError) as exc:
                 told = "\n".join(
@@ -182,7 +133,10 @@ class Round:
 
     # -- the steps -------------------------------------------------------------------------------------------------
 
-    def _step_of(self, point: str) -> Callable[[], Awaitable[None]]:
+    def _step_of(self, name: str) -> Awaitable[None]:
+        point, _, victim = name.partition("/")
+        if victim:
+            return self._in_guest(point, victim)
         steps = {
             **dict.fromkeys(UPGRADE, self._upgrade), **dict.fromkeys(FORK, self._fork),
             **dict.fromkeys(WAIT, self._ask), **dict.fromkeys(CHILD, self._spawn),
@@ -190,8 +144,7 @@ class Round:
             "session.after_settle": self._settle, "session.after_rewind": self._rewind,
             "session.before_cancel": self._cancel,
         }  # fmt: skip
-        step = steps.get(point, self._turn)
-        return lambda: step(point)
+        return steps.get(point, self._turn)(point)
 
     async def _turn(self, point: str) -> None:
         live = (await self.w.log.get(self.session)).state in ("running", "parked")
@@ -210,10 +163,9 @@ class Round:
         await self._ended(position)
 
     async def _reimage(self, point: str) -> None:
-        self._image = f"image-{self._version}"
+        self._image = self.w.another_image(self._image)
         await self._upgrade(point)
-        machine = await self.w.machines.get(await machine_of(self.w, self.session))
-        assert machine.spec.image == self._image, "newer code asked for another image"
+        assert await self.w.image_of(await self._machine()) == self._image, "newer code asked for another image"
 
     async def _ask(self, point: str) -> None:
         crashpoints.arm(point)
@@ -247,7 +199,7 @@ class Round:
         await self._strike("machine+down")
         crashpoints.arm(point)
         self._go("tool.after")
-        self.w.new_server()
+        await self.w.crash_server()
         await self.w.sessions.recover()
         await self._crash_at(point)
         await self._ended(position)
@@ -281,67 +233,56 @@ class Round:
             await self.w.sessions.rewind(self.session, to=mark)
         await self._ended(await self._say("look"))
 
-    def _in_guest(self, point: str, victim: str) -> Callable[[], Awaitable[None]]:
-        async def step() -> None:
-            self._arm_guest(point)
-            position = await self._say(self.draw.choice(TOOLS))
-            await self._hit(point)
-            await self._strike(victim)
-            self._go(point)
-            await self._ended(position)
-
-        return step
+    async def _in_guest(self, point: str, victim: str) -> None:
+        self._arm_guest(point)
+        position = await self._say(self.draw.choice(TOOLS))
+        await self._hit(point)
+        await self._strike(victim)
+        self._go(point)
+        await self._ended(position)
 
     # -- the fire --------------------------------------------------------------------------------------------------
 
     async def _strike(self, victim: str) -> None:
-        machine = self.w.machines.machines[await machine_of(self.w, self.session)]
-        match victim:
-            case "agent":
-                self.w.machines.end_processes(machine.row.id)
-            case "guestd":
-                await self.w.machines.drop_streams()
-            case "machine":
-                await self.w.machines.kill(machine.row.id, why="struck")
-            case "server":
-                await self.w.crash_server()
-                await self.w.sessions.recover()
-            case _:
-                await self.w.sessions.abandon()
-                await self.w.machines.kill(machine.row.id, why="struck")
-                if victim == "server+machine":
-                    await self.w.crash_server()
-                    await self.w.sessions.recover()
+        machine = await self._machine()
+        if victim in ("agent", "guestd", "machine"):
+            await self.w.strike(machine, victim)
+            return
+        if victim != "server":
+            await self.w.sessions.abandon()
+            await self.w.strike(machine, "machine")
+        if victim != "machine+down":
+            await self.w.crash_server()
+            await self.w.sessions.recover()
 
     async def _crash_at(self, point: str, *, machine: bool = True) -> None:
         """Wait until the armed point was passed, then lose the server, and by the draw its machine; start the next."""
         while crashpoints.is_armed(point):  # noqa: ASYNC110 - a crash rings no bell
             await asyncio.sleep(0.005)
-        ident = str((await self.w.log.get(self.session)).meta.get("machine", ""))
+        ident = await self._machine()
         await self.w.sessions.abandon()
-        if machine and ident in self.w.machines.machines and self.draw.random() < 0.4:
-            await self.w.machines.kill(ident, why="struck")
+        if machine and ident and self.draw.random() < 0.4:
+            await self.w.strike(ident, "machine")
         await self.w.crash_server()
         await self.w.sessions.recover()
 
+    async def _machine(self) -> str:
+        return str((await self.w.log.get(self.session)).meta.get("machine", ""))
+
     def _arm_guest(self, point: str) -> None:
-        for old in ("hit", "go"):
-            (self.shared / f"{old}-{point}").unlink(missing_ok=True)
-        (self.shared / f"arm-{point}").touch()
+        self.pay.marks.arm(point)
 
     def _go(self, point: str) -> None:
-        (self.shared / f"go-{point}").touch()
+        self.pay.marks.go(point)
 
     async def _hit(self, point: str) -> None:
-        while not (self.shared / f"hit-{point}").exists():  # noqa: ASYNC110 - another process writes it
-            await asyncio.sleep(0.005)
+        await self.pay.marks.hit(point)
 
     # -- the life --------------------------------------------------------------------------------------------------
 
     async def _deploy(self) -> None:
         self._version += 1
-        env = {"SHARED": str(self.shared), "PAY": self.pay.url}
-        config: dict[str, Any] = {"env": env, "image": self._image}
+        config = {**self.w.way_to(self.pay.url), "image": self._image}
         if self._plain:
             config["backend"] = "process"
         await self.w.sessions.deploy("me", {"agent.py": matrix_agent(str(self._version))}, config)
@@ -371,11 +312,7 @@ class Round:
         await self.w.log.wait(session, (await self.w.log.get(session)).head, 0.2)
 
     async def _check(self) -> None:
-        row = await self.w.log.get(self.session)
-        folder = self.w.machines.machines.get(str(row.meta.get("machine", "")))
-        journal = folder.link.path("/root") / "journal" if folder is not None else None
-        lines = journal.read_text().split() if journal is not None and journal.exists() else []
-        self.account.check(await read_all(self.w.log, self.session), self.pay, lines)
+        self.account.check(await read_all(self.w.log, self.session), self.pay)
 
 
 async def read_all(log: ContextLog, session: str, after: int = 0) -> list[Entry]:
@@ -413,7 +350,5 @@ async def stored(store: str, folder: Path, *, database: str = "", **settings: An
 async def crash_round(store: str, seed: int, folder: Path, *, database: str = "") -> Account:
     """Run one round in `folder` (scratch, empty), for "postgres" in this empty `database`. Raises AssertionError if anything does
     not add up."""
-    shared = folder / "shared"
-    shared.mkdir()
     async with CountingPayments() as pay, stored(store, folder, database=database, cancel_s=0.3, term_s=0.3) as w:
-        return await Round(w, shared, pay, seed, plain=store == "plain").strike_all()
+        return await Round(w, pay, seed, plain=store == "plain").strike_all()

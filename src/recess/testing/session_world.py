@@ -126,6 +126,30 @@ class World:
             self.log = await self.reopen()
         return self.new_server()
 
+    async def strike(self, machine: str, victim: str) -> None:
+        """Take away the agent's process ("agent"), the guest's channel ("guestd") or the whole machine, if it is there."""
+        if machine not in self.machines.machines:
+            return
+        match victim:
+            case "agent":
+                self.machines.end_processes(machine)
+            case "guestd":
+                await self.machines.drop_streams()
+            case _:
+                await self.machines.kill(machine, why="struck")
+
+    async def image_of(self, machine: str) -> str:
+        """Return the image that a machine was made of."""
+        return (await self.machines.get(machine)).spec.image
+
+    def another_image(self, present: str) -> str:
+        """Return the name of an image that is not this one; here any name is one."""
+        return present + "+"
+
+    def way_to(self, url: str) -> dict[str, Any]:
+        """Return the agent's settings by which its $PAY leads to `url`."""
+        return {"env": {"PAY": url}}
+
     async def entries(self, session: str, kind: str = "") -> list[Entry]:
         """Return the log, or one kind of it."""
         return [e for e in await self.log.read(session) if not kind or e.kind == kind]
