@@ -24,6 +24,23 @@ async def test_a_newer_epoch_ends_the_older_owner(tmp_path):
         assert "tool.result" not in [e.kind for e in await w.entries(s)]
 
 
+async def test_a_machine_that_outlives_several_servers_may_still_call_outside(tmp_path):
+    """The broker knows a VM by the epoch that it was let run under, and no server that re-attaches lets it run anew."""
+    async with coder_world(tmp_path) as (w, s):
+        await w.sessions.send(s, "work a", key="1")
+        await appears(tmp_path / "work-a")
+        machine = await machine_of(w, s)
+        for count in range(2, 5):
+            await w.crash_server()
+            await w.sessions.recover()
+            await w.until(s, "machine.restore", count=count)
+            async with asyncio.timeout(10):
+                while not w.sessions.gate.may_act(machine, 1):
+                    await w.log.wait(s, (await w.log.get(s)).head, 0.05)
+        (tmp_path / "go-a").touch()
+        await w.until(s, "turn.end")
+
+
 async def test_the_gate_closes_at_the_leases_end_without_the_database(tmp_path):
     async with coder_world(tmp_path, lease_s=0.9, margin_s=0.3, embedded=False) as (w, s):
         await w.sessions.send(s, "work a", key="1")

@@ -116,6 +116,7 @@ class ResumeReport:
     snapshot: str = ""
     log_position: int = 0
     bytes_read: int = 0
+    power_cut: bool = False  # the disk is what a VM left that ended without warning: what nobody had synced is missing
     timings_s: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -94,7 +94,7 @@ class MachineHand:
                 continue
             crash_point("session.after_thaw")
             kept = rung is Rung.REATTACH or rung is Rung.UNPAUSE
-            await self._take(lease, {epoch_before, lease.epoch} if kept else {lease.epoch})
+            await self._take(lease, {epoch_before, lease.epoch, _thawed_under(row)} if kept else {lease.epoch})
             why = "; ".join(one for one in (*reasons, report.why) if one)
             return Reached(rung, replace(report, why=why))
         raise failure
@@ -219,3 +219,10 @@ class MachineHand:
         if self.machine_id:
             with contextlib.suppress(RecessError):
                 await self._deps.machines.kill(self.machine_id, why=why)
+
+
+def _thawed_under(row: MachineRow | None) -> int:
+    """Return the epoch under which a machine was let run last, which is what the broker knows it by: with every server that
+    re-attaches to it, it lies one claim further back. 0 (nobody's) if its row does not say."""
+    epoch = row.meta.get("epoch", 0) if row is not None else 0
+    return epoch if isinstance(epoch, int) else 0

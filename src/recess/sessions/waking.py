@@ -47,6 +47,7 @@ class Woken:
     snapshot: str
     position: int
     bytes_read: int = 0
+    power_cut: bool = False
 
 
 async def stored_snapshots(
@@ -137,7 +138,7 @@ async def _judge(sup: Supervisor, reached: Reached, known: Sequence[Stored]) -> 
     kept = keep and await sup.job.reattach(sup.hand.machine_id, job_id)
     stale = rung not in (Rung.REATTACH, Rung.UNPAUSE) and facts.last_work > position
     woken = Woken(report.rung, report.why, stale, kept, report.seconds, report.snapshot, position,
-                  report.bytes_read)  # fmt: skip
+                  report.bytes_read, report.power_cut)  # fmt: skip
     return woken, job_id
 
 
@@ -170,5 +171,7 @@ def _lost(woken: Woken, last_work: int) -> str:
         return "all files, processes and memory of before" if woken.stale else ""
     since = f"changed after entry {woken.position}, up to entry {last_work}"
     if woken.rung == 4:
-        return "processes and memory of before" + (f"; files {since}" if woken.stale else "; no file")
+        # A plain process's folder, and a disk that was settled, are whole; a VM that was killed lost its power.
+        kept = "; files that nobody had synced, as by a power failure" if woken.power_cut else "; no file"
+        return "processes and memory of before" + (f"; files {since}" if woken.stale else kept)
     return f"files, processes and memory {since}" if woken.stale else ""

@@ -163,6 +163,7 @@ class ProcessMachines:
         if rung is None:
             raise IllegalState(f"machine {machine.row.id} is {machine.row.state}: cannot resume")
         machine.epoch = epoch
+        self._set(machine, meta={**machine.row.meta, "epoch": epoch})
         if machine.door is None:
             self._listen(machine)
         self._set(machine, state="running")
@@ -355,6 +356,7 @@ class ProcessMachines:
         row = MachineRow(
             id=ident, name=ident, state="running", spec=spec, driver="process", template="", snapshot="",
             session=session, created=0.0, exit_code=None, status="",
+            meta={"epoch": epoch},
         )  # fmt: skip
         machine = ProcessMachine(row, folder, self._link(folder), epoch=epoch)
         old = self.machines.get(ident)

@@ -54,8 +54,15 @@ TOOLS = ("charge", "wire", "order", "look", "work")  # once with verify, once wi
 class Struck(Protocol):
     """The runtime that is struck: `World`, or `recess.testing.session_real.RealWorld`, whose machines are real."""
 
-    sessions: Sessions
-    log: ContextLog
+    @property
+    def sessions(self) -> Sessions:
+        """Those of the server of now."""
+        ...
+
+    @property
+    def log(self) -> ContextLog:
+        """The log as it sees it."""
+        ...
 
     async def strike(self, machine: str, victim: str) -> None:
         """Take away the agent's process, the guest's channel ("guestd": on a real machine the guest with it) or the machine."""
