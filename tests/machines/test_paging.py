@@ -23,7 +23,9 @@ from recess.testing.driver_suite import quiet_capture, shell
 from recess.testing.qemu_rig import QemuHome, QemuRig
 from recess.units import PAGE_BYTES
 
-WRITER = "while true; do head -c 3000000 /dev/urandom > /dev/shm/noise; done"
+# One stretch that is written anew, and thousands of single pages: the kernel tells of the two in different ways.
+SCATTERED = "import mmap; m = mmap.mmap(-1, 48 << 20)\nwhile True:\n for at in range(0, len(m), 8192): m[at] = (m[at] + 1) % 251"
+WRITER = f"python3 -c '{SCATTERED}' & while true; do head -c 3000000 /dev/urandom > /dev/shm/noise; done"
 
 
 @pytest.fixture
