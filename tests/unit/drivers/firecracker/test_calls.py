@@ -101,6 +101,11 @@ def test_a_boot_ends_with_the_start_and_names_no_path_of_the_host() -> None:
     assert names == ["kernel", "initrd", "root", "disk", "v.sock"]
 
 
+def test_a_machine_without_a_card_names_no_network() -> None:
+    """Neither at a boot nor at a load (`network_overrides`, which an empty list is by default): there is nothing to override."""
+    assert all("network" not in json.dumps([call.path, call.body]) for call in CALLS)
+
+
 def test_the_kernel_is_told_of_disks_and_channel() -> None:
     words = calls.kernel_command_line(make_spec()).split()
     assert {"recess.root=/dev/vda", "recess.disk=/dev/vdb", "recess.vsock=1024", "extra=1"} <= set(words)
