@@ -6,6 +6,7 @@ machine, no credentials. Everything durable goes through the session socket, and
 
 from recess_agent.app import Agent, agent
 from recess_agent.cancelling import TurnCancelled
+from recess_agent.cut_replies import CutReply, Repair
 from recess_agent.openai import ModelError, openai_chat
 from recess_agent.session import Session, Turn
 from recess_agent.stream import Reply, ToolCall
@@ -16,7 +17,9 @@ from recess_agent.wire import SessionClosed, SessionError
 __all__ = [
     "Agent",
     "Call",
+    "CutReply",
     "ModelError",
+    "Repair",
     "Reply",
     "Report",
     "Session",

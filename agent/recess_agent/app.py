@@ -10,7 +10,7 @@ from recess_agent.tools import Tool, as_tool
 
 AgentLoop = Callable[..., Awaitable[None]]
 Hook = Callable[..., Any]
-HOOKS = ("suspend", "resume", "fork", "upgrade")
+HOOKS = ("suspend", "resume", "fork", "upgrade", "cut_reply")
 
 
 class Agent:
@@ -52,14 +52,20 @@ class Agent:
         self.hooks["upgrade"] = hook
         return hook
 
-    async def run_hook(self, name: str, info: dict[str, Any]) -> None:
-        """Call a hook if it is set; its exceptions are the caller's."""
+    def on_cut_reply(self, hook: Hook) -> Hook:
+        """Decide what the model sees of a reply that was cut off while it streamed: takes a `CutReply`, returns what one of its
+        methods returns, or None to keep it. It has 30 seconds, and is asked again for a reply that it kept, or was deciding
+        about, when a crash cuts the turn: so it decides, and does nothing else."""
+        self.hooks["cut_reply"] = hook
+        return hook
+
+    async def run_hook(self, name: str, info: Any) -> Any:
+        """Call a hook if it is set and return what it returns; its exceptions are the caller's."""
         hook = self.hooks.get(name)
         if hook is None:
-            return
+            return None
         result = hook(info)
-        if inspect.isawaitable(result):
-            await result
+        return await result if inspect.isawaitable(result) else result
 
 
 def agent(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from recess_agent.cut_replies import replaced_by
+
 Entry = dict[str, Any]
 
 
@@ -46,6 +48,19 @@ class Mirror:
     def call_ids(self) -> set[str]:
         """Return the ids of all tool calls of this session."""
         return self._calls
+
+    def cut_replies(self, turn: int) -> list[Entry]:
+        """Return the turn's replies that were cut and that nothing stands for, oldest first."""
+        found: list[Entry] = []
+        stood_for: set[int] = set()
+        for entry in reversed(self.entries):
+            if entry["kind"] == "turn.end":
+                break
+            if entry["turn"] == turn and entry["kind"] == "assistant":
+                stood_for.add(replaced_by("assistant", entry["body"]))
+                if entry["body"].get("partial") is True and entry["position"] not in stood_for:
+                    found.append(entry)
+        return found[::-1]
 
     def next_part(self, turn: int) -> int:
         """Return the number of the turn's next reply, counting on over attempts."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, Union
 
 from recess_agent.app import Agent
 from recess_agent.cancelling import Stop, TurnCancelled
+from recess_agent.cut_replies import CutReply, Repair
 from recess_agent.mirror import Mirror
 from recess_agent.pump import DeltaPump
 from recess_agent.running import Runs
@@ -24,6 +25,7 @@ from recess_agent.waiting import RETRY_MOST_S, RETRY_S, Report, Waits, retry_del
 from recess_agent.wire import SessionClosed, Wire
 
 SUSPEND_HOOK_S = 2.0
+CUT_HOOK_S = 30.0
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -89,6 +91,8 @@ class Session:
             waits = self._waits = Waits(turn.number, self._wire.request, self._append, turn.stop)
             self._runs = Runs(turn.number, self._app.tools, self._append, waits, turn.stop)
             await self._runs.settle(data.get("pending") or [])
+            for entry in self._mirror.cut_replies(turn.number) if turn.continued else ():
+                await self._repair(str(entry["body"].get("text", "")), "crash", entry["position"])
             yield turn
             self.leave_turn()
 
@@ -145,9 +149,10 @@ class Session:
             await turn.stop.race(_consume(source, collector, pump))
         except BaseException as exc:
             if collector.text and isinstance(exc, Exception):
-                await self._append(
-                    "assistant", {"text": collector.text, "tool_calls": [], "part": part, "partial": True}
-                )
+                half: Json = {"text": collector.text, "tool_calls": [], "part": part, "partial": True}
+                kept = await self._append("assistant", half)
+                if not isinstance(exc, TurnCancelled):
+                    await self._repair(collector.text, str(exc) or type(exc).__name__, int(kept["position"]))
             if isinstance(exc, TurnCancelled):
                 return Reply(collector.text, cancelled=True)
             raise
@@ -265,6 +270,18 @@ class Session:
             yield
         finally:
             await self._wire.request("release", token=token)
+
+    async def _repair(self, text: str, why: str, position: int) -> None:
+        """Ask the agent's hook what is to stand for a cut reply; one append, so that a crash leaves it asked or not."""
+        cut = CutReply(text, why, self.turn.number, position)
+        try:
+            found = await asyncio.wait_for(self._app.run_hook("cut_reply", cut), CUT_HOOK_S)
+        except Exception as exc:  # the user's code: its failure is told, and the reply stays as it is
+            print(f"recess_agent: on_cut_reply hook failed: {exc!r}", flush=True)  # noqa: T201
+            return
+        if isinstance(found, Repair):
+            body: Json = {"text": found.text, "tool_calls": [], "part": self._take_part(), "replaces": position}
+            await self._append("assistant", {**body, "ask": found.ask} if found.ask else body)
 
     def _take_part(self) -> int:
         """Return the number of a reply that begins; two at once have two."""

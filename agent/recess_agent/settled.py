@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from recess_agent.cut_replies import replaced_by
 from recess_agent.transcript import Message, build
 
 _REMAKES = ("system", "compact", "rewind")
@@ -36,7 +37,7 @@ class Settled:
     def messages(self, log: Sequence[Mapping[str, Any]]) -> list[Message]:
         """Return `shape(transcript.messages(log))`; what you do with it changes nothing here. Cheap for the list of the last call,
         grown."""
-        if log is not self._log or len(log) < self._looked or self._remade_by(log[self._looked :]):
+        if log is not self._log or len(log) < self._looked or self._remade_by(log[self._looked :], self._kept):
             self._forget(log)
         self._looked = len(log)
         self._settle()
@@ -52,18 +53,23 @@ class Settled:
         part = build(log[self._kept : ends])
         self._open |= part.open
         self._loose |= part.loose
-        if part.settled and not self._remade_by(log[ends:]):
+        if part.settled and not self._remade_by(log[ends:], ends):
             self._kept = ends
             self._messages += self._shape(part.messages)
 
-    def _remade_by(self, entries: Sequence[Mapping[str, Any]]) -> bool:
+    def _remade_by(self, entries: Sequence[Mapping[str, Any]], kept: int) -> bool:
+        """Tell whether one of these entries changes what the first `kept` entries of the log were made into."""
+        last = self._log[kept - 1]["position"] if kept else 0
         for entry in entries:
             kind = entry["kind"]
             if kind == "turn.start":
                 inbox = entry["body"].get("inbox")
-                if isinstance(inbox, int) and inbox in self._loose:
-                    return True
-            elif kind in _REMAKES or (kind in _ENDS_CALLS and (entry.get("ref") or "") in self._open):
+                remade = isinstance(inbox, int) and inbox in self._loose
+            elif kind == "assistant":
+                remade = 0 < replaced_by(kind, entry["body"]) <= last
+            else:
+                remade = kind in _REMAKES or (kind in _ENDS_CALLS and (entry.get("ref") or "") in self._open)
+            if remade:
                 return True
         return False
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recess_agent.cut_replies import mended
 from recess_agent.recovery_notes import Entry, recovery_notes
 
 _FAR = 1 << 62
@@ -148,8 +149,9 @@ def build(log: Sequence[Mapping[str, Any]]) -> Built:
         summary = _text(compact.body, "summary")
         blocks[0].after.append(_note(f"Summary of the conversation before this point:\n{summary}"))
     ordered = in_turn_order(entries, rest)
-    told = recovery_notes(ordered)
-    for i, entry in enumerate(ordered):
+    shown = mended(ordered)
+    told = recovery_notes(shown)
+    for i, entry in enumerate(shown):
         _take(blocks, entry, told.get(i, ""))
     out: list[Message] = []
     if system is not None and _text(system.body, "text"):
@@ -208,6 +210,8 @@ def _take(blocks: list[_Block], entry: Entry, recovery: str) -> None:
         block.forked = True
     if entry.kind == "assistant":
         blocks.append(_open_block(entry))
+        if entry.body.get("partial") is True and (ask := _text(entry.body, "ask")):
+            blocks[-1].after.append(_note(ask))
     elif entry.kind == "user":
         block.after.append({"role": "user", "text": _text(entry.body, "text")})
     elif entry.kind == "answer":

@@ -14,7 +14,7 @@ STEP_S = 120.0
 
 HERE = (
     "session.after_tool_result", "session.after_snapshot", "session.after_thaw", "session.after_upgrade_stop", "session.after_live_snapshot",
-    "tool.before/agent", "model.middle/guestd", "tool.after/machine", "model.after/server", "tool.after/server+machine",
+    "tool.before/agent", "model.middle/guestd", "model.after/server", "tool.after/server+machine",
 )  # fmt: skip
 
 

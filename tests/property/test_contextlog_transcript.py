@@ -20,7 +20,10 @@ def bodies(kind: str, position: int):
         "system": st.fixed_dictionaries({"text": TEXTS}),
         "user": st.fixed_dictionaries({"text": TEXTS, "mode": st.sampled_from(["queue", "steer"])}),
         "answer": st.fixed_dictionaries({"text": TEXTS, "hidden": st.booleans()}),
-        "assistant": st.fixed_dictionaries({"text": TEXTS, "tool_calls": st.lists(call, max_size=4) | ODD}),
+        "assistant": st.fixed_dictionaries(
+            {"text": TEXTS, "tool_calls": st.lists(call, max_size=4) | ODD},
+            optional={"partial": st.booleans(), "replaces": to | ODD, "ask": TEXTS},
+        ),
         "tool.start": st.fixed_dictionaries({"name": TEXTS, "effect": EFFECTS}),
         "tool.result": st.fixed_dictionaries({"output": TEXTS | ODD, "error": st.booleans()}),
         "tool.settled": st.fixed_dictionaries({"output": TEXTS}),

@@ -24,7 +24,10 @@ BODIES = {
     "system": st.fixed_dictionaries({"text": TEXT}),
     "user": st.fixed_dictionaries({"text": TEXT}, optional={"mode": st.sampled_from(["queue", "steer"])}),
     "answer": st.fixed_dictionaries({"text": TEXT}, optional={"hidden": st.booleans()}),
-    "assistant": st.fixed_dictionaries({"text": TEXT, "tool_calls": st.lists(CALL, max_size=3), "part": NUMBER}),
+    "assistant": st.fixed_dictionaries(
+        {"text": TEXT, "tool_calls": st.lists(CALL, max_size=3), "part": NUMBER},
+        optional={"partial": st.booleans(), "replaces": NUMBER, "ask": TEXT},
+    ),
     "tool.start": st.fixed_dictionaries({"name": TEXT, "effect": st.sampled_from(["local", "pure", "keyed", "once"])}),
     "tool.result": st.fixed_dictionaries({"output": TEXT}, optional={"error": st.booleans()}),
     "tool.settled": st.fixed_dictionaries({"output": TEXT, "by": st.just("verify")}),

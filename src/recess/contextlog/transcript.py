@@ -18,6 +18,7 @@ from typing import Any
 
 from recess.contextlog.branch import model_view
 from recess.contextlog.contract import Entry
+from recess.contextlog.cut_replies import mended
 from recess.contextlog.recovery_notes import recovery_notes
 
 Message = dict[str, Any]
@@ -62,8 +63,9 @@ def messages(entries: Sequence[Entry]) -> list[Message]:
         summary = _text(compact.body, "summary")
         blocks[0].after.append(_note(f"Summary of the conversation before this point:\n{summary}"))
     ordered = in_turn_order(entries, rest)
-    told = recovery_notes(ordered)
-    for i, entry in enumerate(ordered):
+    shown = mended(ordered)
+    told = recovery_notes(shown)
+    for i, entry in enumerate(shown):
         _take(blocks, entry, told.get(i, ""))
     out: list[Message] = []
     if system is not None and _text(system.body, "text"):
@@ -107,6 +109,8 @@ def _take(blocks: list[_Block], entry: Entry, recovery: str) -> None:
     match entry.kind:
         case "assistant":
             blocks.append(_open_block(entry))
+            if entry.body.get("partial") is True and (ask := _text(entry.body, "ask")):
+                blocks[-1].after.append(_note(ask))
         case "user":
             block.after.append({"role": "user", "text": _text(entry.body, "text")})
         case "answer":

@@ -284,6 +284,7 @@ def _check_assistant(body: dict[str, Any]) -> None:
     if not isinstance(body.get("text"), str) or not isinstance(calls, list):
         raise BadInput("assistant: text must be a string and tool_calls a list")
     _number(body, "part")
+    _number(body, "replaces")
     for call in calls:
         if not isinstance(call, dict) or not isinstance(call.get("id"), str) or not isinstance(call.get("name"), str):
             raise BadInput("assistant: a tool call needs an id and a name")
