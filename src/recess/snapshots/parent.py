@@ -20,13 +20,14 @@ from recess.frames import WorkPool
 from recess.snapshots.classify import words
 from recess.snapshots.contract import PageData, RawPart, TemplatePages
 from recess.snapshots.forms import stored_form
+from recess.snapshots.joining import Joined, moved
 from recess.snapshots.keys import LAYER, key_of, make_id
 from recess.snapshots.manifest_v1 import FileV1, ManifestV1
 from recess.snapshots.pagemap import KIND_LAYER, PageMap, Source, distinct
 from recess.snapshots.pending import Part, Rows
 from recess.snapshots.reader import OpenSnapshot
 from recess.snapshots.recall import Recall, Written
-from recess.snapshots.rewrite import Usage, budget_of, rewrites, worth_comparing
+from recess.snapshots.rewrite import Usage, budget_of, late_rewrites, rewrites, worth_comparing
 
 Count = Callable[[str, int], None]  # (why pages cost nothing, how many)
 _Found = dict[
@@ -35,15 +36,19 @@ _Found = dict[
 
 
 class Parent:
-    """The parent of one snapshot that is being written. `kept`: its layers that stay in use, after `compare`."""
+    """The parent of one snapshot that is being written. `joined`: layers that hold what it uses of others, and are used in their
+    place. `kept`: its layers that stay in use, after `compare`."""
 
-    def __init__(self, blobs: BlobStore, snapshot_id: str, pool: WorkPool, recall: Recall) -> None:
+    def __init__(
+        self, blobs: BlobStore, opened: OpenSnapshot, pool: WorkPool, recall: Recall, joined: Sequence[Joined]
+    ) -> None:  # fmt: skip
         self._blobs = blobs
         self._pool = pool
         self._recall = recall
-        self._open = OpenSnapshot(blobs, snapshot_id, pool)
+        self._open = opened
+        self.joined = joined
         self._moving: dict[Source, int] = {}  # slots below this are written anew
-        self.known: Written | None = recall.written(snapshot_id)
+        self.known: Written | None = recall.written(opened.id)
         self.kept: list[FileV1] = []
 
     @property
@@ -60,13 +65,13 @@ class Parent:
             )
 
     def page_map(self, raw: RawPart) -> PageMap | None:
-        """Return the parent's map of a part. Raises BadInput if it cannot be inherited and has to be."""
+        """Return the parent's map of a part, over the joined layers. Raises BadInput if it cannot be inherited and has to be."""
         theirs = None
         if raw.name in self.manifest.parts:
             theirs = self.known.maps.get(raw.name) if self.known is not None else self._open.page_map(raw.name)
         if raw.inherits and (theirs is None or theirs.pages_total != raw.pages_total):
             raise BadInput(f"part {raw.name} cannot inherit from snapshot {self._open.id[:16]}")
-        return theirs
+        return moved(theirs, self.joined) if theirs is not None and self.joined else theirs
 
     def packs(self) -> Mapping[str, Set[bytes]]:
         """Return which nodes are in which pack. Raises Corrupt, NotFound."""
@@ -116,7 +121,7 @@ class Parent:
 
     def _decide(self, used: Mapping[Source, Sequence[NDArray[np.int64]]], *, new_pages: int) -> None:
         """Settle which layers stay in use, and which slots of the others move into the new one."""
-        records = {file.id: file for file in self.manifest.layers}
+        records = {file.id: file for file in (*self.manifest.layers, *(one.file for one in self.joined))}
         live: dict[str, tuple[Source, NDArray[np.int64]]] = {}
         for source in sorted(used):
             ref = make_id(LAYER, source.digest.hex())
@@ -127,7 +132,11 @@ class Parent:
             if len(slots):
                 live[ref] = (source, slots)
         usages = [Usage(ref, len(slots), records[ref].entries) for ref, (_, slots) in live.items()]
-        moving = rewrites(usages, budget=budget_of(new_pages))
+        if self.known is None:
+            moving = rewrites(usages, budget=budget_of(new_pages))
+        else:
+            before = {ref: record.live for ref, record in records.items()}
+            moving = late_rewrites(usages, before, budget=budget_of(new_pages))
         for usage in usages:
             source, slots = live[usage.id]
             gone = moving.get(usage.id, 0)

@@ -49,14 +49,19 @@ def read_manifest(blobs: BlobStore, snapshot_id: str) -> ManifestV1:
 
 class OpenSnapshot:
     """One snapshot opened for reading. Not shared between threads; the tasks it returns may run in several. `far`: each
-    read of a layer is a request to some distant store."""
+    read of a layer is a request to some distant store; `also`: layers that may be read though the manifest does not name them;
+    `manifest`: if it was read already."""
 
-    def __init__(self, blobs: BlobStore, snapshot_id: str, pool: WorkPool, *, far: bool = False) -> None:
+    def __init__(
+        self, blobs: BlobStore, snapshot_id: str, pool: WorkPool, *, far: bool = False,
+        manifest: ManifestV1 | None = None, also: Iterable[FileV1] = (),
+    ) -> None:  # fmt: skip
         self._blobs = blobs
         self._far = far
         self._pool = pool
         self.id = snapshot_id
-        self.manifest = read_manifest(blobs, snapshot_id)
+        self.manifest = read_manifest(blobs, snapshot_id) if manifest is None else manifest
+        self._records = {file.id: file for file in (*self.manifest.layers, *also)}
         self._layers: dict[str, LayerReader] = {}
 
     def part(self, name: str) -> PartV1:
@@ -72,7 +77,7 @@ class OpenSnapshot:
     def layer(self, layer_id: str) -> LayerReader:
         """Return the reader of a layer that the manifest names. Raises NotFound, Corrupt."""
         if layer_id not in self._layers:
-            record = next((file for file in self.manifest.layers if file.id == layer_id), None)
+            record = self._records.get(layer_id)
             if record is None:
                 raise self._corrupt(f"refers to a layer it does not name: {layer_id[:16]}")
             reader = LayerReader(open_layer(self._blobs, layer_id, record.bytes, at_once=FAR if self._far else NEAR))

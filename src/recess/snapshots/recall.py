@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from recess.snapshots.manifest_v1 import FileV1
 from recess.snapshots.pagemap import PageMap
 from recess.units import MIB
 
@@ -34,11 +35,12 @@ T = TypeVar("T", bound=_Sized)
 
 @dataclass(frozen=True)
 class Written:
-    """One snapshot's page maps. `leaves`: by part, the hash of each leaf by its number; `packs`: by id, the nodes in use."""
+    """One snapshot's page maps and layers. `leaves`: by part, the hash of each leaf by its number; `packs`: by id, the nodes in use."""
 
     maps: Mapping[str, PageMap]
     leaves: Mapping[str, Mapping[int, bytes]]
     packs: Mapping[str, frozenset[bytes]]
+    layers: Sequence[FileV1] = ()
 
     @property
     def nbytes(self) -> int:

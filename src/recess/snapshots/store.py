@@ -34,6 +34,7 @@ from recess.snapshots.contract import (
 )
 from recess.snapshots.difference import Side, difference
 from recess.snapshots.forms import recoded_sizes
+from recess.snapshots.joining import Joiner
 from recess.snapshots.keys import FOLDERS, SNAPSHOT, id_of, key_of
 from recess.snapshots.lineage import Shape, dependents, shape_of
 from recess.snapshots.manifest_v1 import ManifestV1
@@ -69,6 +70,7 @@ class Store:
         self._io = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="snapshot-put")
         self._pins = Pins()
         self._recall = Recall()
+        self._joiner = Joiner(blobs, self._pins, self._recall, frame_bytes=frame_bytes, level=level)
         self._recompressing = threading.Lock()
         self._vain: set[str] = set()  # layers that would not become smaller
 
@@ -93,6 +95,7 @@ class Store:
 
     def close(self) -> None:
         """End the store's threads. May be called twice."""
+        self._joiner.close()
         self._io.shutdown()
         self._pool.close()
 
@@ -108,10 +111,17 @@ class Store:
     ) -> WriteReport:
         """See `SnapshotStore.write`."""
         writer = SnapshotWriter(
-            self._blobs, self._pins, self._pool, self._io, self._recall,
+            self._blobs, self._pins, self._pool, self._io, self._recall, self._joiner,
             frame_bytes=self._frame_bytes, level=self._level,
         )  # fmt: skip
-        return writer.write(parts, vmstate, meta, template=template, parent_id=parent_id, sources=sources or [])
+        with self._joiner.standing_still():
+            report = writer.write(parts, vmstate, meta, template=template, parent_id=parent_id, sources=sources or [])
+        self._joiner.consider(report.snapshot_id)
+        return report
+
+    def settle(self) -> None:
+        """Wait until no old layers are being joined any more (`joining`). Nobody needs to; what comes of it is then there."""
+        self._joiner.settle()
 
     def manifest(self, snapshot_id: str) -> Mapping[str, Any]:
         """See `SnapshotStore.manifest`."""
@@ -246,6 +256,7 @@ class Store:
         self, live_ids: list[str], *, grace_s: float, now: float, wanted: Iterable[str] = ()
     ) -> Mapping[str, int]:
         """See `SnapshotStore.collect`. Returns counts: manifests, files, leftovers, bytes."""
+        self._joiner.forget_old(now - grace_s)
         return collect(self._blobs, self._pins, live_ids, grace_s=grace_s, now=now, wanted=wanted)
 
     def recompress(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from recess.errors import BadInput, NotFound
 from recess.frames import SeekableFile, WorkPool, build_seekable
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, first_equal, look_up, take
 from recess.snapshots.contract import PageData, PageSource, RawPart, SnapshotMeta, TemplatePages, WriteReport
+from recess.snapshots.joining import Joiner
 from recess.snapshots.keys import LAYER, PAGEMAP, SNAPSHOT, VMSTATE, is_id, key_of, keys_of
 from recess.snapshots.layer_v1 import build_layer
 from recess.snapshots.manifest_v1 import VMSTATE_RAW_MAX, FileV1, ManifestV1, PartV1, VmstateV1, encode_manifest
@@ -32,7 +34,7 @@ from recess.snapshots.pagemap_v1 import LEAF_PAGES, Tree, encode_changed, encode
 from recess.snapshots.parent import Parent
 from recess.snapshots.pending import Part
 from recess.snapshots.publish import Pins, Publication
-from recess.snapshots.reader import VMSTATE_KIND
+from recess.snapshots.reader import VMSTATE_KIND, OpenSnapshot, read_manifest
 from recess.snapshots.recall import Recall, Written
 from recess.snapshots.rewrite import Usage, rewrites
 from recess.units import PAGE_BYTES
@@ -52,6 +54,7 @@ class SnapshotWriter:
         pool: WorkPool,
         io: ThreadPoolExecutor,
         recall: Recall,
+        joiner: Joiner,
         *,
         frame_bytes: int,
         level: int,
@@ -59,6 +62,7 @@ class SnapshotWriter:
         self._blobs = blobs
         self._pool = pool
         self._recall = recall
+        self._joiner = joiner
         self._frame_bytes = frame_bytes
         self._level = level
         self._publication = Publication(blobs, pins, io)
@@ -96,6 +100,7 @@ class SnapshotWriter:
             maps = {raw.name: union([p.page_map() for p in parts if p.raw.name == raw.name]) for raw in raws}
             trees = {name: self._encode_map(name, page_map, parent) for name, page_map in maps.items()}
             packs, written = self._store_maps(maps, trees, parent)
+            layers = self._layers(parent, new_layers)
             snapshot_id, data = encode_manifest(
                 ManifestV1(
                     created_ms=int(meta.created * 1000),
@@ -112,14 +117,15 @@ class SnapshotWriter:
                     forkable=meta.forkable,
                     parts={name: _part_record(page_map, trees[name].root) for name, page_map in maps.items()},
                     vmstate=VmstateV1(vm_id, vm_file.size_bytes, len(vmstate)),
-                    layers=_joined(parent.kept if parent is not None else [], new_layers),
+                    layers=layers,
                     pagemaps=packs,
                     sources=sorted({s.digest.hex() for m in maps.values() for s in m.sources if s.kind == KIND_BLOCKS}),
                     made=sorted(set(publication.made)),
                 )
             )
             publication.commit(snapshot_id, data)
-            self._recall.note_snapshot(snapshot_id, written)
+            self._recall.note_snapshot(snapshot_id, replace(written, layers=layers))
+            self._joiner.taken(parent.joined if parent is not None else ())
             self._lap("publish")
         self._timings["total"] = time.perf_counter() - started
         return WriteReport(
@@ -141,12 +147,25 @@ class SnapshotWriter:
 
     def _open_parent(self, parent_id: str, publication: Publication) -> Parent:
         """Open the parent, and keep what it names from being swept. Raises NotFound, Corrupt, Incompatible."""
-        parent = Parent(self._blobs, parent_id, self._pool, self._recall)
-        publication.hold(key for ref in parent.manifest.files() for key in keys_of(ref))
+        manifest = read_manifest(self._blobs, parent_id)
+        publication.hold(key for ref in manifest.files() for key in keys_of(ref))
         # A manifest goes before its files: if it is still there, none of them went before they were held.
         if not self._blobs.exists(key_of(parent_id)):
             raise NotFound(f"no such snapshot: {parent_id}", kind="snapshot", ref=parent_id)
-        return parent
+        joined = self._joiner.ready_for(manifest.layers, publication.hold)
+        opened = OpenSnapshot(self._blobs, parent_id, self._pool, manifest=manifest, also=[one.file for one in joined])
+        return Parent(self._blobs, opened, self._pool, self._recall, joined)
+
+    def _layers(self, parent: Parent | None, new: Sequence[FileV1]) -> list[FileV1]:
+        """Return all layers in use, sorted, and count those as this snapshot's that were joined for it. A new layer may come
+        out as the very file that is kept: a page that went back to what it was, while another page still refers to its old slot."""
+        kept = parent.kept if parent is not None else []
+        here = {file.id for file in parent.manifest.layers} if parent is not None else set()
+        for file in (file for file in kept if file.id not in here):
+            self._publication.made.append(file.id)
+            self._publication.new_bytes += file.bytes
+        by_id = {file.id: file for file in (*kept, *new)}  # the new record says that every slot is in use
+        return [by_id[ref] for ref in sorted(by_id)]
 
     def _build_vmstate(self, vmstate: bytes) -> SeekableFile:
         view = memoryview(vmstate)
@@ -262,13 +281,6 @@ class SnapshotWriter:
         self._lap("page maps")
         written = Written(maps, {name: tree.leaves for name, tree in trees.items()}, known)
         return sorted(packs, key=lambda pack: pack.id), written
-
-
-def _joined(kept: Sequence[FileV1], new: Sequence[FileV1]) -> list[FileV1]:
-    """Return all layers in use, sorted. A new layer may come out as the very file that is kept: a page that went back
-    to what it was, while another page still refers to its old slot."""
-    by_id = {file.id: file for file in (*kept, *new)}  # the new record says that every slot is in use
-    return [by_id[ref] for ref in sorted(by_id)]
 
 
 def _part_record(page_map: PageMap, root: bytes) -> PartV1:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from recess.drivers.fake.pages import POKE_FIRST
-from recess.snapshots.rewrite import FILES_MAX, LIVE_FRACTION_MIN
+from recess.snapshots.rewrite import FILES_MAX, LIVE_FRACTION_LATE, LIVE_FRACTION_MIN
 from recess.snapshots.writer import PACKS_MAX
 from recess.testing.machine_room import SMALL
 from recess.units import MIB
@@ -24,6 +24,7 @@ async def test_the_two_hundredth_snapshot_is_as_small_and_as_flat_as_the_tenth(r
     for number in range(WINDOW):
         pages[POKE_FIRST + number] = rng.randbytes(4096)
     sizes, most_files = [], 0
+    least = {"layers": LIVE_FRACTION_LATE, "pagemaps": LIVE_FRACTION_MIN}
     for cycle in range(1, CYCLES + 1):
         for _ in range(PER_CYCLE):
             pages[POKE_FIRST + rng.randrange(WINDOW)] = rng.randbytes(4096)
@@ -32,10 +33,14 @@ async def test_the_two_hundredth_snapshot_is_as_small_and_as_flat_as_the_tenth(r
             vm.poke(number, data)
         snapshot = await room.manager.suspend("nap")
         manifest = room.parts.store.manifest(snapshot.id)
-        for kind, most in (("layers", FILES_MAX), ("pagemaps", PACKS_MAX)):
+        for kind, most in (
+            ("layers", FILES_MAX + 1),
+            ("pagemaps", PACKS_MAX),
+        ):  # a sweep of all forgets what was joined
             assert len(manifest[kind]) <= most
             for file in manifest[kind]:
-                assert file["live"] >= LIVE_FRACTION_MIN * file["entries"]
+                assert file["live"] >= least[kind] * file["entries"]
+        room.parts.store.settle()  # a machine sleeps longer than that
         most_files = max(most_files, len(manifest["layers"]))
         await room.manager.keeping.prune()
         if cycle % 20 == 0:

@@ -8,7 +8,16 @@ from recess.frames import WorkPool
 from recess.snapshots import can_restore
 from recess.snapshots.classify import IS_BASE, IS_ZERO, against_base, fingerprints, first_equal, look_up, take
 from recess.snapshots.keys import digest_of, id_of, is_id, key_of
-from recess.snapshots.rewrite import BUDGET_PAGES_MIN, Usage, budget_of, rewrites, worth_comparing
+from recess.snapshots.rewrite import (
+    BUDGET_PAGES_MIN,
+    LIVE_FRACTION_LATE,
+    Usage,
+    budget_of,
+    joins,
+    late_rewrites,
+    rewrites,
+    worth_comparing,
+)
 from tests.unit.snapshots.helpers import pages
 
 H = "0" * 64
@@ -82,22 +91,75 @@ def test_files_of_a_size_go_together_so_that_the_next_snapshots_rewrite_nothing(
     assert rewrites(usages, budget=PLENTY) == {usage.id: usage.live for usage in usages[:15]}
 
 
+class Layers:
+    """Which layer each page of a disk is in, by the real rules and nothing else."""
+
+    def __init__(self, total):
+        self.owner, self.entries, self.written = np.zeros(total, np.int64), {0: total}, 0
+
+    def usages(self):
+        live = np.bincount(self.owner, minlength=max(self.entries) + 1)
+        return [Usage(f"{n:04}", int(live[n]), size) for n, size in self.entries.items() if live[n]]
+
+    def move(self, moves, number):
+        """Move what a rule says into the layer of this number, which holds its own pages by now."""
+        for ref, count in moves.items():
+            self.owner[np.flatnonzero(self.owner == int(ref))[:count]] = number
+        self.entries = {n: size for n, size in self.entries.items() if (self.owner == n).any()}
+        self.entries[number] = int((self.owner == number).sum())
+        self.written += self.entries[number]
+
+
 def test_a_long_life_of_small_snapshots_writes_little_more_than_is_new():
-    new, total, owner, entries = 64, 40_000, np.zeros(40_000, np.int64), {0: 40_000}
-    rng, written = np.random.default_rng(1), 0
+    new, layers, rng = 64, Layers(40_000), np.random.default_rng(1)
     for number in range(1, 241):
-        owner[rng.choice(total, new, replace=False)] = number
-        live = np.bincount(owner, minlength=number + 1)
-        usages = [Usage(f"{n:04}", int(live[n]), size) for n, size in entries.items() if live[n]]
-        moves = rewrites(usages, budget=budget_of(new)).items()
-        moved = [np.flatnonzero(owner == int(ref))[:count] for ref, count in moves]
-        for places in moved:
-            owner[places] = number
-        entries = {n: size for n, size in entries.items() if (owner == n).any()}
-        entries[number] = new + sum(map(len, moved))
-        written += entries[number]
-    assert len(entries) <= 16
-    assert written <= 4 * 240 * new  # rewriting only what is too many, each time again: 10 times
+        layers.owner[rng.choice(40_000, new, replace=False)] = number
+        layers.move(rewrites(layers.usages(), budget=budget_of(new)), number)
+    assert len(layers.entries) <= 16
+    assert layers.written <= 4 * 240 * new  # rewriting only what is too many, each time again: 10 times
+
+
+@pytest.mark.parametrize(("new", "total"), [(64, 40_000), (1024, 98_304), (2560, 98_304)])
+def test_joining_writes_little_more_than_is_new_whatever_the_size(new, total):
+    layers, rng = Layers(total), np.random.default_rng(1)
+    for number in range(1, 241):
+        layers.owner[rng.choice(total, new, replace=False)] = 2 * number
+        before = {usage.id: usage.live for usage in layers.usages()}
+        layers.move(late_rewrites(layers.usages(), before, budget=budget_of(new)), 2 * number)
+        assert len(layers.entries) <= 16
+        assert all(usage.live >= LIVE_FRACTION_LATE * usage.entries for usage in layers.usages())
+        if moves := joins(layers.usages()):
+            layers.move(moves, 2 * number + 1)
+    assert layers.written <= 4 * 240 * new
+
+
+def test_of_too_many_layers_the_smaller_half_is_joined_and_what_costs_little_beside_it():
+    small = [Usage(f"f{n:02}", 100 + n, 100 + n) for n in range(9)]
+    larger = [Usage("g0", 400, 400), Usage("g1", 600, 600), *(Usage(f"h{n}", 9000, 9000) for n in range(5))]
+    assert joins([*small, *larger[1:]]) == {}
+    found = joins([*small, *larger])
+    assert found == {usage.id: usage.live for usage in [*small, *larger[:2]]}
+    assert joins([*small, *larger], pages_max=250) == {"f00": 100, "f01": 101}
+    assert joins([*small, *larger], pages_max=150) == {}  # one in the place of one
+
+
+def test_a_snapshot_rewrites_only_what_there_was_no_time_to_join():
+    half, late = Usage("a", 40, 100), Usage("b", 20, 100)
+    before = {"a": 45, "b": 45}
+    assert late_rewrites([half, late], before, budget=PLENTY) == {"b": 20}
+    assert (
+        late_rewrites([half, late], {"a": 45, "b": 100}, budget=PLENTY) == {}
+    )  # it was not sparse before this snapshot
+    many = [Usage(f"f{n:02}", 100 + n, 200) for n in range(24)]
+    before = {usage.id: 200 for usage in many}
+    assert late_rewrites(many[:23], before, budget=PLENTY) == {}
+    assert late_rewrites(many, before, budget=PLENTY).keys() == {usage.id for usage in many}  # all of one size
+
+
+def test_a_mostly_dead_layer_is_joined_if_it_is_worth_a_file():
+    assert joins([Usage("a", 499, 1000), Usage("b", 500, 1000), Usage("c", 10, 100)]) == {"a": 499}
+    assert joins([Usage("a", 400, 1000), Usage("b", 30, 1000)], pages_max=100) == {"b": 30, "a": 70}
+    assert joins([]) == {}
 
 
 def test_a_large_file_is_emptied_a_piece_at_a_time():

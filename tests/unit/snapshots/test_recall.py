@@ -100,7 +100,15 @@ def test_an_old_pack_that_is_rewritten_comes_out_whole(blobs, store):
         assert read(Store(blobs), last, "memory", template=None) == {n: page(v).tobytes() for n, v in content.items()}
 
 
-def test_a_large_layer_is_emptied_over_several_snapshots(store):
+def write_anew(blobs, parts, parent):
+    """Write by a process that did not write the parent, and joins nothing after it."""
+    store = Store(blobs)
+    report = write(store, parts, parent)
+    store.close()
+    return report
+
+
+def test_a_large_layer_is_emptied_over_several_snapshots(blobs, store):
     """What one snapshot writes anew is bounded, and in the end nothing of the sparse layer is left."""
     count = 3 * BUDGET_PAGES_MIN
     filler = np.zeros((count, 4096), np.uint8)
@@ -112,13 +120,13 @@ def test_a_large_layer_is_emptied_over_several_snapshots(store):
     changed.view(np.uint64)[:, 9] = 5
     budget = max(BUDGET_PAGES_MIN, 2 * len(half))
     assert count - len(half) < budget  # new pages make room for it at once
-    whole = write(store, [RawPart("memory", count, half, changed, inherits=True)], base.snapshot_id)
+    whole = write_anew(blobs, [RawPart("memory", count, half, changed, inherits=True)], base.snapshot_id)
     assert len(store.manifest(whole.snapshot_id)["layers"]) == 1
     # The same in small steps: each change is far below the budget, the sparse layer is not.
     last, moved = base.snapshot_id, []
     for low in range(0, len(half), 512):
         step = half[low : low + 512]
-        report = write(store, [RawPart("memory", count, step, changed[low : low + 512], inherits=True)], last)
+        report = write_anew(blobs, [RawPart("memory", count, step, changed[low : low + 512], inherits=True)], last)
         last = report.snapshot_id
         moved.append(report.pages_new - len(step))
         store.verify(last)
