@@ -59,6 +59,11 @@ def create_sparse(path: Path, size: int) -> int:
         return fd
 
 
+def allocated_bytes(path: Path) -> int:
+    """Return what a sparse file takes on the disk."""
+    return path.stat().st_blocks * 512
+
+
 def copy_data(source: Path, target: int) -> None:
     """Copy a sparse file's data extents into an open file that holds zeros there. Raises OutOfSpace."""
     with space_errors("a disk"), source.open("rb") as handle:
@@ -195,7 +200,12 @@ def blocks_with_data(*files: int) -> Indices:
         for fd in files
         for start, end in data_extents(fd)
     ]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint32)
+    return np.unique(np.concatenate(parts)) if parts else no_blocks()
+
+
+def no_blocks() -> Indices:
+    """Return the numbers of no blocks at all."""
+    return np.empty(0, np.uint32)
 
 
 def _read_run(fd: int, first: int, count: int) -> Pages:

@@ -127,9 +127,18 @@ async def track_disk(qmp: Qmp) -> None:
 
 async def find_bitmaps(qmp: Qmp) -> dict[str, int]:
     """Return the bitmaps of the disk that record, with the bytes that they name."""
-    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
-    found = [b for n in nodes if n["node-name"] == DISK_NODE for b in n.get("dirty-bitmaps", [])]
+    found = await _bitmaps_of(qmp, DISK_NODE)
     return {str(b["name"]): int(b["count"]) for b in found if b.get("name") and b.get("recording")}
+
+
+async def _bitmaps_of(qmp: Qmp, node: str) -> list[dict[str, Any]]:
+    nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
+    return [b for n in nodes if n["node-name"] == node for b in n.get("dirty-bitmaps", [])]
+
+
+async def _names_any(qmp: Qmp, node: str, name: str) -> bool:
+    """Tell whether a bitmap names any block; in doubt it does."""
+    return all(b["count"] for b in await _bitmaps_of(qmp, node) if b.get("name") == name)
 
 
 async def plan_copy(vm: Handles, parent: str) -> DiskPlan:
@@ -196,6 +205,8 @@ class LiveCopy:
     async def _changed(self) -> disk.Indices:
         """Ask QEMU what the bitmap named in the pause: a list that lies on the copy's node, out of the guest's way."""
         vm = self._vm
+        if not await _names_any(vm.qmp, _COPY_NODE, _CHANGED):
+            return disk.no_blocks()
         address = {"type": "unix", "data": {"path": _SOCKET}}  # QEMU's working folder is the run folder
         await vm.qmp.execute("nbd-server-start", {"addr": address, "max-connections": 1})
         export = {"type": "nbd", "id": _COPY_NODE, "node-name": _COPY_NODE, "name": _COPY_NODE, "bitmaps": [_CHANGED]}

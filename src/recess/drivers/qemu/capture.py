@@ -75,13 +75,13 @@ async def capture(
                     if ran and resume and after_resume is not None:
                         await after_resume()
                         steps.mark("after_resume")
-                    changed = await copy.finish()
-                steps.mark("disk_copy")
-                blocks = await in_thread(_pick_blocks, vm, plan, target.fileno(), changed, put_over)
-                stack.callback(blocks.close)
-                steps.mark("disk_compare")
-                pages = await memory.collect()
-                steps.mark("collect")
+                    changed, pages = await all_of(copy.finish(), memory.collect())  # QEMU's work and the keeper's
+                    stack.callback(pages.close)
+                    steps.mark("collect")
+                    blocks = await in_thread(_pick_blocks, vm, plan, target.fileno(), changed, put_over)
+                    stack.callback(blocks.close)
+                    steps.mark("disk_compare")
+                steps.mark("disk_drop")
                 clear_capturing(vm.layout)
             except BaseException:
                 await asyncio.shield(_run_on(vm, memory, ran=ran))
@@ -118,7 +118,10 @@ async def _run_on(vm: Handles, memory: MemoryCapture, *, ran: bool) -> None:
 
 async def _check_space(vm: Handles, plan: DiskPlan) -> None:
     """Refuse early when the disk's copy cannot fit: a write that fails inside QEMU would hurt the guest."""
-    needed = 2 * plan.bytes + _SPARE_BYTES
+    written = min(
+        plan.bytes, disk.allocated_bytes(vm.layout.disk)
+    )  # the rest was discarded since: holes, which stay holes
+    needed = 2 * written + _SPARE_BYTES
     free = shutil.disk_usage(vm.layout.directory).free
     if free < needed:
         raise OutOfSpace(

@@ -78,6 +78,16 @@ def test_blocks_are_picked_by_number_whatever_is_in_them(tmp_path: Path, numbers
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
 
 
+def test_holes_are_not_counted(tmp_path: Path) -> None:
+    os.close(disk.create_sparse(tmp_path / "disk", 1 << 30))
+    assert disk.allocated_bytes(tmp_path / "disk") == 0
+    with (tmp_path / "disk").open("r+b") as handle:
+        handle.seek(500 << 20)
+        handle.write(b"x" * 4096)
+        os.fsync(handle.fileno())
+    assert 4096 <= disk.allocated_bytes(tmp_path / "disk") < 1 << 20
+
+
 def test_a_discarded_disk_takes_no_room(tmp_path: Path) -> None:
     """All of it has changed, to holes: as many blocks, none of them written."""
     count = 1 << 18
