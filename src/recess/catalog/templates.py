@@ -60,3 +60,22 @@ class TemplateRows(Rows[TemplateRecord]):
             lambda tx: tx.execute("UPDATE catalog_template SET last_used = ? WHERE id = ?", (now, template_id)),
             durable=False,
         )
+
+    async def forget_unused(self, root: str) -> int:
+        """Forget the templates of a root image that no machine and no snapshot stands on; return how many went.
+
+        One transaction, so that what is being made from one meanwhile either keeps it or has none of it. Raises Corrupt for a
+        row that cannot be read.
+        """
+
+        def run(tx: Tx) -> int:
+            rows = tx.execute(
+                "SELECT * FROM catalog_template t WHERE NOT EXISTS (SELECT 1 FROM catalog_machine WHERE template = t.manifest)"
+                " AND NOT EXISTS (SELECT 1 FROM catalog_snapshot WHERE template = t.manifest)"
+            )
+            spare = [row.id for row in map(TABLE.decode, rows) if row.meta.get("vm", {}).get("root") == root]
+            for template_id in spare:
+                tx.execute("DELETE FROM catalog_template WHERE id = ?", (template_id,))
+            return len(spare)
+
+        return await self.db.write(run)

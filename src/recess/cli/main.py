@@ -79,6 +79,23 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
+# Docker's verbs that are others here, or none: what to type instead.
+ELSEWHERE = {
+    "login": "docker login, podman login or skopeo login: Recess reads their logins",
+    "logout": "docker logout, podman logout or skopeo logout: Recess reads their logins",
+    "load": "recess import FILE [NAME] takes what docker save writes",
+    "save": "recess export MACHINE writes a machine's files as a tar; recess push SNAPSHOT moves a whole machine",
+    "container": "the verbs stand alone: recess ps, recess run, recess rm",
+    "image": "recess images ls, inspect, rm; recess pull, build, tag",
+    "network": "docs/egress.md: --allow, --net, -p; machines of a project know each other as NAME.recess.internal",
+    "system": "recess df, recess prune, recess events, recess doctor",
+    "info": "recess doctor, recess version",
+    "checkpoint": "recess snapshot, recess restore",
+    "update": "size and flags of a machine stay: recess snapshot, then recess run with others",
+    "history": "recess images inspect NAME; of snapshots: recess snapshots tree",
+}
+
+
 class _Usage(BadInput):
     """The command line itself is wrong: an unknown verb or option, a missing argument."""
 
@@ -157,7 +174,9 @@ def run_cli(args: list[str]) -> int:
         print(exc.format_message())
         return 0
     except click.UsageError as exc:
-        error = _Usage(exc.format_message(), hint=f"{exc.ctx.command_path if exc.ctx else 'recess'} --help")
+        of = exc.ctx.command_path if exc.ctx else "recess"
+        instead = ELSEWHERE.get(command) if of == "recess" else None
+        error = _Usage(exc.format_message(), hint=instead or f"{of} --help")
         output.error(error, error.exit_code)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):

@@ -200,18 +200,22 @@ class ImageStore:
     def remove(self, name: str, *, in_use: Collection[str] = ()) -> None:
         """Forget a name, and delete the root if no other name has it.
 
-        `in_use`: root hashes that machines, templates or snapshots still need. Raises NotFound, HasDependents.
-        Works on an image whose metadata is damaged, too.
+        `in_use`: root hashes that machines, templates or snapshots still need; a root that has another name as well stays
+        anyway. Raises NotFound, HasDependents. Works on an image whose metadata is damaged, too.
         """
         path = self._name_path(name)
         if not path.exists():
             self.get(name)
-        digest = self._hash_of(path)
-        if digest in in_use:
+        if self.only_name_of(name) in in_use:
             raise HasDependents(f"image {name!r} is in use", hint="remove its machines and snapshots first", ref=name)
         with locked(self._names):
             path.unlink(missing_ok=True)
             self._sweep(in_use)
+
+    def only_name_of(self, name: str) -> str:
+        """Return the root hash that has no name but this, "" if it has others, or cannot be told."""
+        digest = self._hash_of(self._name_path(name))
+        return "" if any(self._hash_of(self._name_path(n)) == digest for n in self._known() if n != name) else digest
 
     def sweep(self, *, in_use: Collection[str] = ()) -> int:
         """Delete roots that no name and nobody in `in_use` refers to; return the bytes freed. While there is a name whose

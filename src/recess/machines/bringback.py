@@ -125,7 +125,10 @@ class BringBack:
         if not 1 <= count <= FORK_MAX:
             raise BadInput(f"fork: from 1 to {FORK_MAX} children, got {count}")
         if names and len(names) != count:
-            raise BadInput(f"fork: {len(names)} names for {count} children")
+            raise BadInput(
+                f"fork: {len(names)} names for {count} children",
+                hint="as many names as children, or none: --name a --name b",
+            )
         if not self._parts.driver_of(record.driver).capabilities.fork:
             raise Unsupported(f"the driver {record.driver} cannot fork")
         if record.state == SUSPENDED:

@@ -10,7 +10,9 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from recess.errors import HasDependents
 from recess.machines.parts import Parts
+from recess.machines.states import CREATED
 
 
 def roots_of(descriptions: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -33,3 +35,22 @@ async def roots_in_use(parts: Parts) -> set[str]:
     manifests = [await asyncio.to_thread(parts.store.manifest, snapshot_id) for snapshot_id in bare]
     specs = [spec for manifest in manifests if isinstance(spec := manifest.get("spec"), Mapping)]
     return roots_of([*(one.meta for one in templates), *(one.meta for one in machines), *specs])
+
+
+async def release_root(parts: Parts, name: str, root: str) -> None:
+    """Give up what this node keeps of an image for speed alone, before its name goes and, where `root` is told, its root:
+    templates that nothing stands on, which the next run would boot again.
+
+    Raises HasDependents when a machine was created from the image and never started: it is found by name.
+    """
+    machines, damaged = await parts.catalog.machines.survey()
+    for row in damaged:
+        raise row.error
+    waiting = [one.name for one in machines if one.state == CREATED and one.spec.get("image") == name]
+    if waiting:
+        raise HasDependents(
+            f"machine {waiting[0]} was created from image {name!r} and not started yet",
+            hint="start or remove it first", ref=name,
+        )  # fmt: skip
+    if root:
+        await parts.catalog.templates.forget_unused(root)

@@ -25,10 +25,17 @@ PULL_POLICIES = ("missing", "always", "never")
 class ImageAdmin:
     """The images of a node, off the event loop."""
 
-    def __init__(self, config: Config, in_use: Callable[[], Awaitable[set[str]]], progress: Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        in_use: Callable[[], Awaitable[set[str]]],
+        release: Callable[[str, str], Awaitable[None]],
+        progress: Progress,
+    ) -> None:
         self._dir = config.images_dir
         self.store = ImageStore(config.images_dir)
         self._in_use = in_use
+        self._release = release
         self._progress = progress
         self._sources = Sources(self.store)
         self._pulling = asyncio.Lock()
@@ -122,8 +129,9 @@ class ImageAdmin:
             raise
 
     async def remove(self, name: str) -> None:
-        """Forget an image; HasDependents while templates, machines or snapshots stand on its root. Raises Corrupt when
-        that cannot be told."""
+        """Forget an image and the templates that are kept for its sake alone; HasDependents while machines or snapshots stand
+        on its root. Raises Corrupt when that cannot be told."""
+        await self._release(name, await asyncio.to_thread(self.store.only_name_of, name))
         await asyncio.to_thread(self.store.remove, name, in_use=await self._in_use())
 
     async def used(self) -> set[str]:

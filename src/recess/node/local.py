@@ -18,6 +18,7 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from recess.machines.emptying import parse_policy
 from recess.machines.manager import Manager
 from recess.machines.parts import Parts, Progress
 from recess.machines.retention import Keeping
-from recess.machines.roots import roots_in_use
+from recess.machines.roots import release_root, roots_in_use
 from recess.node.doctoring import run_doctor
 from recess.node.drivers import Chosen, choose_drivers, make_images
 from recess.node.gate import NodeGate
@@ -227,7 +228,7 @@ class LocalNode:
         sessions, counters, plain = await open_sessions(config, catalog, log, machines, clock, stack)
         gate.bind(sessions.gate)
         machines.keeping.bind(sessions.snapshot_holds)
-        images = ImageAdmin(config, lambda: roots_in_use(parts), progress)
+        images = ImageAdmin(config, lambda: roots_in_use(parts), partial(release_root, parts), progress)
         node = cls(
             config, stack, catalog, log, broker, chosen, machines, sessions, images, transfers, opened, at_hand
         )  # fmt: skip

@@ -1,13 +1,14 @@
 """The command's frame: help, usage errors, envelopes, exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from recess.cli import main as cli_main
-from recess.cli.main import VERBS, run_cli
+from recess.cli.main import ELSEWHERE, VERBS, run_cli
 
 
 def test_every_verb_can_be_imported_and_has_help(capsys):
@@ -19,6 +20,15 @@ def test_every_verb_can_be_imported_and_has_help(capsys):
 def test_unknown_verb_is_a_usage_error(capsys):
     assert run_cli(["frobnicate"]) == 2
     assert "frobnicate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", sorted(ELSEWHERE))
+def test_a_word_of_dockers_that_is_another_here_is_told(word, capsys):
+    assert word not in VERBS
+    assert run_cli([word, "ls"]) == 2
+    assert ELSEWHERE[word] in capsys.readouterr().err
+    named = re.findall(r"recess ([a-z]+)", ELSEWHERE[word])
+    assert set(named) <= set(VERBS)
 
 
 def test_errors_share_the_envelope(capsys):

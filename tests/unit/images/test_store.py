@@ -152,7 +152,9 @@ def test_a_lost_root_and_a_changed_root_are_corrupt(store):
 def test_removing_a_name_keeps_a_root_that_another_has(store):
     one, two = store.create("one"), store.create("two")
     assert one.root_hash == two.root_hash
-    store.remove("one")
+    assert store.only_name_of("one") == ""
+    store.remove("one", in_use={one.root_hash})  # it stays
+    assert store.only_name_of("two") == two.root_hash
     assert two.root_path.exists()
     store.remove("two")
     assert not two.root_path.exists()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from recess.errors import Corrupt
-from recess.machines.roots import roots_in_use, roots_of
+from recess.errors import Corrupt, HasDependents
+from recess.machines.roots import release_root, roots_in_use, roots_of
 from recess.testing.machine_room import SMALL
 
 
@@ -38,3 +38,26 @@ async def test_a_row_that_cannot_be_read_may_need_any(room, table):
     await room.parts.catalog.db.write(lambda tx: tx.execute(f"UPDATE {table} SET meta = '{{'"))
     with pytest.raises(Corrupt):
         await roots_in_use(room.parts)
+
+
+async def test_a_template_that_nothing_stands_on_keeps_no_root(room):
+    row = await room.manager.create(SMALL, name="m1")
+    root = row.meta["vm"]["root"]
+    snap = await room.manager.snapshot("m1")
+    await room.manager.remove("m1", force=True)
+    await release_root(room.parts, SMALL.image, root)
+    assert await roots_in_use(room.parts) == {root}  # the snapshot stands on the template
+    await room.manager.remove_snapshot(snap.id)
+    await release_root(room.parts, SMALL.image, "")  # another name has the root, too
+    await release_root(room.parts, SMALL.image, "another root")
+    assert await roots_in_use(room.parts) == {root}
+    await release_root(room.parts, SMALL.image, root)
+    assert await roots_in_use(room.parts) == set()
+    assert (await room.manager.create(SMALL, name="m2")).state == "running"  # by a template made anew
+
+
+async def test_a_machine_that_waits_for_its_first_start_needs_its_image_by_name(room):
+    await room.manager.acts.prepare(SMALL, name="later")
+    with pytest.raises(HasDependents, match="later"):
+        await release_root(room.parts, SMALL.image, "")
+    await release_root(room.parts, "another", "")

@@ -10,7 +10,7 @@ from tests.unit.images.test_kernel import elf
 async def test_a_machine_s_kernel_is_named_by_the_hash_in_its_notes(tmp_path):
     config = load_config({}, home=str(tmp_path))
     made = kernels.install(config.images_dir, kernels.TRIMMED, elf(), "linux-source 6.12")
-    admin = ImageAdmin(config, None, lambda line: None)
+    admin = ImageAdmin(config, None, None, lambda line: None)
     assert await admin.kernel({"vm": {"kernel": made.hash}}) == made.label
     assert await admin.kernel({}) == ""
 
