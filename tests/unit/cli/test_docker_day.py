@@ -9,7 +9,7 @@ from recess.cli import terminal
 from recess.cli.machine_flags import parse_labels
 from recess.cli.terminal import DETACH, KeyMatcher, Seen, parse_keys
 from recess.cli.verbs.logs import last_lines, parse_framed
-from recess.cli.verbs.ps import parse_filters, passes, ports_of, status_of
+from recess.cli.verbs.ps import parse_filters, passes, ports_of, shown, status_of
 from recess.cli.verbs.watch import event_line, usage
 from recess.errors import BadInput, ServerUnavailable
 
@@ -49,6 +49,13 @@ def test_unknown_filters_are_refused(text):
         parse_filters((text,))
 
 
+def test_the_reason_for_a_driver_is_shown_with_whole_commands():
+    told = row(driver="gvisor", meta={"driver_why": "it was asked for"})
+    assert shown(told, whole=True)["Driver"] == "gvisor (it was asked for)"
+    assert shown(told, whole=False)["Driver"] == "gvisor"
+    assert shown(row(driver="qemu"), whole=True)["Driver"] == "qemu"  # of before reasons were kept
+
+
 def test_words_of_states_and_ports():
     assert status_of(row(state="exited", exit_code=3)) == "Exited (3)"
     assert status_of(row(state="dead")) == "Exited (137)"
@@ -80,8 +87,8 @@ def test_keys_are_found_in_pieces_and_what_may_become_them_is_held_back():
 
 
 def test_after_attaching_again_only_what_is_new_is_shown(monkeypatch):
-    shown = []
-    monkeypatch.setattr(terminal, "_write_all", lambda number, data: shown.append((number, bytes(data))))
+    written = []
+    monkeypatch.setattr(terminal, "_write_all", lambda number, data: written.append((number, bytes(data))))
     seen = Seen()
     seen(1, b"hello ")
     seen(2, b"err")
@@ -89,12 +96,12 @@ def test_after_attaching_again_only_what_is_new_is_shown(monkeypatch):
     seen(1, b"hello wor")
     seen(2, b"err")
     seen(1, b"ld")
-    assert b"".join(data for number, data in shown if number == 1) == b"hello world"
-    assert b"".join(data for number, data in shown if number == 2) == b"err"
+    assert b"".join(data for number, data in written if number == 1) == b"hello world"
+    assert b"".join(data for number, data in written if number == 2) == b"err"
     seen.again()
     seen(0, b"")  # the ring has lost its beginning
     seen(1, b"rld!")
-    assert shown[-1] == (1, b"rld!")
+    assert written[-1] == (1, b"rld!")
 
 
 def framed(*pieces, totals=(0, 0)):

@@ -47,11 +47,13 @@ def status_of(row: Json) -> str:
 def shown(row: Json, *, whole: bool) -> Json:
     """Return a row with what the table and Docker's templates show of it."""
     command = " ".join(row["spec"]["argv"])
+    why = row["meta"].get("driver_why", "")
     return {
         **row,
         "ID": row["id"], "Names": row["name"], "Image": PLAIN if row["driver"] == "process" else row["spec"]["image"], "State": row["state"],
         "Command": command if whole or len(command) <= _COMMAND_MAX else command[: _COMMAND_MAX - 1] + "…",
         "CreatedAt": row["created"], "RunningFor": ago(row["created"]) if row["created"] else "",
+        "Driver": f"{row['driver']} ({why})" if whole and why else row["driver"],
         "Status": status_of(row), "Ports": ", ".join(ports_of(row)),
         "Labels": ",".join(f"{k}={v}" for k, v in sorted(row["spec"]["labels"].items())),
     }  # fmt: skip
@@ -101,7 +103,7 @@ def parse_filters(items: tuple[str, ...]) -> list[tuple[str, str]]:
 @click.option("-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE", help=f"By {', '.join(_FILTERS)}.")
 @click.option("-n", "--last", default=0, metavar="N", help="The N newest, running or not.")
 @click.option("-l", "--latest", is_flag=True, help="The newest, running or not.")
-@click.option("--no-trunc", is_flag=True, help="Show commands whole.")
+@click.option("--no-trunc", is_flag=True, help="Show commands whole, and why it is this driver.")
 @verb
 def ps(inv: Invocation, everything: bool, filters: tuple[str, ...], last: int, latest: bool, no_trunc: bool) -> None:
     """List machines."""
@@ -116,7 +118,7 @@ def ps(inv: Invocation, everything: bool, filters: tuple[str, ...], last: int, l
     rows = [shown(row, whole=no_trunc) for row in found]
     columns = [
         ("MACHINE ID", "id"), ("IMAGE", "Image"), ("COMMAND", "Command"), ("CREATED", "RunningFor"), ("STATE", "state"),
-        ("DRIVER", "driver"), ("PORTS", "Ports"), ("NAME", "name"),
+        ("DRIVER", "Driver"), ("PORTS", "Ports"), ("NAME", "name"),
     ]  # fmt: skip
     inv.out.table(rows, columns)
     for row in rows:
