@@ -7,6 +7,8 @@ use crate::{sys, VERSION};
 
 /// Reads of the port in one round: a host that floods must not keep jobs' output from moving.
 const READS_PER_ROUND: usize = 16;
+/// The number of the request that came with a hello; hosts count their own from 1.
+const HELLO_REQUEST: u32 = 0;
 
 impl Server {
     /// The channel is gone: the former connection's streams end, processes live on.
@@ -122,7 +124,8 @@ impl Server {
         if nonce.len() != 32 {
             return;
         }
-        if self.conn.nonce.as_deref() != Some(nonce) {
+        let fresh = self.conn.nonce.as_deref() != Some(nonce);
+        if fresh {
             self.conn.reset();
             self.streams.clear();
             self.helpers.clear();
@@ -131,8 +134,11 @@ impl Server {
             self.conn.pad();
         }
         // Where no folder is given for what a thaw tells, there is no place for a token either.
-        let takes = self.opts.run_dir.iter().map(|_| "token".into()).collect();
-        let takes = Value::Arr(takes);
+        let known: &[&str] = match self.opts.run_dir {
+            Some(_) => &["token", "hello"],
+            None => &[],
+        };
+        let takes = Value::Arr(known.iter().map(|word| (*word).into()).collect());
         let same = body.get("proto").and_then(Value::as_int) == Some(PROTO);
         let reply = obj([
             ("proto", PROTO.into()),
@@ -152,8 +158,20 @@ impl Server {
             ("takes", takes),
         ]);
         self.conn.frame(frame::HELLO, 0, 0, reply.text().as_bytes());
-        if same {
-            self.conn.nonce = Some(nonce.to_string());
+        if !same {
+            return;
         }
+        self.conn.nonce = Some(nonce.to_string());
+        if let (true, false, Some(thaw)) = (fresh, known.is_empty(), body.get("thaw")) {
+            self.thaw_with_hello(thaw);
+        }
+    }
+
+    /// The hello of a restored machine brings its thaw along, so that it wakes once instead of twice. The answer to the hello
+    /// does not wait for it, and a repeated hello (the same nonce) thaws nothing again.
+    fn thaw_with_hello(&mut self, body: &Value) {
+        let _ = self.conn.flush(); // a channel that is gone shows at the end of this round, too
+        let outcome = self.thaw(body);
+        self.conn.reply(HELLO_REQUEST, outcome);
     }
 }

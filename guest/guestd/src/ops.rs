@@ -111,7 +111,14 @@ impl Server {
                 self.freezer.unfreeze(&groups)?;
                 done()
             }
-            "thaw" => self.thaw(a),
+            "thaw" => self.thaw(a.0).map(Some),
+            "clock" => {
+                let now = a.number("wall_ns", 0, i64::MAX)?;
+                if self.opts.own_kernel {
+                    thaw::set_clock(now)?;
+                }
+                done()
+            }
             "dial" => self.dial(id, a),
             "door" => {
                 self.open_socket(&files::path(a.text("path")?)?)?;
@@ -360,8 +367,8 @@ impl Server {
     }
 
     /// Everything of the contract, then unfreeze. On any error the workload stays as it is: frozen after a restore.
-    fn thaw(&mut self, a: &Args) -> Answer {
-        let t = thaw::parse(a.0)?;
+    pub fn thaw(&mut self, body: &Value) -> Outcome<Value> {
+        let t = thaw::parse(body)?;
         let places = thaw::Places {
             run_dir: self.opts.run_dir.as_deref(),
             hooks: self.opts.hooks.clone(),
@@ -372,7 +379,7 @@ impl Server {
         self.env = t.env;
         let groups = self.jobs.groups();
         self.freezer.unfreeze(&groups)?;
-        done()
+        Ok(obj([]))
     }
 
     fn dial(&mut self, id: u32, a: &Args) -> Answer {

@@ -68,6 +68,8 @@ pub struct Server {
     pub next_open: u32,
     pub port_readable: bool,
     pub finished: bool,
+    /// It runs before everybody else.
+    first: bool,
 }
 
 const T_PORT: u64 = 0;
@@ -123,6 +125,7 @@ impl Server {
             next_open: 2,
             port_readable: false,
             finished: false,
+            first: false,
         })
     }
 
@@ -158,10 +161,21 @@ impl Server {
                 self.read_port();
             }
             self.move_all();
+            self.give_way();
         }
         let groups = self.jobs.groups();
         self.freezer.destroy(&groups);
         Ok(())
+    }
+
+    /// While the workload is frozen guestd runs before all else, so that what a restored machine owes its host (hello, thaw)
+    /// is not held up by what its kernel has to catch up with, nor by the workload that the thaw lets go. Only then: with
+    /// priority for ever it would be woken for each line that a job writes.
+    fn give_way(&mut self) {
+        let first = self.opts.own_kernel && self.freezer.frozen;
+        if first != self.first && sys::set_first(first).is_ok() {
+            self.first = first;
+        }
     }
 
     /// Set every descriptor's interest from the present state.

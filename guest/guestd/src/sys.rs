@@ -193,6 +193,20 @@ pub fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
+/// Run before every ordinary process and kernel thread (or like them again); children never inherit it.
+pub fn set_first(first: bool) -> io::Result<()> {
+    let policy = if first {
+        libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK
+    } else {
+        libc::SCHED_OTHER
+    };
+    let param = libc::sched_param {
+        sched_priority: i32::from(first),
+    };
+    // SAFETY: the struct outlives the call.
+    check(unsafe { libc::sched_setscheduler(0, policy, &param) }).map(drop)
+}
+
 /// Epoll with 64-bit tokens.
 pub struct Poller {
     fd: OwnedFd,

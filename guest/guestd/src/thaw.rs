@@ -237,7 +237,7 @@ fn nlink(m: &fs::Metadata) -> u64 {
     std::os::unix::fs::MetadataExt::nlink(m)
 }
 
-fn set_clock(wall_ns: i64) -> Outcome<()> {
+pub fn set_clock(wall_ns: i64) -> Outcome<()> {
     let ts = libc::timespec {
         tv_sec: wall_ns / 1_000_000_000,
         tv_nsec: wall_ns % 1_000_000_000,

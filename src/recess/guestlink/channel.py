@@ -247,14 +247,26 @@ class Channel:
     async def request(self, body: Mapping[str, Any], timeout_s: float | None = REQUEST_TIMEOUT_S) -> msgspec.Raw:
         """Ask guestd and return the answer's body. Raises the guest's error, typed; Timeout; GuestFailed."""
         number, future = self.ask(body)
+        return await self.answer_to(number, future, body["op"], timeout_s)
+
+    async def answer_to(
+        self, number: int, future: asyncio.Future[msgspec.Raw], op: str, timeout_s: float | None
+    ) -> msgspec.Raw:
+        """Return the answer to a request that was queued; as `request`."""
         try:
             async with asyncio.timeout(timeout_s):
                 await self.drain()
                 return await asyncio.shield(future)
         except TimeoutError:
-            raise Timeout(f"guestd did not answer {body['op']!r} in {timeout_s:g} s") from None
+            raise Timeout(f"guestd did not answer {op!r} in {timeout_s:g} s") from None
         finally:
             self.drop_request(number)
+
+    def expect(self, number: int) -> asyncio.Future[msgspec.Raw]:
+        """Return the answer to come to what was asked before this channel was made; before anything is read from it."""
+        future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+        self._requests[number] = future
+        return future
 
     def ask(self, body: Mapping[str, Any]) -> tuple[int, asyncio.Future[msgspec.Raw]]:
         """Queue a request; return its number and the answer to come. End it with `drop_request`."""

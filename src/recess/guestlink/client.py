@@ -12,15 +12,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import replace
 from typing import Any
 
+import msgspec
+
 from recess.errors import GuestFailed, RecessError, Timeout
 from recess.guestlink import wire
 from recess.guestlink.channel import REQUEST_TIMEOUT_S, Channel
 from recess.guestlink.flows import Stream
 from recess.guestlink.frames import PUT_WINDOW, Decoder
 from recess.guestlink.hello import greet
-from recess.guestlink.link import TOKEN_PATH, ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw
+from recess.guestlink.link import TOKEN_PATH, ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw, WakeUp
 
 TAKES_TOKEN = "token"
+TAKES_HELLO = "hello"  # a thaw in the hello; its answer has a number that no request of ours has
+HELLO_REQUEST = 0
+CLOCK_LATE_S = 0.1  # how far behind a guest's clock may wake; the same as after a pause (machines.live)
 STALL_S = 30.0  # a file transfer that does not move for this long is given up
 REMOVE_TIMEOUT_S = 120.0
 MAX_LISTED = 10_000
@@ -28,11 +33,31 @@ _LIST_BYTES_MAX = 64 << 20
 _PIECE_BYTES = 1 << 18
 
 
-async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, hello_timeout_s: float) -> Link:
-    """Say hello on a fresh byte channel and return the link. Raises Timeout or GuestFailed; then close the channel."""
-    decoder = Decoder()
-    hello, rest = await greet(reader, writer, decoder, hello_timeout_s)
-    return Link(reader, writer, decoder, hello, rest)
+async def connect(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    *,
+    hello_timeout_s: float,
+    wake: WakeUp | None = None,
+) -> Link:
+    """Say hello on a fresh byte channel and return the link. Raises Timeout or GuestFailed; then close the channel.
+
+    With `wake` the hello brings a thaw along; if guestd takes that, `wake.answer` is set: await it before anything else.
+    """
+    decoder, begun = Decoder(), asyncio.get_running_loop().time()
+    if wake is not None and not wire.fits_in_hello(wire.thaw_body(wake.make())):
+        wake = None
+    first = None if wake is None else lambda: wire.thaw_body(wake.make())
+    hello, rest = await greet(reader, writer, decoder, hello_timeout_s, first)
+    link = Link(reader, writer, decoder, hello, rest)
+    if wake is not None and TAKES_HELLO in hello.takes:
+        woken = link.expect(HELLO_REQUEST)
+
+        async def answer(timeout_s: float) -> None:
+            await link.woken(woken, wake, begun, timeout_s)
+
+        wake.answer = answer
+    return link
 
 
 class Link(Channel):
@@ -90,18 +115,29 @@ class Link(Channel):
             thaw = replace(thaw, token="")
         await self._strict(wire.thaw_body(thaw), timeout_s)
 
+    async def woken(self, answer: asyncio.Future[msgspec.Raw], wake: WakeUp, begun: float, timeout_s: float) -> None:
+        """Await the answer to the thaw that came with the hello, `begun` by the event loop's clock. GuestFailed or Timeout: do
+        not serve. The guest's clock is what the host's was when the hello was made: if that is long ago, it is set again."""
+        await self._strictly("thaw", self.answer_to(HELLO_REQUEST, answer, "thaw", timeout_s))
+        if asyncio.get_running_loop().time() - begun > CLOCK_LATE_S:
+            await self._strict({"op": "clock", "wall_ns": wake.make().wall_ns}, timeout_s)
+
     async def unfreeze(self) -> None:
         """Only let the workload run again."""
         await self._strict({"op": "unfreeze"}, REQUEST_TIMEOUT_S)
 
     async def _strict(self, body: Mapping[str, Any], timeout_s: float) -> None:
         """A request whose refusal, whatever its kind, means that the guest failed."""
+        await self._strictly(body["op"], self.request(body, timeout_s))
+
+    @staticmethod
+    async def _strictly(op: str, answer: Awaitable[object]) -> None:
         try:
-            await self.request(body, timeout_s)
+            await answer
         except RecessError as exc:
             if "guest_kind" not in exc.details:
                 raise
-            raise GuestFailed(f"{body['op']} failed in the guest: {exc.message}", **exc.details) from exc
+            raise GuestFailed(f"{op} failed in the guest: {exc.message}", **exc.details) from exc
 
     # ---- streams
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-
-import msgspec
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from recess.errors import GuestFailed, Timeout
 from recess.guestlink import wire
@@ -22,12 +22,21 @@ _REPEAT_AFTER_S = (0.25, 0.5, 1.0)  # then every 2 s
 
 
 async def greet(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decoder: Decoder, timeout_s: float
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    decoder: Decoder,
+    timeout_s: float,
+    thaw: Callable[[], Mapping[str, Any]] | None = None,
 ) -> tuple[wire.Hello, list[Frame]]:
-    """Say hello; return guestd's answer and the frames that came right behind it. Raises Timeout or GuestFailed."""
+    """Say hello; return guestd's answer and the frames that came right behind it. Raises Timeout or GuestFailed. `thaw`
+    makes the thaw that each hello brings along: guestd does at most one of them."""
     nonce = secrets.token_hex(16)
-    body = msgspec.json.encode({"proto": wire.PROTO, "nonce": nonce})
-    repeat = asyncio.create_task(_say_hello(writer, body))
+
+    def body() -> bytes:
+        return wire.hello_body(nonce, None if thaw is None else thaw())
+
+    first = body()
+    repeat = asyncio.create_task(_say_hello(writer, first, body))
     try:
         async with asyncio.timeout(timeout_s):
             return await _await_hello(reader, decoder, nonce)
@@ -40,13 +49,13 @@ async def greet(
         await asyncio.gather(repeat, return_exceptions=True)
 
 
-async def _say_hello(writer: asyncio.StreamWriter, body: bytes) -> None:
-    writer.write(encode(Kind.HELLO, 0, 0, body))
+async def _say_hello(writer: asyncio.StreamWriter, first: bytes, body: Callable[[], bytes]) -> None:
+    writer.write(encode(Kind.HELLO, 0, 0, first))
     for pause_s in itertools.chain(_REPEAT_AFTER_S, itertools.repeat(2.0)):
         await writer.drain()
         await asyncio.sleep(pause_s)
         if writer.transport.get_write_buffer_size() == 0:
-            writer.write(PAD + encode(Kind.HELLO, FLAG_RETRY, 0, body))
+            writer.write(PAD + encode(Kind.HELLO, FLAG_RETRY, 0, body()))
 
 
 async def _await_hello(reader: asyncio.StreamReader, decoder: Decoder, nonce: str) -> tuple[wire.Hello, list[Frame]]:

@@ -55,6 +55,16 @@ class Thaw:
     token: str = field(default="", repr=False)  # written to /run/recess/token; empty: what is there stays
 
 
+@dataclass
+class WakeUp:
+    """A thaw that may travel with the first words to a restored machine, which then wakes once instead of twice: `make` makes
+    it, fresh each time. `answer` is set by whoever sent it to a guestd that took it, else the thaw is still to be done;
+    to be awaited with a bound in seconds, raises as `GuestLink.thaw` does."""
+
+    make: Callable[[], Thaw]
+    answer: Callable[[float], Awaitable[None]] | None = None
+
+
 @dataclass(frozen=True)
 class FileStat:
     """What `stat` says of a guest path: kind is file | dir | symlink | other."""

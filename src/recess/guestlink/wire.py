@@ -24,16 +24,18 @@ from recess.errors import (
     Unavailable,
     Unsupported,
 )
+from recess.guestlink.frames import MAX_PAYLOAD
 from recess.guestlink.link import ExecRequest, FileStat, JobInfo, Thaw
 
 PROTO = 1
+_HELLO_ROOM = 256  # what stands around the thaw, and longer numbers in the next one
 
 T = TypeVar("T")
 
 
 class Hello(msgspec.Struct):
-    """guestd's side of the hello. `mode` is "machine" or "process"; `takes`: what a thaw may carry besides what every
-    version of guestd knows ("token"). A snapshot holds the guestd of its time, so this is asked of each anew."""
+    """guestd's side of the hello. `mode` is "machine" or "process"; `takes`: what it knows besides what every
+    version of guestd does: "token" in a thaw, a thaw in the "hello" and the request "clock". A snapshot holds the guestd of its time, so this is asked of each anew."""
 
     proto: int
     nonce: str
@@ -173,6 +175,17 @@ def thaw_body(thaw: Thaw) -> dict[str, Any]:
         "env": dict(thaw.env),
     }
     return {**body, "token": thaw.token} if thaw.token else body
+
+
+def hello_body(nonce: str, thaw: Mapping[str, Any] | None) -> bytes:
+    """Return the host's hello, and the thaw that it brings along."""
+    plain: dict[str, Any] = {"proto": PROTO, "nonce": nonce}
+    return msgspec.json.encode(plain if thaw is None else {**plain, "thaw": thaw})
+
+
+def fits_in_hello(thaw: Mapping[str, Any]) -> bool:
+    """Tell whether such a thaw fits into a hello, which is one frame."""
+    return len(msgspec.json.encode(thaw)) <= MAX_PAYLOAD - _HELLO_ROOM
 
 
 def linux_machine_id(machine_id: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from recess.guestlink.link import GuestLink
+from recess.guestlink.link import GuestLink, WakeUp
 
 DISK_NAME = "disk.raw"
 """The writable disk's file in a machine's directory. The caller of `boot` puts a formatted one there (ext4, exactly
@@ -226,6 +226,7 @@ class RestoreParts:
     lazy: LazyMemory | None = None  # instead of `memory`, which is empty then
     mapped: MappedMemory | None = None  # the same pages as `memory`, or instead of it if that is empty
     choice: str = ""  # how the memory comes and why, in words
+    wake: WakeUp | None = None  # may be sent with the hello, just before the vCPUs run; a driver may ignore it
 
     async def whole(self) -> RestoreParts:
         """Return the parts with everything in them; may be called again."""

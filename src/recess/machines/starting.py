@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from recess.catalog.machines import MachineRecord
 from recess.errors import RecessError
-from recess.guestlink.link import Thaw
+from recess.guestlink.link import Thaw, WakeUp
 from recess.machines.contract import RestoreParts
 from recess.machines.forward import Forwarder, LinkOf
 from recess.machines.identity import guest_env, make_thaw, mark_of, new_token
@@ -84,18 +84,22 @@ class Starter:
         policy_of(spec)  # before anything costly: raises BadInput
         began = time.monotonic()
         driver = self._parts.driver_of(origin.template.spec.driver)
+        # With the thaw: no workload ever reads a token of the machine that its memory was taken from.
+        token, thaw = new_token(record.id), self.thaw_maker(record, epoch)
+        wake = WakeUp(lambda: replace(thaw(), token=token))
         if origin.cold:
             vm = await driver.boot(record.id, origin.template.spec, directory)
         else:
-            vm = await driver.restore(record.id, origin.template.spec, origin.parts, directory)
+            parts = replace(origin.parts, wake=wake)
+            vm = await driver.restore(record.id, origin.template.spec, parts, directory)
         restored = time.monotonic()
         try:
             live = Live(
                 record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True,
                 used_s=self._parts.clock.monotonic_s(),
             )  # fmt: skip
-            live.thaw = self.thaw_maker(record, epoch)
-            await self._thaw(live)
+            live.thaw, live.token_mark = thaw, mark_of(token)
+            await self._thaw(live, wake)
         except UNDO as exc:
             if isinstance(exc, RecessError):
                 exc.details.setdefault("console", vm.console_tail(2000).decode(errors="replace"))
@@ -117,14 +121,14 @@ class Starter:
         live.drift_s = math.inf  # so that the wake-up is a thaw
         self.let_out(live)
 
-    async def _thaw(self, live: Live) -> None:
-        # The handler and the policy come first: a workload that wakes up may call out in its first millisecond.
+    async def _thaw(self, live: Live, wake: WakeUp) -> None:
+        # The handler and the policy come first: a workload that wakes up may call out in its first millisecond. One that a
+        # thaw with the hello has woken already may, too: its connection waits in the guest until the host listens.
         self.let_out(live)
-        # With the thaw: no workload ever reads a token of the machine that its memory was taken from.
-        token = new_token(live.id)
-        live.token_mark = mark_of(token)
-        if live.thaw is not None:
-            await live.link.thaw(replace(live.thaw(), token=token), timeout_s=THAW_S)
+        if wake.answer is not None:
+            await wake.answer(THAW_S)
+        else:
+            await live.link.thaw(wake.make(), timeout_s=THAW_S)
         if live.spec.secrets and self._parts.egress is not None:
             await trust(live.link, self._parts.egress.certificate(policy_of(live.spec)))
         live.workload_frozen = False

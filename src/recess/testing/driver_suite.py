@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from recess.errors import Corrupt, IllegalState, RecessError, Unsupported
-from recess.guestlink.link import ExecRequest, GuestLink, Thaw
+from recess.guestlink.link import ExecRequest, GuestLink, Thaw, WakeUp
 from recess.machines.contract import DISK_NAME, Capture, Driver, PageSet, RestoreParts, TemplateRef, Vm, VmSpec
 from recess.units import PAGE_BYTES
 
@@ -29,6 +29,9 @@ LIVES = ("booted", "forked", "restored")
 NO_PAGES = PageSet(memoryview(b""), memoryview(b""))
 
 _numbers = itertools.count(1)
+
+
+_THAW_S = 30.0
 
 
 def new_thaw() -> Thaw:
@@ -109,16 +112,23 @@ class Rig(abc.ABC):
         return vm
 
     async def fork(self, driver: Driver) -> Vm:
-        """Return a fork of the template, thawed."""
+        """Return a fork of the template, thawed by a request of its own."""
         ref = await self.template()
         parts = RestoreParts(ref, NO_PAGES, NO_PAGES, ref.vmstate.read_bytes())
-        return await self.restore(driver, parts)
-
-    async def restore(self, driver: Driver, parts: RestoreParts) -> Vm:
-        """Return a restored VM, thawed."""
         vm_id, directory = self.machine()
         vm = await driver.restore(vm_id, self.spec, parts, directory)
         await vm.link.thaw(new_thaw())
+        return vm
+
+    async def restore(self, driver: Driver, parts: RestoreParts) -> Vm:
+        """Return a restored VM, thawed by its hello if the driver sends a thaw along."""
+        vm_id, directory = self.machine()
+        thaw = new_thaw()
+        wake = WakeUp(lambda: thaw)
+        vm = await driver.restore(vm_id, self.spec, replace(parts, wake=wake), directory)
+        await (vm.link.thaw(thaw) if wake.answer is None else wake.answer(_THAW_S))
+        told = await shell(vm.link, "cat /run/recess/generation")
+        assert told == thaw.generation, f"it was not thawed by its own thaw: {told}"
         return vm
 
     async def parts_of(self, capture: Capture) -> RestoreParts:

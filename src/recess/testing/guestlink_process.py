@@ -20,6 +20,7 @@ from pathlib import Path
 from recess.config import load_config
 from recess.errors import MissingTool
 from recess.guestlink import Link, connect
+from recess.guestlink.link import WakeUp
 
 
 def find_guestd() -> Path:
@@ -48,20 +49,20 @@ class GuestUnderTest:
     switches_users: bool = False
     process: asyncio.subprocess.Process | None = None
 
-    async def reconnect(self) -> Link:
+    async def reconnect(self, wake: WakeUp | None = None) -> Link:
         """Drop the channel without a word, as a killed server does, and say hello again."""
         await self.link.close()
-        self.link = await self.open_link()
+        self.link = await self.open_link(wake)
         return self.link
 
     async def open_raw(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a byte channel without a hello."""
         return await asyncio.open_unix_connection(self.socket_path)
 
-    async def open_link(self) -> Link:
+    async def open_link(self, wake: WakeUp | None = None) -> Link:
         """Open a channel and say hello."""
         reader, writer = await self.open_raw()
-        return await connect(reader, writer, hello_timeout_s=10)
+        return await connect(reader, writer, hello_timeout_s=10, wake=wake)
 
 
 @contextlib.asynccontextmanager

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from recess.errors import BadInput, GuestFailed, IllegalState, NotFound, Unavailable
-from recess.guestlink import ByteStream, ExecRequest, GuestLink, Job, Thaw
-from recess.guestlink.link import TarReader
+from recess.guestlink import ByteStream, ExecRequest, GuestLink, Job, Thaw, wire
+from recess.guestlink.frames import Decoder, Frame, Kind, encode
+from recess.guestlink.link import TarReader, WakeUp
 from recess.testing.guestlink_process import GuestUnderTest
 
 BOUND_S = 30.0
@@ -505,6 +506,54 @@ class GuestLinkSuite:
         assert await guest.link.read_file(path) == b"rcm_2"
         with pytest.raises(GuestFailed, match="token"):
             await guest.link.thaw(replace(thaw_with("g-t4", {}), token="two words"))
+
+    async def test_a_thaw_travels_with_the_hello(self, guest: GuestUnderTest) -> None:
+        job = await guest.link.exec(ExecRequest(["sh", "-c", "read x; echo woken"], stdin=True, job_id="early"))
+        await job.write(b"\n")
+        await guest.link.freeze()
+        wake = WakeUp(lambda: replace(thaw_with("g-early", {"FROM_THAW": "hello"}), token="rcm_early"))
+        link = await guest.reconnect(wake)
+        assert link.hello.frozen  # its answer comes first
+        assert wake.answer is not None
+        await wake.answer(BOUND_S)
+        assert (await link.info())["frozen"] is False
+        assert await link.read_file(f"{guest.run_dir}/generation") == b"g-early\n"
+        assert await link.read_file(f"{guest.run_dir}/token") == b"rcm_early"
+        assert (await run(link, "sh", "-c", "echo $FROM_THAW"))[1] == b"hello\n"
+        again = await link.attach("early")
+        lines = again.output()
+        while await read_line(lines) != "woken":
+            pass
+
+    async def test_a_repeated_hello_thaws_once(self, guest: GuestUnderTest) -> None:
+        await guest.link.freeze()
+        await guest.link.close()
+        reader, writer = await guest.open_raw()
+        for number in (1, 2):
+            body = wire.hello_body("ab" * 16, wire.thaw_body(thaw_with(f"g-twice-{number}", {})))
+            writer.write(encode(Kind.HELLO, 0, 0, body))
+        writer.write(encode(Kind.PING, 0, 9))
+        decoder, kinds = Decoder(), []
+        while Kind.PONG not in kinds:
+            decoder.feed(await asyncio.wait_for(reader.read(65536), BOUND_S))
+            while (item := decoder.next()) is not None:
+                assert isinstance(item, Frame)
+                kinds.append(item.kind)
+        assert kinds == [Kind.HELLO, Kind.REPLY, Kind.HELLO, Kind.PONG]
+        writer.close()
+        guest.link = await guest.open_link()
+        assert await guest.link.read_file(f"{guest.run_dir}/generation") == b"g-twice-1\n"
+
+    async def test_a_thaw_with_the_hello_fails_closed(self, guest: GuestUnderTest) -> None:
+        await guest.link.freeze()
+        wake = WakeUp(lambda: thaw_with("not a token", {}))
+        link = await guest.reconnect(wake)
+        assert wake.answer is not None
+        with pytest.raises(GuestFailed, match="generation"):
+            await wake.answer(BOUND_S)
+        assert (await link.info())["frozen"] is True
+        await link.thaw(thaw_with("g-mended", {}))
+        assert (await link.info())["frozen"] is False
 
     async def test_thaw_fails_closed(self, guest: GuestUnderTest) -> None:
         hook = f"{guest.hooks}/50-suite"

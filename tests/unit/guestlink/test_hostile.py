@@ -10,8 +10,9 @@ import time
 import pytest
 
 from recess.errors import GuestFailed, NotFound, Timeout
-from recess.guestlink import ExecRequest, Link, connect
+from recess.guestlink import ExecRequest, Link, Thaw, client, connect
 from recess.guestlink.frames import MAX_PAYLOAD, PAD, WINDOW, Decoder, Frame, Kind, encode
+from recess.guestlink.link import WakeUp
 
 
 class Guest:
@@ -87,6 +88,61 @@ async def test_a_guest_that_hangs_up(ends):
     guest.writer.close()
     with pytest.raises(GuestFailed):
         await connect(*host, hello_timeout_s=5)
+
+
+def new_wake(**changes):
+    return WakeUp(lambda: Thaw(5, b"e" * 32, "gen", 3, "dev", "mch_1", **changes))
+
+
+async def test_a_guest_that_takes_no_thaw_with_the_hello_gets_it_later(ends):
+    host, guest = ends
+    wake = new_wake()
+    link, _ = await asyncio.gather(connect(*host, hello_timeout_s=5, wake=wake), guest.greet(takes=["token"]))
+    assert wake.answer is None
+    guest.body(Kind.REPLY, 0, {"ok": {}})  # nor may it answer one
+    await asyncio.wait_for(link.wait_closed(), 5)
+    assert "not made" in link.failure.message
+    await link.close()
+
+
+async def test_a_thaw_with_the_hello_is_answered_in_time_or_the_guest_has_failed(ends):
+    host, guest = ends
+    wake = new_wake()
+    link, _ = await asyncio.gather(connect(*host, hello_timeout_s=5, wake=wake), guest.greet(takes=["hello"]))
+    with pytest.raises(Timeout, match="thaw"):
+        await wake.answer(0.05)
+    guest.body(Kind.REPLY, 0, {"ok": {}})  # too late, and no lie: the link lives
+    task = asyncio.create_task(link.ping())
+    ping = await guest.get(Kind.PING)
+    guest.put(Kind.PONG, ping.stream)
+    await task
+    await link.close()
+
+
+async def test_a_clock_set_long_ago_is_set_again(ends, monkeypatch):
+    host, guest = ends
+    monkeypatch.setattr(client, "CLOCK_LATE_S", -1.0)
+    wake = new_wake()
+    link, _ = await asyncio.gather(connect(*host, hello_timeout_s=5, wake=wake), guest.greet(takes=["hello"]))
+    guest.body(Kind.REPLY, 0, {"ok": {}})
+    task = asyncio.create_task(wake.answer(5))
+    request = await guest.get(Kind.REQUEST)
+    assert json.loads(request.payload) == {"op": "clock", "wall_ns": 5}
+    guest.body(Kind.REPLY, request.stream, {"ok": {}})
+    await task
+    await link.close()
+
+
+async def test_a_thaw_too_long_for_a_hello_stays_out(ends):
+    host, guest = ends
+    wake = new_wake(env={"LONG": "x" * MAX_PAYLOAD})
+    task = asyncio.create_task(connect(*host, hello_timeout_s=5, wake=wake))
+    hello = json.loads((await guest.get(Kind.HELLO)).payload)
+    assert sorted(hello) == ["nonce", "proto"]
+    guest.body(Kind.HELLO, 0, {"proto": 1, "nonce": hello["nonce"], "takes": ["hello"]})
+    link = await task
+    assert wake.answer is None
+    await link.close()
 
 
 async def test_another_protocol_is_refused(ends):

@@ -23,6 +23,7 @@ from typing import Any
 from recess.drivers.kept.layout import LINK_SOCKET, Layout, socket_address
 from recess.errors import DriverFailed, RecessError
 from recess.guestlink.client import Link, connect
+from recess.guestlink.link import WakeUp
 
 _QUIET_TIMEOUT_S = 0.5
 _QUIET_STEP_S = 0.001
@@ -116,6 +117,7 @@ class LinkPort:
         self._connected = asyncio.Event()
         self._failure: RecessError | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._wake: WakeUp | None = None
 
     @classmethod
     def open(cls, layout: Layout, *, hello_timeout_s: float) -> LinkPort:
@@ -132,9 +134,10 @@ class LinkPort:
             raise
         return cls(sock, hello_timeout_s)
 
-    def start(self) -> None:
-        """Speak to guestd from now on: it runs, or is about to. May be called again."""
+    def start(self, wake: WakeUp | None = None) -> None:
+        """Speak to guestd from now on: it runs, or is about to. May be called again. `wake` goes with the first hello."""
         if self._serving is None:
+            self._wake = wake
             self._serving = self._loop.create_task(self._serve())
 
     @property
@@ -192,8 +195,9 @@ class LinkPort:
         transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, sock)
         gate = self._gate = GatedTransport(transport, sock)
         writer = asyncio.StreamWriter(gate, protocol, reader, self._loop)
+        wake, self._wake = self._wake, None
         try:
-            self._link = await connect(reader, writer, hello_timeout_s=self._hello_timeout_s)
+            self._link = await connect(reader, writer, hello_timeout_s=self._hello_timeout_s, wake=wake)
             self._failure = None
         except RecessError as exc:
             self._failure = exc

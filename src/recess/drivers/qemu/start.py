@@ -39,6 +39,7 @@ from recess.drivers.qemu.pool import WarmPool
 from recess.drivers.qemu.pool_member import Member, order_for
 from recess.drivers.qemu.state import load_state
 from recess.errors import Conflict, DriverFailed, InvalidSpec, OutOfSpace, RecessError
+from recess.guestlink.link import WakeUp
 from recess.images.disk import clone_sparse
 from recess.machines.contract import Fingerprint, PageSet, RestoreParts, TemplateRef, VmSpec
 from recess.units import MIB
@@ -135,7 +136,7 @@ def _prepare_boot(layout: Layout, spec: VmSpec) -> None:
 
 
 async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPool) -> Handles:
-    """Bring a VM back: vCPUs running, guestd has said hello, the workload is still frozen."""
+    """Bring a VM back: vCPUs running, guestd has said hello, the workload is still frozen unless `parts.wake` was sent."""
     layout, template = place.layout, parts.template
     card = place.card(spec)
     # Without its own device command QEMU can save a state only of memory that is mapped shared: then each machine has
@@ -174,7 +175,7 @@ async def restore(place: Place, spec: VmSpec, parts: RestoreParts, pool: WarmPoo
 
 async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles:
     """Restore over a VM that has waited, or start one."""
-    place, journal = begin.place, begin.journal
+    place, journal, wake = begin.place, begin.journal, parts.wake
     layout, spec = place.layout, journal.spec
     card = place.card(spec)
     disk_fd, pages_fd = await in_thread(_create_files, layout, journal, parts.template, begin.member)
@@ -203,7 +204,7 @@ async def _bring_up(begin: _Begin, parts: RestoreParts, steps: Steps) -> Handles
             await track_disk(vm.qmp)
         await load_state(vm.qmp, parts.vmstate)
     steps.mark("incoming")
-    await _run(vm, steps)
+    await _run(vm, steps, wake)
     _started(vm, steps)
     begin.untie()
     return vm
@@ -352,8 +353,8 @@ class _Begin:
             self.member.let_go()
 
 
-async def _run(vm: Handles, steps: Steps) -> None:
-    vm.port.start()
+async def _run(vm: Handles, steps: Steps, wake: WakeUp | None = None) -> None:
+    vm.port.start(wake)
     async with vm.explain("start"):
         await vm.qmp.execute("cont")
     steps.mark("cont")
