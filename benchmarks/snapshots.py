@@ -57,7 +57,7 @@ async def ours(node: LocalNode, repeats: int) -> tuple[dict[str, Samples], Sampl
         child, report = await machines.restore(snap.id, name=f"bench-r{number}")
         side["restore"].append(report.seconds)
         await machines.remove(child.id, force=True)
-        pages = new_pages(blobs, snap.id)
+        pages = new_pages(blobs, snap.id, int(snap.figures["pages_new"]))
         if number and len(pages):
             bounds["raw"].append(float(pages.nbytes))
             for name, seconds in limits(pages, node.config.blobs_dir, level=node.config.zstd_level).items():
@@ -66,12 +66,12 @@ async def ours(node: LocalNode, repeats: int) -> tuple[dict[str, Samples], Sampl
     return {OURS: later, FIRST: first}, bounds
 
 
-def new_pages(blobs: LocalBlobs, snapshot_id: str) -> PageData:
-    """Return the pages that this snapshot added to the store."""
+def new_pages(blobs: LocalBlobs, snapshot_id: str, count: int) -> PageData:
+    """Return the pages, so many, that this snapshot wrote itself: not those that were joined for it before."""
     manifest = read_manifest(blobs, snapshot_id)
     pages = []
     for file in manifest.layers:
-        if file.id in manifest.made:
+        if file.id in manifest.made and file.entries == count:
             reader = LayerReader(open_layer(blobs, file.id, file.bytes))
             pages += [reader.frame(n) for n in range(-(-reader.slots // reader.pages_per_frame))]
     return np.concatenate(pages) if pages else np.empty((0, 4096), np.uint8)

@@ -136,7 +136,7 @@ class Parent:
             moving = rewrites(usages, budget=budget_of(new_pages))
         else:
             before = {ref: record.live for ref, record in records.items()}
-            moving = late_rewrites(usages, before, budget=budget_of(new_pages))
+            moving = late_rewrites(usages, before, new_pages=new_pages)
         for usage in usages:
             source, slots = live[usage.id]
             gone = moving.get(usage.id, 0)

@@ -32,6 +32,7 @@ LIVE_FRACTION_LATE = 0.25  # of what should have been joined by now, and was not
 JOIN_PAGES_MAX = 1 << 16  # 256 MiB in one joined layer; what is left of a sparse one goes the next time
 JOIN_DEAD_MIN = 256  # 1 MiB: less dead weight is not worth a file of its own
 JOIN_SMALLER = 0.5
+NEXT_TO_NOTHING = 64
 TIER = 3  # files of up to so many times the smallest one's size go together
 BUDGET_PAGES_MIN = 4096  # 16 MiB: some 50 ms of two cores
 BUDGET_PER_NEW = 2
@@ -69,12 +70,16 @@ def joins(usages: Sequence[Usage], *, pages_max: int = JOIN_PAGES_MAX) -> dict[s
         if count := min(usage.live, pages_max - sum(moved.values())):
             moved[usage.id] = count
     rest = sorted((u for u in usages if u.id not in moved), key=lambda u: (u.live, u.id))
-    if len(rest) + bool(moved) < FILES_MAX:
-        return moved
+    too_many = len(rest) + bool(moved) >= FILES_MAX
+    if not moved and not too_many:
+        return {}
     small: dict[str, int] = {}
     total = sum(moved.values())
     for number, usage in enumerate(rest):
-        wanted = number < FILES_MAX // 2 + 1 or usage.live <= JOIN_SMALLER * total
+        if too_many:
+            wanted = number < FILES_MAX // 2 + 1 or usage.live <= JOIN_SMALLER * total
+        else:  # a file is made in any case: the smallest may come along
+            wanted = sum(small.values()) + usage.live <= JOIN_DEAD_MIN
         if not wanted or total + usage.live > pages_max:
             break
         small[usage.id] = usage.live
@@ -116,11 +121,15 @@ def rewrites(
     return moved
 
 
-def late_rewrites(usages: Sequence[Usage], before: Mapping[str, int], *, budget: int) -> dict[str, int]:
-    """Return what a snapshot must rewrite although it is left to `joins`, which there was no time for. `before`: the live
-    entries of the parent's files; one that was not sparse then (a guest writes the same pages again and again) is joined
-    after this snapshot. Pure."""
-    late = [u for u in usages if before.get(u.id, u.live) < LIVE_FRACTION_MIN * u.entries]
+def late_rewrites(usages: Sequence[Usage], before: Mapping[str, int], *, new_pages: int) -> dict[str, int]:
+    """Return what a snapshot with so many new pages rewrites of what is left to `joins`: what there was no time for, and what is
+    next to nothing beside its own pages and sets a whole file free (a guest writes the same pages again and again).
+    `before`: the live entries of the parent's files; one that was not sparse then is joined after this snapshot. Pure."""
+    budget = budget_of(new_pages)
+    late = [
+        u for u in usages
+        if before.get(u.id, u.live) < LIVE_FRACTION_MIN * u.entries or u.live * NEXT_TO_NOTHING <= new_pages
+    ]  # fmt: skip
     moved = rewrites(late, budget=budget, live_fraction_min=LIVE_FRACTION_LATE, files_max=len(usages) + 1)
     rest = [u for u in usages if u.id not in moved]
     left = budget - sum(moved.values())

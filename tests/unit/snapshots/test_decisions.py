@@ -125,7 +125,7 @@ def test_joining_writes_little_more_than_is_new_whatever_the_size(new, total):
     for number in range(1, 241):
         layers.owner[rng.choice(total, new, replace=False)] = 2 * number
         before = {usage.id: usage.live for usage in layers.usages()}
-        layers.move(late_rewrites(layers.usages(), before, budget=budget_of(new)), 2 * number)
+        layers.move(late_rewrites(layers.usages(), before, new_pages=new), 2 * number)
         assert len(layers.entries) <= 16
         assert all(usage.live >= LIVE_FRACTION_LATE * usage.entries for usage in layers.usages())
         if moves := joins(layers.usages()):
@@ -146,20 +146,23 @@ def test_of_too_many_layers_the_smaller_half_is_joined_and_what_costs_little_bes
 def test_a_snapshot_rewrites_only_what_there_was_no_time_to_join():
     half, late = Usage("a", 40, 100), Usage("b", 20, 100)
     before = {"a": 45, "b": 45}
-    assert late_rewrites([half, late], before, budget=PLENTY) == {"b": 20}
-    assert (
-        late_rewrites([half, late], {"a": 45, "b": 100}, budget=PLENTY) == {}
-    )  # it was not sparse before this snapshot
+    assert late_rewrites([half, late], before, new_pages=0) == {"b": 20}
+    assert late_rewrites([half, late], {"a": 45, "b": 100}, new_pages=0) == {}  # it was not sparse before this snapshot
+    assert late_rewrites([half, late], {"a": 45, "b": 100}, new_pages=1280) == {"b": 20}  # next to nothing
+    assert late_rewrites([half, late], {"a": 45, "b": 100}, new_pages=1279) == {}
     many = [Usage(f"f{n:02}", 100 + n, 200) for n in range(24)]
     before = {usage.id: 200 for usage in many}
-    assert late_rewrites(many[:23], before, budget=PLENTY) == {}
-    assert late_rewrites(many, before, budget=PLENTY).keys() == {usage.id for usage in many}  # all of one size
+    assert late_rewrites(many[:23], before, new_pages=0) == {}
+    assert late_rewrites(many, before, new_pages=0).keys() == {usage.id for usage in many}  # all of one size
 
 
 def test_a_mostly_dead_layer_is_joined_if_it_is_worth_a_file():
-    assert joins([Usage("a", 499, 1000), Usage("b", 500, 1000), Usage("c", 10, 100)]) == {"a": 499}
+    assert joins([Usage("a", 499, 1000), Usage("b", 500, 1000)]) == {"a": 499}
+    assert joins([Usage("b", 500, 1000), Usage("c", 10, 100)]) == {}
     assert joins([Usage("a", 400, 1000), Usage("b", 30, 1000)], pages_max=100) == {"b": 30, "a": 70}
     assert joins([]) == {}
+    along = [Usage("a", 400, 1000), Usage("b", 100, 100), Usage("c", 150, 150), Usage("d", 200, 200)]
+    assert joins(along) == {"a": 400, "b": 100, "c": 150}  # a file is made in any case
 
 
 def test_a_large_file_is_emptied_a_piece_at_a_time():
