@@ -25,6 +25,8 @@ def render(template: str, row: Any) -> str:
     if template == "json":
         return json.dumps(row)
     text = _unescape(template.removeprefix(_TABLE))
+    if "{{" in _ACTION.sub("", text):
+        raise BadInput("--format: there is a {{ without its }}")
     return _ACTION.sub(lambda match: _action(match[1], row), text)
 
 

@@ -35,7 +35,8 @@ def test_what_people_type(template, expected):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{.Nome}}", "{{range .tags}}", "{{index .tags 0}}", "{{.State.Status.Deep}}", "{{}}"]
+    "template",
+    ["{{.Nome}}", "{{range .tags}}", "{{index .tags 0}}", "{{.State.Status.Deep}}", "{{}}", "{{.Name", "{{.Name}} {{"],
 )
 def test_what_is_not_there_is_refused(template):
     with pytest.raises(BadInput, match="--format"):

@@ -11,7 +11,7 @@ import click
 from recess.cli.common import Invocation, new_key, verb
 from recess.cli.machine_flags import machine_flags, spec_of
 from recess.cli.terminal import follow_main
-from recess.errors import BadInput, NotFound
+from recess.errors import BadInput, NotFound, RecessError
 from recess.sdk.transport import Json
 
 
@@ -41,7 +41,13 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
     body: dict[str, Any] = {"name": flags["name"], "pull": flags["pull"], "spec": spec_of(image, command, flags)}
     if not detach:
         body["shell"] = _shell(flags)
-    row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
+    key = flags["key"] or new_key()
+    try:
+        row = inv.act("POST", "/v1/machines", body, key=key)
+    except KeyboardInterrupt:
+        if not detach:
+            _take_back(inv, body, key)
+        raise
     _note_card(inv, row)
     if detach:
         inv.out.data(row, row["id"])
@@ -55,6 +61,15 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
         with contextlib.suppress(NotFound):
             inv.server.call("DELETE", f"/v1/machines/{row['id']}", query={"force": 1})
     return code or 0
+
+
+def _take_back(inv: Invocation, body: Json, key: str) -> None:
+    """End a machine whose making somebody interrupted who waits for its command: the server makes it all the same, and the
+    command would run with nobody there. The call's key finds it."""
+    inv.out.progress("interrupted: the machine goes as soon as it is made (Ctrl-C again leaves it: recess ps -a)")
+    with contextlib.suppress(RecessError):  # it was not made
+        row = inv.act("POST", "/v1/machines", body, key=key)
+        inv.server.call("DELETE", f"/v1/machines/{row['id']}", query={"force": 1})
 
 
 def settled(inv: Invocation, machine: str) -> None:
