@@ -31,6 +31,9 @@ from recess.machines.snapshotting import SnapshotTaker
 from recess.machines.starting import Origin, finish
 from recess.machines.states import SUSPENDED, next_state
 
+FIRST_REPLY = (
+    "first_reply"  # in a report's timings: from the call to guestd's first answer, its hello; the others are steps
+)
 FORK_MAX = 64
 FORK_AT_ONCE = 4
 LOCAL_RUNG = 2
@@ -74,9 +77,10 @@ class BringBack:
         skip = {int(k): int(v) for k, v in dict(row.figures.get("output", {})).items()}
         own = row.machine == record.id
         why = "; ".join(word for word in (before, _why(record, row, origin)) if word)
-        record, _, timings = await self._launcher.launch(
+        record, live, timings = await self._launcher.launch(
             record, origin, epoch=epoch, skip=skip if own else None, status=why
         )
+        timings[FIRST_REPLY] = live.answered_s - began
         return record, await self._report(row, origin, timings, began, why)
 
     async def restore_new(
@@ -101,7 +105,8 @@ class BringBack:
         async with self._fleet.lock(record.id):
             try:
                 strict = changes is not None and changes.ports is not None
-                record, _, timings = await self._launcher.launch(record, origin, epoch=epoch, strict_ports=strict)
+                record, live, timings = await self._launcher.launch(record, origin, epoch=epoch, strict_ports=strict)
+                timings[FIRST_REPLY] = live.answered_s - began
             except UNDO:
                 await self._launcher.abandon(record)
                 raise

@@ -37,6 +37,7 @@ class Live:
     epoch: int
     used_s: float = field(kw_only=True)  # when it was started, or somebody last asked for its link
     parent: str = ""
+    answered_s: float = 0.0  # when guestd first answered after this start
     workload_frozen: bool = False
     paused_since: float = 0.0  # 0.0: the vCPUs run
     drift_s: float = 0.0

@@ -96,7 +96,7 @@ class Starter:
         try:
             live = Live(
                 record.id, vm, spec, origin.template, epoch, parent=origin.parent, workload_frozen=True,
-                used_s=self._parts.clock.monotonic_s(),
+                used_s=self._parts.clock.monotonic_s(), answered_s=restored,
             )  # fmt: skip
             live.thaw, live.token_mark = thaw, mark_of(token)
             await self._thaw(live, wake)

@@ -58,7 +58,9 @@ async def test_a_start_of_what_runs_is_nothing_of_what_is_suspended_a_resume(roo
     await room.manager.unpause("dev")
     await room.sh("dev", "touch /tmp/there")
     await room.manager.suspend("dev")
-    assert (await room.manager.acts.start("dev")).rung == 2
+    report = await room.manager.acts.start("dev")
+    assert report.rung == 2
+    assert 0 < report.timings_s["first_reply"] <= report.seconds
     await room.sh("dev", "cat /tmp/there")
 
 
