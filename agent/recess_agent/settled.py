@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recess_agent.cut_replies import replaced_by
+from recess_agent.quiet import no_collection
 from recess_agent.transcript import Message, build
 
 _REMAKES = ("system", "compact", "rewind")
@@ -40,7 +41,8 @@ class Settled:
         if log is not self._log or len(log) < self._looked or self._remade_by(log[self._looked :], self._kept):
             self._forget(log)
         self._looked = len(log)
-        self._settle()
+        with no_collection():
+            self._settle()
         return [_copy(one) for one in self._messages] + self._shape(build(log[self._kept :]).messages)
 
     def _settle(self) -> None:

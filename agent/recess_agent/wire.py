@@ -9,10 +9,13 @@ from the attempt: a repeated append gives the old position. So the coroutine tha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 from collections.abc import Awaitable, Callable
 from typing import Any
+
+from recess_agent.quiet import no_collection
 
 DEFAULT_SOCKET = "/run/recess/session.sock"
 LINE_BYTES_MAX = 8 * 1024 * 1024
@@ -126,26 +129,29 @@ class Wire:
         """Serve one socket until it ends; tells whether the handshake was completed."""
         writer.write(self._encode({"t": "hello", "proto": PROTOCOL, **self._hello()}))
         greeted = False
-        while True:
-            line = await reader.readline()
-            if not line.endswith(b"\n"):
-                return greeted
-            message = json.loads(line)
-            kind = message.get("t")
-            if kind in ("ok", "err"):
-                self._settle(message)
-            elif kind == "bye":
-                self._end(str(message.get("why", "the host said goodbye")))
-                return greeted
-            elif kind == "ready":
-                greeted = True
-                self._writer, self._ready = writer, True
-                await self._on_push(message)  # before the requests: a reply's pieces go before its entry
-                for number in sorted(self._pending):
-                    self._send(self._pending[number])
-                self._up.set()
-            else:
-                await self._on_push(message)
+        with contextlib.ExitStack() as past:
+            past.enter_context(no_collection())
+            while True:
+                line = await reader.readline()
+                if not line.endswith(b"\n"):
+                    return greeted
+                message = json.loads(line)
+                kind = message.get("t")
+                if kind in ("ok", "err"):
+                    self._settle(message)
+                elif kind == "bye":
+                    self._end(str(message.get("why", "the host said goodbye")))
+                    return greeted
+                elif kind == "ready":
+                    greeted = True
+                    past.close()
+                    self._writer, self._ready = writer, True
+                    await self._on_push(message)  # before the requests: a reply's pieces go before its entry
+                    for number in sorted(self._pending):
+                        self._send(self._pending[number])
+                    self._up.set()
+                else:
+                    await self._on_push(message)
 
     def _settle(self, message: Json) -> None:
         future = self._futures.get(int(message.get("id", 0)))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-from pathlib import Path
 
 import pytest
 
 from recess.config import Config
 from recess.contextlog.transcript import messages
-from recess.images import ImageStore
 from recess.node.local import LocalNode
+from recess.testing.second_image import with_second_image
 from recess.testing.session_world import notes
 
 AGENT = """
@@ -33,31 +31,6 @@ async def coder(s):
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         await s.note(nonce=nonce, kept=home.read_text(), second="(bookwurm)" in release, boot=boot)
 """
-
-
-def with_second_image(config: Config) -> None:
-    """Give the home a store of its own that has `base`, and `second`: the same root but for a word in one file."""
-    shared, own = config.images_dir.resolve(), config.images_dir
-    own.unlink()
-    own.mkdir()
-    for entry in shared.iterdir():
-        if entry.name not in ("names", "roots", "tmp"):
-            (own / entry.name).symlink_to(entry)
-    (own / "names").mkdir()
-    shutil.copy(shared / "names" / "base.json", own / "names")
-    (own / "roots").mkdir()
-    base = ImageStore(shared).get("base")
-    (own / "roots" / base.root_hash).symlink_to(shared / "roots" / base.root_hash)
-
-    def make(work: Path) -> Path:
-        root = work / "root.erofs"
-        data = base.root_path.read_bytes()  # stored as it is, so that a word can be changed in place
-        assert data.count(b" 12 (bookworm)") >= 1
-        root.write_bytes(data.replace(b" 12 (bookworm)", b" 12 (bookwurm)"))
-        return root
-
-    second = ImageStore(own).put("second", make, {})
-    assert second.root_hash != base.root_hash
 
 
 @pytest.mark.timeout(900)

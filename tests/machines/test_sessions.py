@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from contextlib import asynccontextmanager
 
 from recess.config import Config
+from recess.contextlog.transcript import messages
 from recess.guestlink.link import ExecRequest
 from recess.node.local import LocalNode
 from recess.testing.session_world import kinds, notes
@@ -253,3 +255,48 @@ async def test_a_machine_without_a_snapshot_keeps_its_files(real_config: Config)
         assert await t.machine() == machine
         log = await t.say("sh cat /root/stuck", turn=2)
         assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "here"
+
+
+SERVE_NONCE = (
+    "import http.server, os; nonce = os.urandom(8).hex(); count = [0]\n"
+    "class H(http.server.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self):\n"
+    "        count[0] += 1\n"
+    "        said = f'{nonce} {count[0]}'.encode()\n"
+    "        self.send_response(200); self.send_header('Content-Length', str(len(said))); self.end_headers()\n"
+    "        self.wfile.write(said)\n"
+    "    def log_message(self, *a): pass\n"
+    "server = http.server.HTTPServer(('127.0.0.1', 8001), H); open('/root/up', 'w').close(); server.serve_forever()\n"
+)
+
+
+async def test_a_rewind_brings_back_files_processes_and_conversation(real_config: Config) -> None:
+    """A process that answers with a number drawn in its memory and counts its calls there: as of a turn, so is the count."""
+    begin = f"printf %s {shlex.quote(SERVE_NONCE)} > /root/n.py; setsid python3 /root/n.py >/dev/null 2>&1 & "
+    ready = "until [ -e /root/up ]; do sleep 0.1; done; "
+    ask = "curl -sS -m 20 --noproxy '*' http://127.0.0.1:8001/"
+    async with story(real_config) as t:
+        await t.node.sessions.deploy("coder", source(), {"snapshot": "turn", "idle": "60s"})
+        await t.say(f"sh {begin}{ready}echo one > /root/file; {ask}", turn=1)
+        async with asyncio.timeout(100):  # the snapshot of the first turn's end: there may be one before it
+            while "machine.snapshot" not in (seen := kinds(await t.node.sessions.read(t.id)))[seen.index("turn.end") :]:
+                await t.node.log.wait(t.id, len(seen), 0.5)
+        await t.say(f"sh rm -rf /root/repo; echo two > /root/file; {ask}; echo; {ask}", turn=2)
+        log = await t.node.sessions.read(t.id)
+        first, second = (str(e.body["output"]) for e in log if e.kind == "tool.result")
+        nonce = first.split()[0]
+        assert (first, second) == (f"{nonce} 1", f"{nonce} 2\n{nonce} 3")
+
+        (end, _) = [e.position for e in log if e.kind == "turn.end"]
+        mark = next(e.position for e in log if e.kind == "machine.snapshot" and e.position > end)
+        child = await t.node.sessions.fork(t.id, at=mark, name="other")
+        await t.node.sessions.rewind(t.id, to=mark)
+        for session in (t.id, child.id):
+            after = await t.say(f"sh cat /root/file; {ask}", turn=3 if session == t.id else 2, session=session)
+            said = [str(e.body["output"]) for e in after if e.kind == "tool.result"][-1]
+            assert said == f"one\n{nonce} 2", "files and a process's memory are of the end of the first turn"
+            asked = [m["text"] for m in messages(after) if m["role"] == "user" and not m.get("note")]
+            assert len(asked) == 2, "and so is the conversation"
+            assert "echo two" not in "".join(asked)
+        whole = await t.node.sessions.read(t.id)
+        assert whole[: len(log)] == log, "nothing is deleted"

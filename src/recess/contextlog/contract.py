@@ -193,9 +193,10 @@ class ContextLog(Protocol):
         list for the end of the log must not give it: ask again after the last position."""
         ...
 
-    async def tail(self, session: str) -> list[Entry]:
+    async def tail(self, session: str, *, limit: int | None = None) -> list[Entry]:
         """Return what `transcript.messages` needs, in order: the newest system entry on the branch and everything after
-        what the newest compaction stands for. Costs the tail, whatever the age of the session."""
+        what the newest compaction stands for. Costs the tail, whatever the age of the session. `limit`: of what comes after
+        the compaction no more than the first so many (at least 1); `read` from the last one's position on gives the rest."""
         ...
 
     async def inbox_after(self, session: str, position: int) -> list[Entry]:

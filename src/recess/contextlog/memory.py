@@ -169,14 +169,15 @@ class MemoryLog:
             out.append(_entry(owner, stored))
         return out
 
-    async def tail(self, session: str) -> list[Entry]:
+    async def tail(self, session: str, *, limit: int | None = None) -> list[Entry]:
         """Return what `messages()` needs (see the contract)."""
         found = self._load(session)
         every = self._stored(found, 0, found.row.head)
         plan = plan_tail(
             Mark(s.position, s.packed.kind, s.packed.mark) for _, s in reversed(every) if s.packed.mark is not None
         )
-        return [_entry(owner, s) for owner, s in every if s.position > plan.after or s.position == plan.system]
+        last = found.row.head if limit is None else plan.after + limit
+        return [_entry(owner, s) for owner, s in every if plan.after < s.position <= last or s.position == plan.system]
 
     async def inbox_after(self, session: str, position: int) -> list[Entry]:
         """Return the inbox entries after a position."""

@@ -180,15 +180,15 @@ class SqlLog:
         reading.check_whole(session, found, wanted, cut=max_bytes is not None)
         return found
 
-    async def tail(self, session: str) -> list[Entry]:
+    async def tail(self, session: str, *, limit: int | None = None) -> list[Entry]:
         """Return what `messages()` needs, reading nothing of the past (see the contract)."""
 
         def run(tx: Tx) -> tuple[Plan, Plan, range]:
             state = sql.load(tx, session)
             plan = plan_tail(plans.marks_in(tx, state))
             system = [] if plan.system > plan.after else plans.entries_in(tx, state, plan.system - 1, plan.system)
-            wanted = range(plan.after + 1, state.row.head + 1)
-            return system, plans.entries_in(tx, state, plan.after, state.row.head), wanted
+            last = state.row.head if limit is None else min(state.row.head, plan.after + limit)
+            return system, plans.entries_in(tx, state, plan.after, last), range(plan.after + 1, last + 1)
 
         system, rows, wanted = await self.db.read(run)
         found = await self._entries([*system, *rows])

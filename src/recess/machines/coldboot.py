@@ -31,7 +31,7 @@ from recess.machines.parts import UNDO, Parts
 from recess.machines.records import manifest_machine, spec_from_json, vm_of, vm_spec
 from recess.machines.service import Changes, MachineSpec, ResumeReport, SnapshotRow
 from recess.machines.starting import cold_origin
-from recess.machines.states import DEAD, next_state
+from recess.machines.states import EXITED, next_state
 from recess.machines.templates import Templates, bare_template, manifest_vm
 from recess.snapshots.contract import PageSource, TemplatePages
 
@@ -60,8 +60,8 @@ class ColdBoot:
         keptdisk.lay(directory)
         ground = vm_spec(spec, boot, driver.name)
         booted, report = await self._boot(record, ground, epoch=epoch, why=_join(why, COLD_WHY, moved, note))
-        # Whatever ended the VM of a dead machine left its page cache no time; one that exited or was rebooted had settled.
-        return booted, replace(report, power_cut=record.state == DEAD)
+        # One that exited or was rebooted had settled; whatever else ended a VM left its page cache no time.
+        return booted, replace(report, power_cut=record.state != EXITED)
 
     async def again(self, record: MachineRecord, row: SnapshotRow, *, epoch: int) -> tuple[MachineRecord, ResumeReport]:
         """Bring a suspended, exited or dead machine back from a snapshot's disk. Raises IllegalState, and as `own`."""

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
+
 from recess.contextlog.contract import ContextLog, Entry, SessionRow
 from recess.errors import BadInput, GuestFailed, RecessError
 from recess.guestlink.link import ByteStream
@@ -19,6 +21,7 @@ from recess.sessions.protocol import Ack, Busy, DeltaLine, Drop, Hello, Lines, R
 
 BATCH = 200
 BATCH_BYTES = 1 << 20
+PAGE = 1000  # entries that are read at once, while those before are sent
 HELLO_S = 10.0
 
 
@@ -53,28 +56,42 @@ class Channel:
 
     async def catch_up(self, to: int | None = None) -> None:
         """Push every entry after what the agent has seen, up to `to` (default: the head)."""
-        if self.seen == 0:
-            await self._push(await self._log.tail(self._session))
-        while to is None or self.seen < to:
-            entries = await self._log.read(self._session, after=self.seen, to=to, limit=BATCH)
-            if not entries:
+        page: Sequence[Entry] = await self._log.tail(self._session, limit=PAGE) if self.seen == 0 else ()
+        at = page[-1].position if page else self.seen
+        while page or to is None or at < to:
+            ahead: asyncio.Task[list[Entry]] | None = None
+            if to is None or at < to:
+                # A long past is read while the guest, in its own process, takes in what was read before.
+                ahead = asyncio.create_task(self._log.read(self._session, after=at, to=to, limit=PAGE))
+            try:
+                await self._push(page)
+            except BaseException:
+                if ahead is not None:
+                    ahead.cancel()
+                    await asyncio.gather(ahead, return_exceptions=True)
+                raise
+            page = await ahead if ahead is not None else ()
+            if not page:
                 return
-            await self._push(entries)
+            at = page[-1].position
 
     async def _push(self, entries: Sequence[Entry]) -> None:
-        batch: list[dict[str, Any]] = []
+        batch: list[bytes] = []
         size = 0
         for entry in entries:
-            data = entry_data(entry)
-            batch.append(data)
-            size += len(str(data["body"]))
+            batch.append(_json(entry_data(entry)))
+            size += len(batch[-1])
             if len(batch) >= BATCH or size > BATCH_BYTES:
-                await self.send({"t": "entries", "entries": batch})
+                await self._send_entries(batch)
                 batch, size = [], 0
         if batch:
-            await self.send({"t": "entries", "entries": batch})
+            await self._send_entries(batch)
         if entries:
             self.seen = max(self.seen, entries[-1].position)
+
+    async def _send_entries(self, batch: Sequence[bytes]) -> None:
+        async with self._write_lock:
+            await self._stream.write(b'{"t":"entries","entries":[' + b",".join(batch) + b"]}\n")
 
     async def reply(self, number: int, result: Mapping[str, Any]) -> None:
         """Answer a request."""
@@ -170,6 +187,13 @@ async def serve(stream: ByteStream, accept: Accept, on_request: OnRequest, on_li
         else:
             with contextlib.suppress(RecessError, OSError):
                 await stream.close()
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(data)
+    except UnicodeEncodeError:
+        return encode(data).rstrip()  # half of a surrogate pair, which somebody's text may hold
 
 
 def entry_data(entry: Entry) -> dict[str, Any]:

@@ -420,6 +420,10 @@ class ContextLogSuite(BoundsSuite, ForksSuite):
         await log.append(row.id, row.epoch, [Draft("system", {"text": "old"}), Draft("system", {"text": "s"}), *notes])
         await log.append(row.id, row.epoch, [Draft("compact", {"summary": "sum", "to": 9}), Draft("note", {"i": 99})])
         tail = await log.tail(row.id)
+        begun = await log.tail(row.id, limit=2)
+        assert begun == tail[: len(begun)]
+        assert 2 <= len(begun) <= 3, "the system entry comes on top"
+        assert begun + await log.read(row.id, after=begun[-1].position) == tail
         assert [e.position for e in tail] == [2, 10, 11, 12, 13, 14]
         assert tail[0].body == {"text": "s"}
         await log.append(row.id, row.epoch, [Draft("rewind", {"to": 12})])  # before the compaction: it counts no more
