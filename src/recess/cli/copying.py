@@ -19,21 +19,27 @@ MEMBERS_MAX = 2_000_000
 _MODE = 0o777  # no set-uid, no sticky bits
 
 
-def pack(source: Path, name: str, out: IO[bytes], *, follow: bool = False) -> None:
-    """Write a file or folder as a tar, called `name` in it (empty: only what is in the folder). Raises BadInput."""
+def pack(source: Path, name: str, out: IO[bytes], *, follow: bool = False) -> list[str]:
+    """Write a file or folder as a tar, called `name` in it (empty: only what is in the folder). Returns the pipes and devices
+    that were left out, as they are called in it. Raises BadInput."""
+    left: list[str] = []
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if member.isfile() or member.isdir() or member.issym() or member.islnk():
+            return member
+        left.append(member.name)
+        return None
+
     if not source.exists() and not source.is_symlink():
         raise BadInput(f"{source}: no such file or folder")
     if not name and not source.is_dir():
         raise BadInput(f"{source} is no folder")
     try:
         with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, dereference=follow) as tar:
-            tar.add(source, arcname=name or ".", filter=_plain)
+            tar.add(source, arcname=name or ".", filter=plain)
     except OSError as exc:
         raise BadInput(f"{exc.filename or source}: {exc.strerror}") from exc
-
-
-def _plain(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return member if member.isfile() or member.isdir() or member.issym() or member.islnk() else None
+    return left
 
 
 def unpack(source: IO[bytes], target: Path, name: str) -> None:

@@ -152,7 +152,7 @@ class ImageStore:
             found = read_json(path, _VERSION)
         except FileNotFoundError:
             known = ", ".join(self._known()[:8])
-            hint = f"there are: {known}" if known else "recess images create base"
+            hint = f"recess pull {name}; there are: {known}" if known else "recess images create base"
             raise NotFound(f"no image named {name!r}", hint=hint, kind="image", ref=name) from None
         info = self._parse(name, found, path)
         try:

@@ -27,6 +27,7 @@ def test_there_and_back(tmp_path):
     (source / "link").symlink_to("deep/f")
     (source / "abs").symlink_to("/etc/passwd")
     os.mkfifo(source / "pipe")
+    assert pack(source, "x", io.BytesIO()) == ["x/pipe"]
     for name, where in (("new", tmp_path / "new"), ("", tmp_path / "into")):
         if not name:
             where.mkdir()

@@ -17,6 +17,7 @@ from recess.errors import BadInput, NotFound
 from recess.sdk.files import download, upload
 
 _IN_MEMORY = 32 << 20
+_NAMED = 3
 
 
 def split(text: str) -> tuple[str, str]:
@@ -61,7 +62,10 @@ def _into(inv: Invocation, source: str, machine: str, path: str, follow: bool, s
         raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
     else:
         folder, name = posixpath.split(path.rstrip("/"))
-    pack(here, name, spool, follow=follow)
+    left = pack(here, name, spool, follow=follow)
+    if left:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        inv.out.progress(f"left out, neither file, folder nor link: {', '.join(left[:_NAMED])}{more}")
     _send(inv, machine, folder or "/", spool)
 
 
