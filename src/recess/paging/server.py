@@ -44,7 +44,7 @@ class Report:
 
 class FaultServer:
     """Serves one memory until every absent page is there. `first`: groups to bring at once, before anybody asks;
-    `owner` is a pidfd of the process whose memory it is: its end ends the serving, whatever is being waited for;
+    `owner` is a pidfd of the process whose memory it is: its end ends the serving, also while the fill waits for a store;
     `fill_groups`: how many the fill asks for together; `keep` is given every piece once it is there, from any thread, and raises nothing."""
 
     def __init__(
