@@ -122,13 +122,14 @@ class Rig(abc.ABC):
 
     async def restore(self, driver: Driver, parts: RestoreParts) -> Vm:
         """Return a restored VM, thawed by its hello if the driver sends a thaw along."""
+        return await self.restore_told(driver, parts, new_thaw())
+
+    async def restore_told(self, driver: Driver, parts: RestoreParts, thaw: Thaw) -> Vm:
+        """Return a restored VM, thawed by this."""
         vm_id, directory = self.machine()
-        thaw = new_thaw()
         wake = WakeUp(lambda: thaw)
         vm = await driver.restore(vm_id, self.spec, replace(parts, wake=wake), directory)
         await (vm.link.thaw(thaw) if wake.answer is None else wake.answer(_THAW_S))
-        told = await shell(vm.link, "cat /run/recess/generation")
-        assert told == thaw.generation, f"it was not thawed by its own thaw: {told}"
         return vm
 
     async def parts_of(self, capture: Capture) -> RestoreParts:
@@ -146,7 +147,10 @@ class Rig(abc.ABC):
         if life == "restored":
             parts = await self.parts_of(await quiet_capture(vm, resume=False))
             await vm.kill()
-            vm = await self.restore(driver, parts)
+            thaw = new_thaw()
+            vm = await self.restore_told(driver, parts, thaw)
+            told = await shell(vm.link, "cat /run/recess/generation")
+            assert told == thaw.generation, f"it was not thawed by its own thaw: {told}"
         return vm
 
 
