@@ -26,8 +26,8 @@ def nodes(real_config: Config) -> dict[str, Config]:
         pytest.skip("runsc is not installed")
     runsc = str(find_runsc(load_config()))
     return {
-        "qemu": replace(real_config, driver="qemu", runsc_bin=GONE),
-        "gvisor": replace(real_config, driver="gvisor", qemu_bin=GONE, runsc_bin=runsc),
+        "qemu": replace(real_config, driver="qemu", runsc_bin=GONE, firecracker_bin=GONE),
+        "gvisor": replace(real_config, driver="gvisor", qemu_bin=GONE, firecracker_bin=GONE, runsc_bin=runsc),
         "firecracker": replace(real_config, driver="firecracker", qemu_bin=GONE, runsc_bin=GONE),
     }
 
