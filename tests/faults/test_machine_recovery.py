@@ -269,6 +269,22 @@ async def test_templates_that_nobody_uses_give_their_memory_back(room):
     assert folders() == everything
 
 
+async def test_templates_are_given_back_when_asked_but_not_from_under_a_start(room, monkeypatch):
+    from recess.machines import templates
+
+    await room.manager.create(SMALL, name="gone")
+    await room.manager.create(replace(SMALL, image="other"), name="stays")
+    await room.manager.suspend("gone")
+    folders = lambda: len(list((room.parts.run_dir / "templates").iterdir()))  # noqa: E731
+    found = room.manager.templates
+    assert await found.evict(room.manager.templates_in_use(), keep=0) == 0  # it was handed out a moment ago
+    monkeypatch.setattr(templates, "HANDED_S", 0.0)
+    assert await found.evict(room.manager.templates_in_use(), keep=0) == 1
+    assert folders() == 1
+    await room.manager.resume("gone")
+    assert folders() == 2
+
+
 @pytest.mark.parametrize("point", ["machines.remove_noted", "machines.remove_ended", "machines.row_deleted"])
 async def test_a_server_that_dies_while_a_machine_is_removed(room, point):
     row = await room.manager.create(SMALL, name="gone")

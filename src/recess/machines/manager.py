@@ -449,11 +449,15 @@ class Manager:
         await self.looks.check_due()
         return {**done, "folders": await self.fleet.leavings.sweep(at_start=False)}
 
+    def templates_in_use(self) -> set[str]:
+        """Return the ids of the templates that machines with a VM stem from."""
+        return {live.template.id for live in self.fleet.all() if live.template.id}
+
     async def recover(self) -> dict[str, int]:
         """Take over what an earlier server left; returns counts: adopted, lost, unfinished, strays, damaged."""
         self.templates.sweep()
         counts = await self.fleet.recover()
-        await self.templates.evict({live.template.id for live in self.fleet.all()})
+        await self.templates.evict(self.templates_in_use())
         await self.idling.recover()
         return counts
 

@@ -37,6 +37,7 @@ KEEP_CACHES = 3
 """How many templates' files stay in shared memory although no machine of theirs runs: some 100 MB each."""
 
 TOUCH_S = 60.0
+HANDED_S = 60.0  # a template that was handed out so lately may be about to be forked: no machine shows it yet
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class Templates:
         self._parts = parts
         self._dir = parts.run_dir / "templates"
         self._loaded: dict[str, Template] = {}
+        self._handed: dict[str, float] = {}  # by id: when, by the monotonic clock
         self._locks: dict[str, asyncio.Lock] = {}
 
     def sweep(self) -> None:
@@ -109,16 +111,18 @@ class Templates:
         for folder in self._dir.glob("new-*") if self._dir.is_dir() else ():
             shutil.rmtree(folder, ignore_errors=True)
 
-    async def evict(self, in_use: Collection[str]) -> int:
-        """Drop the files of templates that no machine in `in_use` (template ids) stems from, but for the KEEP_CACHES
-        used last; they are rebuilt when they are asked for. Returns how many went."""
+    async def evict(self, in_use: Collection[str], *, keep: int = KEEP_CACHES) -> int:
+        """Drop the files of templates that no machine in `in_use` (template ids) stems from, but for the `keep` used last and
+        those handed out just now; they are rebuilt when they are asked for. Returns how many went."""
         (
             found,
             _,
         ) = await self._parts.catalog.templates.survey()  # these files are a cache: a damaged row costs a rebuild
         rows = sorted(found, key=lambda row: row.last_used, reverse=True)
         spare = [row.manifest for row in rows if row.manifest not in in_use]
-        kept = {self._folder(i).name for i in (*in_use, *spare[:KEEP_CACHES])}
+        now = self._parts.clock.monotonic_s()
+        self._handed = {i: when for i, when in self._handed.items() if now - when < HANDED_S}
+        kept = {self._folder(i).name for i in (*in_use, *spare[:keep], *self._handed)}
         folders = [p for p in self._dir.iterdir() if not p.name.startswith("new-")] if self._dir.is_dir() else []
         gone = [p for p in folders if p.name not in kept]
         for folder in gone:
@@ -172,7 +176,10 @@ class Templates:
     def loaded(self, template_id: str) -> Template | None:
         """Return a template whose files are there and mapped already."""
         known = self._loaded.get(template_id)
-        return known if known is not None and self._cached(template_id, known.spec) else None
+        if known is None or not self._cached(template_id, known.spec):
+            return None
+        self._handed[template_id] = self._parts.clock.monotonic_s()
+        return known
 
     async def boot_files(self, vm: Mapping[str, Any]) -> BootFiles:
         """Return the files that a VM's description (as `vm_json`) names. Raises Corrupt, NotFound."""
@@ -198,6 +205,7 @@ class Templates:
         return sizes[:2] == [spec.memory_bytes, spec.disk_bytes] and sizes[2] > 0
 
     async def _load(self, template_id: str, spec: VmSpec) -> Template:
+        self._handed[template_id] = self._parts.clock.monotonic_s()  # before its files are looked at
         known = self._loaded.get(template_id)
         if known is not None and self._cached(template_id, spec):
             return known

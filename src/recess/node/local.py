@@ -47,7 +47,7 @@ from recess.node.reaper import reap
 from recess.node.stores import Opened, open_page_files, open_store
 from recess.node.telemetry import open_traces
 from recess.node.transfers import Transfers
-from recess.node.usage import usage
+from recess.node.usage import allotted_bytes, usage
 from recess.paging.choice import LAZY_BYTES_MIN
 from recess.plain import Backends, PlainMachines
 from recess.sessions.callbacks import Callbacks
@@ -300,7 +300,11 @@ class LocalNode:
     async def empty_caches(self) -> dict[str, int]:
         """Give back what is made again when it is needed; return the bytes by kind. Machines lose nothing: what they have
         mapped stays theirs (and on the disk) until they end. Later resumes, exports and restores read anew."""
+        before = await asyncio.to_thread(allotted_bytes, self.config.run_dir / "templates")
+        await self.machines.templates.evict(self.machines.templates_in_use(), keep=0)
+        after = await asyncio.to_thread(allotted_bytes, self.config.run_dir / "templates")
         return {
+            "templates": max(0, before - after),
             "page_files": await asyncio.to_thread(self._at_hand.empty),
             "packed_exports": await asyncio.to_thread(self.transfers.drop_packed, everything=True),
             "copies": await asyncio.to_thread(self._opened.drop_copies),

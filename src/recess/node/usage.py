@@ -52,7 +52,7 @@ async def usage(
     """Return the kinds, and what is free on the disk of the home. `kept`: what drivers keep started, by driver's name."""
     kinds = [
         await _machines(config, machines), await _snapshots(machines), await _images(images, in_use),
-        await _templates(config), *await asyncio.to_thread(caches, config), waiting(kept),
+        await _templates(config, machines), *await asyncio.to_thread(caches, config), waiting(kept),
     ]  # fmt: skip
     free = await asyncio.to_thread(lambda: shutil.disk_usage(config.home).free)
     return {"kinds": [asdict(kind) for kind in kinds], "free_bytes": free}
@@ -101,8 +101,11 @@ async def _images(images: ImageAdmin, in_use: Collection[str]) -> Kind:
     return Kind("images", len(rows), sum(row["root_hash"] in in_use for row in rows), sum(sizes.values()), loose)
 
 
-async def _templates(config: Config) -> Kind:
+async def _templates(config: Config, machines: Manager) -> Kind:
+    """Their files, most often in memory: those that no machine runs on are rebuilt when they are needed (`prune --caches`)."""
     folder = config.run_dir / "templates"
-    size = await asyncio.to_thread(allotted_bytes, folder)
-    count = await asyncio.to_thread(lambda: len(list(folder.iterdir())) if folder.is_dir() else 0)
-    return Kind("templates", count, count, size, 0)
+    names = await asyncio.to_thread(lambda: [one.name for one in folder.iterdir()] if folder.is_dir() else [])
+    sizes = {name: await asyncio.to_thread(allotted_bytes, folder / name) for name in names}
+    used = {name for name in names if any(i.endswith(name) for i in machines.templates_in_use())}
+    spare = sum(size for name, size in sizes.items() if name not in used)
+    return Kind("templates", len(names), len(used), sum(sizes.values()), spare)
