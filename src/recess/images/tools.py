@@ -118,7 +118,9 @@ def run_tool(
     if process.returncode:
         tail = list(lines)[-_TAIL_LINES:]
         log = "\n".join(tail)
-        if "No space left on device" in log:
+        if any(
+            "No space left on device" in line for line in lines
+        ):  # often long before the last words of a package's scripts
             raise OutOfSpace(f"no space left while {argv[0]} ran", hint="free some space", log=log)
         raise Unavailable(f"{argv[0]} failed with status {process.returncode}: {_reason(tail)}", log=log)
     return "\n".join(lines)

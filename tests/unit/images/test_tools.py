@@ -33,6 +33,8 @@ def test_a_failure_tells_the_reason_and_keeps_the_log():
 def test_a_full_disk_is_told_apart():
     with pytest.raises(OutOfSpace):
         run_tool(["sh", "-c", "echo 'write: No space left on device'; exit 1"])
+    with pytest.raises(OutOfSpace):
+        run_tool(["sh", "-c", "echo 'write: No space left on device'; seq 1000; exit 1"])
 
 
 def test_cancelling_ends_the_program_and_what_it_started():
