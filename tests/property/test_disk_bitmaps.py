@@ -84,13 +84,13 @@ class Life:
         self.start(Model([0] * BLOCKS), "")
 
     def start(self, qemu: Model, base: str) -> None:
-        self.qemu, self.base, self.generation = qemu, base, 0
+        self.qemu, self.base, self.generation, self.found = qemu, base, 0, tuple(qemu.disk)
         self.serve()
 
     def serve(self) -> None:
         """A new server: it knows what keeper and QEMU know."""
         self.vm = SimpleNamespace(
-            qmp=self.qemu, tracking=Tracking("kernel", "", self.base), disk_after=0,
+            qmp=self.qemu, tracking=Tracking("kernel", "", self.base), disk_after=0, journal=SimpleNamespace(base="template"),
             host=SimpleNamespace(qemu=SimpleNamespace(devices_command=True, version=(7, 2, 22))),
         )  # fmt: skip
         self.taken: tuple[int, Content] | None = None
@@ -111,10 +111,9 @@ class Life:
         if ends == "failed":
             return None
         assert plan.bitmap == self.qemu.copied
-        if parent:
-            assert changed is not None
-            before = self.stored[parent]
-            assert tuple(now[n] if n in changed else before[n] for n in range(BLOCKS)) == now
+        assert changed is not None
+        before = self.stored[parent] if parent else self.found
+        assert tuple(now[n] if n in changed else before[n] for n in range(BLOCKS)) == now
         self.vm.disk_after = self.generation
         self.taken = (self.generation, now)
         return None
@@ -222,7 +221,23 @@ def test_a_bitmap_that_does_not_record_is_not_counted_from() -> None:
 
         found = await blocks.find_bitmaps(SimpleNamespace(execute=execute))  # type: ignore[arg-type]
         assert found == {blocks.SINCE_START: 8192}
-        assert blocks.plan_disk(found, "snp_a") == blocks.DiskPlan(blocks.SINCE_START, "snp_a", 8192)
+        assert blocks.plan_disk(found, "snp_a") == blocks.DiskPlan(blocks.SINCE_START, "snp_a", 8192, listed=True)
+
+    asyncio.run(story())
+
+
+def test_only_over_a_template_a_whole_disk_is_told_by_numbers() -> None:
+    """A disk that was booted stands on nothing that a snapshot could be compared with; one that QEMU cannot list is compared."""
+    known = {blocks.SINCE_START: 4096}
+    assert blocks.plan_disk(known, "", over_template=True).listed
+    assert not blocks.plan_disk(known, "").listed
+
+    async def story() -> None:
+        life = Life()
+        life.vm.journal.base = "boot"
+        assert not (await blocks.plan_copy(life.vm, "")).listed
+        life.vm.journal.base, life.vm.host.qemu.devices_command = "template", False
+        assert await blocks.plan_copy(life.vm, "snp_a") == blocks.DiskPlan(blocks.SINCE_START)
 
     asyncio.run(story())
 

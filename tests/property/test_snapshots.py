@@ -54,8 +54,15 @@ def capture(parts, base, extra):
         which = content != base[name]
         which[list(extra)] = True
         rows = np.flatnonzero(which).astype(np.uint32)
-        out.append(RawPart(name, len(content), rows, pages_of(content[rows])))
+        out.append(part_of(name, content, rows))
     return out
+
+
+def part_of(name, content, rows, *, inherits=False):
+    """These pages; of some it is known that they are zeros, and then nobody looks at what is said to be in them."""
+    known, data = (content[rows] == 0) & (rows % 2 == 0), pages_of(content[rows])
+    data[known] = 0xEE
+    return RawPart(name, len(content), rows, data, inherits, known)
 
 
 def delta(parts, before):
@@ -63,7 +70,7 @@ def delta(parts, before):
     out = []
     for name, content in parts.items():
         rows = np.flatnonzero(content != before[name]).astype(np.uint32)
-        out.append(RawPart(name, len(content), rows, pages_of(content[rows]), inherits=True))
+        out.append(part_of(name, content, rows, inherits=True))
     return out
 
 

@@ -18,6 +18,11 @@ class Draft(Protocol):
         """Append bytes, which may change afterwards. Raises OutOfSpace, Unavailable; then only `drop` is of use."""
         ...
 
+    def flush(self) -> None:
+        """Wait until about all that was written has reached the disk: what others fsync then waits for little of it. Promises
+        nothing. May be called beside a `write`."""
+        ...
+
     def put(self, key: str) -> bool:
         """End it as the blob `key`; promises, answer and errors are those of `BlobStore.put`. Once only."""
         ...
@@ -51,6 +56,9 @@ class _Held:
     def write(self, data: Bytes) -> None:
         """See `Draft.write`."""
         self._pieces.append(bytes(data))
+
+    def flush(self) -> None:
+        """See `Draft.flush`: nothing is on its way yet."""
 
     def put(self, key: str) -> bool:
         """See `Draft.put`."""

@@ -28,6 +28,7 @@ _TMP = ".tmp"  # cannot be a key: parts never start with a dot
 _IOV_MAX = 512  # buffers in one writev; the kernel takes 1024
 _DRAFT_STEP = 1 << 20  # bytes of a draft after which the kernel is told to begin writing them
 _BEGIN_WRITING = 2  # SYNC_FILE_RANGE_WRITE: begin, and don't wait
+_WRITE_AND_WAIT = 1 | 2 | 4  # WAIT_BEFORE, WRITE, WAIT_AFTER: the data only; the file system's journal is left alone
 
 
 class LocalBlobs:
@@ -211,8 +212,12 @@ class LocalDraft:
             raise _translate(exc, "a new blob") from exc
         self._pending += memoryview(data).nbytes
         if self._pending >= _DRAFT_STEP:
-            _begin_writing(self._fd)
+            _write_back(self._fd, _BEGIN_WRITING)
             self._pending = 0
+
+    def flush(self) -> None:
+        """See `Draft.flush`."""
+        _write_back(self._fd, _WRITE_AND_WAIT)
 
     def put(self, key: str) -> bool:
         """See `Draft.put`."""
@@ -245,11 +250,11 @@ class LocalDraft:
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def _begin_writing(fd: int) -> None:
-    """Have the kernel begin to write what a file has in memory. Promises nothing: the fsync does."""
-    begin = getattr(_LIBC, "sync_file_range", None)  # Linux has it; without it the fsync takes longer
-    if begin is not None:
-        begin(fd, ctypes.c_int64(0), ctypes.c_int64(0), _BEGIN_WRITING)
+def _write_back(fd: int, how: int) -> None:
+    """Have the kernel write what a file has in memory. Promises nothing: the fsync does, and tells of errors."""
+    call = getattr(_LIBC, "sync_file_range", None)  # Linux has it; without it the fsync takes longer
+    if call is not None:
+        call(fd, ctypes.c_int64(0), ctypes.c_int64(0), how)
 
 
 def _write_synced(path: Path, source: Iterable[memoryview], at_once: int) -> None:

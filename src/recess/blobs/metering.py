@@ -132,6 +132,10 @@ class _MeteredDraft:
         self._inner.write(data)
         self._bytes += memoryview(data).nbytes
 
+    def flush(self) -> None:
+        """See `Draft.flush`."""
+        self._inner.flush()
+
     def put(self, key: str) -> bool:
         """See `Draft.put`."""
         added = self._inner.put(key)

@@ -6,9 +6,11 @@ import contextlib
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -53,16 +55,21 @@ class WorkPool:
         wait(futures)
         return [future.result() for future in futures]
 
-    def in_order(self, tasks: Sequence[Callable[[], T]]) -> Generator[T, None, None]:
+    def in_order(self, tasks: Sequence[Callable[[], T]], *, ahead: int | None = None) -> Generator[T, None, None]:
         """Run all, and yield their results in order, each as soon as it and those before it are there. Whoever stops
-        listening, and whoever gets an error, has waited for all of them as with `each`."""
+        listening, and whoever gets an error, has waited for all of them as with `each`. `ahead`: how many may be begun
+        before the first of them has been taken."""
         if len(tasks) == 1:
             yield tasks[0]()
             return
-        futures = [self._executor.submit(self._timed, task) for task in tasks]
+        waiting = iter(tasks)
+        futures = deque(self._executor.submit(self._timed, task) for task in islice(waiting, ahead))
         try:
-            for future in futures:
-                yield future.result()
+            while futures:
+                result = futures[0].result()
+                futures.popleft()
+                futures.extend(self._executor.submit(self._timed, task) for task in islice(waiting, 1))
+                yield result
         finally:
             for future in futures:
                 future.cancel()

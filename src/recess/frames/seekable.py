@@ -66,12 +66,13 @@ def build_seekable(
     level: int,
     pool: WorkPool,
     write: Callable[[bytes], None] | None = None,
+    ahead: int | None = None,
 ) -> SeekableFile:
     """Compress `count` frames in parallel and put the file together.
 
     `raw_of(i)` returns the content of frame i; it is called once for each, from the pool's threads, so it may do the
     gathering of scattered pages there. `write` gets the pieces in order while the next are being made, in the caller's
-    thread; the file returned has none then.
+    thread; the file returned has none then. `ahead`: see `WorkPool.in_order`; batches of 8 frames.
     """
 
     def encode(start: int) -> list[Frame]:
@@ -82,7 +83,7 @@ def build_seekable(
     out = held.append if write is None else write
     frames = []
     tasks = [partial(encode, start) for start in range(0, count, _BATCH_FRAMES)]
-    with contextlib.closing(pool.in_order(tasks)) as batches:
+    with contextlib.closing(pool.in_order(tasks, ahead=ahead)) as batches:
         for frame in itertools.chain.from_iterable(batches):
             out(frame.data)
             frames.append(frame.without_data())

@@ -14,6 +14,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from recess.errors import BadInput
 from recess.images.files import build_dir, publish_file, space_errors
 from recess.images.tools import run_tool
@@ -109,6 +112,16 @@ def data_extents(fd: int) -> list[tuple[int, int]]:
         position = os.lseek(fd, start, os.SEEK_HOLE)
         found.append((start, position))
     return found
+
+
+def blocks_with_data(*files: int) -> NDArray[np.uint32]:
+    """Return the numbers of all 4 KiB blocks where any of the files holds data, ascending."""
+    parts = [
+        np.arange(start // _BLOCK, -(-end // _BLOCK), dtype=np.uint32)
+        for fd in files
+        for start, end in data_extents(fd)
+    ]
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint32)
 
 
 def clone_sparse(source: Path, target: Path) -> None:

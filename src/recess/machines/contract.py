@@ -138,6 +138,7 @@ class Capture:
     parent: str = ""  # the snapshot that memory left out is equal to
     disk_parent: str = ""  # the snapshot that blocks of the disk left out are equal to: `parent`, or none
     generation: int = 0  # the driver's own number, for `Vm.committed`
+    disk_zeros: bytes = b""  # numbers (u32, little endian) of blocks in `disk` known to be zeros: nobody need read them
     memory_file: int = -1  # a descriptor, open until `close`: `memory.data` from its beginning, for good; -1: none
 
     def close(self) -> None:

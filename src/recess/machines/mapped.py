@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.errors import Corrupt
+from recess.images.disk import blocks_with_data
 from recess.machines.contract import Capture, MappedMemory, PageSet, TemplateRef
 from recess.paging.book import RUNS_MAX, runs_of
 from recess.paging.layout import Layout, in_file, is_good, places_of, put_over
@@ -25,20 +26,24 @@ MEMORY = "memory"
 DISK = "disk0"
 
 
-def to_part(name: str, pages: PageSet, pages_total: int, *, inherits: bool = False) -> RawPart:
-    """Return a driver's page set as the store takes it; the buffers stay the driver's. `inherits`: see `RawPart`."""
+def to_part(name: str, pages: PageSet, pages_total: int, *, inherits: bool = False, zeros: bytes = b"") -> RawPart:
+    """Return a driver's page set as the store takes it; the buffers stay the driver's. `inherits`: see `RawPart`; `zeros`:
+    numbers of pages that are known to be zeros."""
     indices: PageIndices = np.frombuffer(pages.indices, dtype="<u4")
     data: PageData = np.frombuffer(pages.data, dtype=np.uint8).reshape(-1, PAGE_BYTES)
     if len(indices) != len(data):
         raise Corrupt(f"capture: {len(indices)} page numbers for {len(data)} pages of {name}")
-    return RawPart(name, pages_total, indices, data, inherits)
+    known = np.isin(indices, np.frombuffer(zeros, dtype="<u4"), assume_unique=True) if zeros else None
+    return RawPart(name, pages_total, indices, data, inherits, known)
 
 
 def capture_parts(capture: Capture) -> list[RawPart]:
     """Return both parts of a capture."""
     return [
         to_part(MEMORY, capture.memory, capture.memory_pages_total, inherits=bool(capture.parent)),
-        to_part(DISK, capture.disk, capture.disk_blocks_total, inherits=bool(capture.disk_parent)),
+        to_part(
+            DISK, capture.disk, capture.disk_blocks_total, inherits=bool(capture.disk_parent), zeros=capture.disk_zeros
+        ),
     ]
 
 
@@ -87,19 +92,21 @@ class MappedTemplate:
     def __init__(self, template_id: str, files: Mapping[str, Path]) -> None:
         self._id = template_id
         self._maps: list[mmap.mmap] = []
-        self._parts = {name: self._map(path) for name, path in files.items()}
+        self._held: dict[str, PageIndices] = {}
+        self._parts = {name: self._map(name, path) for name, path in files.items()}
 
     @classmethod
     def of(cls, ref: TemplateRef) -> MappedTemplate:
         """Map RAM and disk."""
         return cls(ref.id, {MEMORY: ref.ram, DISK: ref.disk})
 
-    def _map(self, path: Path) -> PageData:
+    def _map(self, name: str, path: Path) -> PageData:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0 or size % PAGE_BYTES:
                 raise Corrupt(f"template file {path.name} has {size} bytes, not whole pages")
             mapping = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            self._held[name] = blocks_with_data(file.fileno())
         self._maps.append(mapping)
         return np.frombuffer(mapping, dtype=np.uint8).reshape(-1, PAGE_BYTES)
 
@@ -111,6 +118,10 @@ class MappedTemplate:
     def part(self, name: str) -> PageData:
         """Return all pages of a part, read-only."""
         return self._parts[name]
+
+    def held(self, name: str) -> PageIndices:
+        """See `TemplatePages.held`: a template's files never change, so what is a hole stays one."""
+        return self._held[name]
 
 
 def file_part(name: str, path: Path) -> RawPart:

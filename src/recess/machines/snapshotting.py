@@ -71,9 +71,10 @@ class SnapshotTaker:
             await drop_caches(live.link)
         parent = "" if whole else await self._usable_parent(live)
         try:
-            return live, await take(
-                live, self._parts.clock, resume=go_on, sync=not resume, parent=parent, disk_too=not whole_disk
-            )
+            with self._parts.store.giving_way():
+                return live, await take(
+                    live, self._parts.clock, resume=go_on, sync=not resume, parent=parent, disk_too=not whole_disk
+                )
         except UNDO as exc:
             if live.workload_frozen and live.paused_since == 0.0:
                 await finish(self._fleet.fail(live, f"guestd did not wake its workload after a capture: {exc}"))

@@ -34,25 +34,50 @@ def take(data: PageData, rows: Rows) -> PageData:
     return data[rows]
 
 
-def against_base(data: PageData, indices: PageIndices, template: PageData | None, pool: WorkPool) -> NDArray[np.uint8]:
+def against_base(
+    data: PageData, indices: PageIndices, template: PageData | None, pool: WorkPool, *,
+    zeros: NDArray[np.bool_] | None = None, held: PageIndices | None = None,
+) -> NDArray[np.uint8]:  # fmt: skip
     """Return per row IS_BASE (equal to the template's page of that number; without a template: zeros), IS_ZERO
-    (zeros where the template's page is not), or FRESH."""
+    (zeros where the template's page is not), or FRESH. What is known to be zeros is not read: rows of `zeros`, and pages of the
+    template that are not among `held`."""
     kind = np.zeros(len(data), np.uint8)
-    pages = words(data)
     base = None if template is None else words(template)
+    rows = np.arange(len(data)) if zeros is None else np.flatnonzero(~zeros)
 
     def batch(low: int) -> None:
-        part = pages[low : low + _BATCH]
+        here = rows[low : low + _BATCH]
+        part = words(take(data, here))
         zero = ~part.any(axis=1)
-        found = kind[low : low + _BATCH]
         if base is None:
-            found[zero] = IS_BASE
+            kind[here[zero]] = IS_BASE
         else:
-            found[zero] = IS_ZERO
-            found[(part == base[indices[low : low + _BATCH]]).all(axis=1)] = IS_BASE
+            kind[here[zero]] = IS_ZERO
+            kind[here[(part == base[indices[here]]).all(axis=1)]] = IS_BASE
 
-    pool.each([partial(batch, low) for low in range(0, len(data), _BATCH)])
+    pool.each([partial(batch, low) for low in range(0, len(rows), _BATCH)])
+    if zeros is not None and zeros.any():
+        kind[zeros] = IS_BASE
+        if base is not None:
+            _zeros_over(kind, indices, np.flatnonzero(zeros), base, held, pool)
     return kind
+
+
+def _zeros_over(
+    kind: NDArray[np.uint8], indices: PageIndices, rows: Rows, base: NDArray[np.uint64], held: PageIndices | None,
+    pool: WorkPool,
+) -> None:  # fmt: skip
+    """Note which of these rows, zeros all, are not what the base has there."""
+    if held is not None:
+        there = np.zeros(len(base), np.bool_)
+        there[held] = True
+        rows = rows[there[indices[rows]]]
+
+    def batch(low: int) -> None:
+        here = rows[low : low + _BATCH]
+        kind[here[base[indices[here]].any(axis=1)]] = IS_ZERO
+
+    pool.each([partial(batch, low) for low in range(0, len(rows), _BATCH)])
 
 
 def look_up(

@@ -8,6 +8,7 @@ position. Everything here is synchronous and CPU- or disk-bound: async callers u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +28,7 @@ class RawPart:
     """Pages of one part as captured: those that may differ from the template (or from zeros without one).
 
     With `inherits` they are only those that may differ from the parent snapshot: every other page is the parent's.
+    `zeros`: which of them (a mask) are known to be zeros: their data is not looked at.
     """
 
     name: str  # "memory", "disk0"
@@ -34,6 +36,7 @@ class RawPart:
     indices: PageIndices
     data: PageData
     inherits: bool = False
+    zeros: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,10 @@ class TemplatePages(Protocol):
 
     def part(self, name: str) -> PageData:
         """Return all pages of the part as a read-only (pages_total, 4096) array backed by a mapping."""
+        ...
+
+    def held(self, name: str) -> PageIndices:
+        """Return the pages of the part that may be other than zeros: the rest need not be read to know."""
         ...
 
 
@@ -217,6 +224,11 @@ class SnapshotStore(Protocol):
 
         Returns counts and bytes freed. A live manifest that is missing or damaged raises before anything is deleted.
         """
+        ...
+
+    def giving_way(self) -> AbstractContextManager[None]:
+        """While in it, what the store does behind everybody's back leaves processors and disk alone: a snapshot is being
+        taken. (`write` sees to that itself.)"""
         ...
 
     def recompress(

@@ -13,12 +13,21 @@ another snapshot may have come to the very same file by itself. Who takes it loo
 time, so that a sweep of another process that has listed it as old leaves it (`sweep`).
 
 A process that ends too soon joins nothing, and the next one's snapshots rewrite as they go (`rewrite.rewrites`, which also
-bounds what may gather here while there is no time to join). While a snapshot is written the thread stands still.
+bounds what may gather here while there is no time to join).
+
+No snapshot waits for it. While one is taken or written the thread stands still, at the next 4 MiB of content. By then all that it
+wrote before is on the disk: a snapshot's fsync waits for whatever the file system's journal holds of others, and 133 MB of a
+joined layer in there, on a busy disk, made one wait for 16 s. For as long as a piece took to be written the disk is then
+left to others. (No idle I/O priority: what is starved in the journal is what a snapshot's fsync would wait for.)
+
+Crash points. joining.window: before each piece; joining.before_file, joining.stored: before the layer has its name, and
+after; joining.held: the next snapshot is about to refer to it; joining.named: it does.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +38,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from recess.blobs import BlobStore, draft_of
+from recess.blobs import BlobStore, Draft, draft_of
 from recess.crashpoints import crash_point
 from recess.errors import NotFound, RecessError
 from recess.frames import WorkPool
@@ -49,7 +58,10 @@ from recess.units import MIB
 _READY_MAX = 64  # joined layers that wait for their snapshot; one that comes later joins again
 _READY_BYTES_MAX = 256 * MIB
 _WAITING_MAX = 8  # jobs; a line that finds no room asks again with its next snapshot
-_WINDOW_PAGES = 4096  # read at a time: 16 MiB
+_WINDOW_PAGES = 1024  # read at a time: 4 MiB
+_AHEAD_BATCHES = 4  # packed and not yet written: 2 MiB
+_FLUSH_BYTES = 4 * MIB  # at most on their way to the disk, but for a frame
+_REST_MAX_S = 2.0
 _NICE = 5  # not the lowest: it holds the interpreter now and then, and whoever waits for that waits for it
 
 Slots = NDArray[np.int64]
@@ -133,8 +145,56 @@ def _in_a_row(maps: Sequence[PageMap], sources: Sequence[Source]) -> PageMap:
     return PageMap(len(source), np.arange(len(source), dtype=np.uint32), source, position, tuple(sources))
 
 
+def rest_s(busy_s: float) -> float:
+    """Return for how long the disk is left to others after it was busy with a piece of a joined layer: half of the time, and
+    not for ever when it is so busy that a piece takes seconds. Pure."""
+    return min(busy_s, _REST_MAX_S)
+
+
 class _Stopped(Exception):
     """The store is being closed."""
+
+
+class _Content:
+    """A joined layer on its way: its pages, asked for in order by the thread that packs them, and its frames, written by another.
+    `go_on` waits while others go first, and for so many seconds besides; it may raise."""
+
+    def __init__(
+        self, snapshot: OpenSnapshot, content: PageMap, reading: WorkPool, draft: Draft, go_on: Callable[[float], None]
+    ) -> None:  # fmt: skip
+        self._snapshot = snapshot
+        self._content = content
+        self._reading = reading
+        self._draft = draft
+        self._go_on = go_on
+        self._start = 0
+        self._held: PageData = np.empty((0, 0), np.uint8)
+        self._pending = 0  # bytes written and not yet on the disk
+        self.prints = np.empty(content.count, np.uint64)
+
+    def pages(self, low: int, high: int) -> PageData:
+        """Return the content of these slots, a frame."""
+        if high > self._start + len(self._held):
+            self._go_on(0.0)
+            crash_point("joining.window")
+            self._start, end = low, max(high, min(low + _WINDOW_PAGES, self._content.count))
+            self._held = self._snapshot.read_pages(self._content.select(slice(low, end)), {})
+            self.prints[low:end] = fingerprints(self._held, np.arange(len(self._held)), self._reading)
+        return self._held[low - self._start : high - self._start]
+
+    def write(self, frame: bytes) -> None:
+        """Write a frame; now and then wait for the disk."""
+        self._draft.write(frame)
+        self._pending += len(frame)
+        if self._pending >= _FLUSH_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have the disk take what was written so far, and leave it to others for a while."""
+        began = time.monotonic()
+        self._draft.flush()
+        self._pending = 0
+        self._go_on(rest_s(time.monotonic() - began))
 
 
 class Joiner:
@@ -155,7 +215,7 @@ class Joiner:
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """Leave the processors to a snapshot that is being written."""
+        """Leave processors and disk to a snapshot that is being taken or written."""
         with self._state:
             self._writers += 1
         try:
@@ -201,30 +261,19 @@ class Joiner:
 
     def _write(self, snapshot_id: str, selection: _Selection) -> Joined:
         count = selection.content.count
-        prints = np.empty(count, np.uint64)
         with (
             closing(WorkPool(1, "join-read", nice=_NICE)) as reading,
-            closing(WorkPool(1, "join-pack", nice=_NICE)) as packing,
+            closing(WorkPool(1, "join-pack", nice=_NICE)) as packing,  # one thread: it asks for the pages in order
         ):
             snapshot = OpenSnapshot(self._blobs, snapshot_id, reading)
-            window: list[tuple[int, PageData]] = [(0, np.empty((0, 0), np.uint8))]
-
-            def pages_of(low: int, high: int) -> PageData:  # in order: `packing` is one thread
-                self._go_on()
-                start, held = window[0]
-                if high > start + len(held):
-                    start, end = low, max(high, min(low + _WINDOW_PAGES, count))
-                    held = snapshot.read_pages(selection.content.select(slice(start, end)), {})
-                    prints[start:end] = fingerprints(held, np.arange(len(held)), reading)
-                    window[0] = (start, held)
-                return held[low - start : high - start]
-
             draft = draft_of(self._blobs)
             try:
+                content = _Content(snapshot, selection.content, reading, draft, self._go_on)
                 file = build_layer(
-                    selection.owners, pages_of, frame_bytes=self._frame_bytes, level=self._level, pool=packing,
-                    write=draft.write,
+                    selection.owners, content.pages, frame_bytes=self._frame_bytes, level=self._level, pool=packing,
+                    write=content.write, ahead=_AHEAD_BATCHES,
                 )  # fmt: skip
+                content.flush()
                 layer_id = make_id(LAYER, file.index_hash)
                 self._pins.hold(keys_of(layer_id))
                 crash_point("joining.before_file")
@@ -237,16 +286,19 @@ class Joiner:
                 draft.drop()
                 raise
         crash_point("joining.stored")
-        self._recall.note_layer(layer_id, prints)
+        self._recall.note_layer(layer_id, content.prints)
         return Joined(snapshot_id, FileV1(layer_id, file.size_bytes, count, count), selection.moves)
 
-    def _go_on(self) -> None:
-        """Wait while snapshots are written. Raises _Stopped when the store is being closed."""
+    def _go_on(self, rest_s: float) -> None:
+        """Wait for so long, and while snapshots are taken or written. Raises _Stopped when the store is being closed."""
+        until = time.monotonic() + rest_s
         with self._state:
-            while self._writers and not self._closed:
-                self._state.wait()
-            if self._closed:
-                raise _Stopped
+            while not self._closed:
+                left = until - time.monotonic()
+                if not self._writers and left <= 0:
+                    return
+                self._state.wait(None if self._writers else left)
+            raise _Stopped
 
     def _keep(self, made: Joined) -> None:
         """Remember a joined layer; with too many of them forget the oldest. Under the lock."""
@@ -276,10 +328,14 @@ class Joiner:
                     out.append(one)
                 else:
                     self._forget(one.of)
+        if out:
+            crash_point("joining.held")
         return out
 
-    def taken(self, joined: Iterable[Joined]) -> None:
+    def taken(self, joined: Sequence[Joined]) -> None:
         """Forget these: a durable snapshot names what it used of them, and of what it did not none of its children will."""
+        if joined:
+            crash_point("joining.named")
         with self._state:
             for one in joined:
                 if self._ready.get(one.of) is one:

@@ -42,11 +42,12 @@ def build_layer(
     level: int,
     pool: WorkPool,
     write: Callable[[bytes], None] | None = None,
+    ahead: int | None = None,
 ) -> SeekableFile:
     """Return the layer of these pages. `owners`: per part its name and ascending page numbers, in slot order.
 
-    `pages_of(low, high)` returns the content of slots low <= s < high; called once per frame, from several threads. `write`: see
-    `build_seekable`.
+    `pages_of(low, high)` returns the content of slots low <= s < high; called once per frame, from several threads. `write`, `ahead`:
+    see `build_seekable`.
     """
     per_frame = frame_bytes // PAGE_BYTES
     slots = sum(len(pages) for _, pages in owners)
@@ -57,7 +58,7 @@ def build_layer(
         return np.ascontiguousarray(pages).data.cast("B")
 
     extra = _encode_extra(owners, per_frame, slots)
-    return build_seekable(KIND, count, raw_of, extra, level=level, pool=pool, write=write)
+    return build_seekable(KIND, count, raw_of, extra, level=level, pool=pool, write=write, ahead=ahead)
 
 
 def _encode_extra(owners: Sequence[tuple[str, NDArray[np.uint32]]], per_frame: int, slots: int) -> bytes:

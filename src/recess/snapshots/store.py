@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,10 @@ class Store:
             report = writer.write(parts, vmstate, meta, template=template, parent_id=parent_id, sources=sources or [])
         self._joiner.consider(report.snapshot_id)
         return report
+
+    def giving_way(self) -> AbstractContextManager[None]:
+        """See `SnapshotStore.giving_way`."""
+        return self._joiner.standing_still()
 
     def settle(self) -> None:
         """Wait until no old layers are being joined any more (`joining`). Nobody needs to; what comes of it is then there."""

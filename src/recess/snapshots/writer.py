@@ -184,7 +184,8 @@ class SnapshotWriter:
         base = None if template is None else template.part(raw.name)
         if base is not None and len(base) != raw.pages_total:
             raise BadInput(f"part {raw.name} has {raw.pages_total} pages, its template {len(base)}")
-        kind = against_base(raw.data, raw.indices, base, self._pool)
+        held = None if template is None else template.held(raw.name)
+        kind = against_base(raw.data, raw.indices, base, self._pool, zeros=raw.zeros, held=held)
         part = Part(raw, np.flatnonzero(kind != IS_BASE))
         self._count("zero" if base is None else "template", len(kind) - len(part.rows))
         zero = kind[part.rows] == IS_ZERO
@@ -310,5 +311,7 @@ def _check_input(raws: Sequence[RawPart], vmstate: bytes, template: TemplatePage
             or not data.flags.c_contiguous
         ):
             raise BadInput(f"part {raw.name}: {len(indices)} page numbers, but pages of shape {data.shape}")
+        if raw.zeros is not None and (raw.zeros.shape != indices.shape or raw.zeros.dtype != np.bool_):
+            raise BadInput(f"part {raw.name}: {len(indices)} page numbers, but a mask of shape {raw.zeros.shape}")
         if len(indices) and (int(indices[-1]) >= raw.pages_total or (indices[1:] <= indices[:-1]).any()):
             raise BadInput(f"part {raw.name}: page numbers are not ascending or out of range")

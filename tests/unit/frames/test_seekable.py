@@ -45,6 +45,19 @@ def open_bytes(data, index_hash, reads=None):
     return SeekableReader(read, len(data), index_hash, KIND, "test")
 
 
+def test_no_more_batches_are_begun_than_told(pool):
+    """Of 100 tasks, when the third result has been taken: those three, and so many behind it."""
+    begun = []
+    results = pool.in_order([lambda n=n: begun.append(n) or n for n in range(100)], ahead=4)
+    taken = list(itertools.islice(results, 3))
+    results.close()
+    assert taken == [0, 1, 2]
+    assert set(range(3)) <= set(begun) <= set(range(3 + 4))
+    assert list(pool.in_order([lambda n=n: n for n in range(9)], ahead=2)) == list(range(9))
+    slowly = build_seekable(KIND, len(RAWS), RAWS.__getitem__, b"the extra", level=1, pool=pool, ahead=1)
+    assert b"".join(slowly.pieces) == build(pool)[1]
+
+
 def test_any_frame_in_any_order(pool):
     file, data = build(pool)
     assert file.size_bytes == len(data)

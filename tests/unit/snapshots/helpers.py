@@ -46,6 +46,9 @@ class ArrayTemplate:
     def part(self, name):
         return self._parts[name]
 
+    def held(self, name):
+        return np.flatnonzero(self._parts[name].any(axis=1)).astype(np.uint32)
+
 
 class FileSource:
     def __init__(self, blocks):

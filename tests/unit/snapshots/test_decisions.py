@@ -40,6 +40,19 @@ def test_against_a_template(pool):
     assert kinds.tolist() == [IS_BASE, IS_ZERO, IS_BASE, 0]
 
 
+def test_what_is_known_to_be_zeros_is_not_read(pool):
+    """Of the rows said to be zeros not even the data is looked at, and of the template only what may be other than zeros."""
+    template = pages(5, 5, 0, 0, 7)
+    template.flags.writeable = False
+    data, numbers = pages(9, 9, 9, 9, 7), np.arange(5, dtype=np.uint32)
+    zeros = np.array([True, True, True, True, False])
+    held = np.array([0, 4], np.uint32)  # 1 is left out though it is none: it is not looked at
+    kinds = against_base(data, numbers, template, pool, zeros=zeros, held=held)
+    assert kinds.tolist() == [IS_ZERO, IS_BASE, IS_BASE, IS_BASE, IS_BASE]
+    assert against_base(data, numbers, template, pool, zeros=zeros).tolist() == [IS_ZERO] * 2 + [IS_BASE] * 3
+    assert against_base(data, numbers, None, pool, zeros=zeros).tolist() == [IS_BASE] * 4 + [0]
+
+
 def test_many_batches(pool):
     data = pages(*(n % 3 for n in range(1000)))
     kinds = against_base(data, np.arange(1000, dtype=np.uint32), None, pool)

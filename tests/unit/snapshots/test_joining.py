@@ -5,14 +5,16 @@ import random
 import numpy as np
 import pytest
 
-from recess.snapshots import SnapshotMeta, Store
+from recess.blobs import LocalBlobs
+from recess.errors import OutOfSpace
+from recess.snapshots import SnapshotMeta, Store, joining
 from recess.snapshots.contract import RawPart
-from recess.snapshots.joining import Joined, moved, select
+from recess.snapshots.joining import Joined, moved, rest_s, select
 from recess.snapshots.keys import LAYER, digest_of, make_id
 from recess.snapshots.manifest_v1 import FileV1
 from recess.snapshots.pagemap import KIND_LAYER, ZERO, PageMap, Source
 from recess.snapshots.rewrite import FILES_HARD_MAX, FILES_MAX, LIVE_FRACTION_LATE, LIVE_FRACTION_MIN
-from recess.testing.crash import crashing
+from recess.testing.crash import crashing, known_crash_points
 from tests.unit.snapshots.helpers import Blobs, page, raw
 from tests.unit.snapshots.test_store import read
 
@@ -37,11 +39,11 @@ class Line:
         places = self.rng.sample(range(first, 400), pages)
         change = {place: self.number + n for n, place in enumerate(places)}
         disk = {self.number % 50: change[places[0]]}  # a page that is in both
-        self.memory |= change
-        self.disk |= disk
         parts = [_delta(raw("memory", TOTAL, change)), _delta(raw("disk0", 50, disk))]
         report = (store or self.store).write(parts, b"vm", _meta(self.number), parent_id=self.last)
         self.last = report.snapshot_id
+        self.memory |= change
+        self.disk |= disk
         return report
 
     def check(self, store=None):
@@ -151,12 +153,20 @@ def test_a_process_for_each_snapshot_rewrites_as_it_goes(blobs, store):
     line.check()
 
 
-@pytest.mark.parametrize("point", ["joining.before_file", "joining.stored"])
-def test_a_crash_in_the_middle_leaves_the_snapshots_and_what_a_sweep_takes(blobs, point):
+POINTS = known_crash_points("joining.")
+
+
+def test_there_are_points_of_each_step():
+    assert POINTS == ["joining.before_file", "joining.held", "joining.named", "joining.stored", "joining.window"]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_in_the_middle_leaves_the_snapshots_and_what_a_sweep_takes(tmp_path, point):
+    blobs = LocalBlobs(tmp_path)
     store = Store(blobs)
     line = Line(store)
     with crashing(point):
-        for _ in range(FILES_MAX):
+        for _ in range(2 * FILES_MAX):
             with store._joiner.standing_still():  # it has not ended before somebody waits for it
                 line.go_on()
                 waiting = [end for _, end in store._joiner._jobs.values()]
@@ -165,14 +175,98 @@ def test_a_crash_in_the_middle_leaves_the_snapshots_and_what_a_sweep_takes(blobs
     store.close()
     line.store = after = Store(blobs)
     line.check()
+    for ref in after.list_ids():
+        after.verify(ref)  # one that nobody knows of is whole as well
     after.collect([line.last], grace_s=0.0, now=4e9)
-    named = {file["id"] for file in line.layers()}
-    assert {info.key.rpartition("/")[2] for info in blobs.list_blobs("layers/")} == named
+    manifest = after.manifest(line.last)
+    named = {file["id"] for kind in ("layers", "pagemaps") for file in manifest[kind]}
+    named |= {line.last, manifest["vmstate"]["id"]}
+    assert {info.key.rpartition("/")[2] for info in blobs.list_blobs()} == named
+    assert list((tmp_path / ".tmp").iterdir()) == []
     for _ in range(FILES_MAX):
         line.go_on()
         after.settle()
     line.check()
     after.close()
+
+
+class Watched(Blobs):
+    """Notes what each draft is told, in order: bytes written, 0 for a flush. `full`: no more is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+        self.full = False
+
+    def draft(self):
+        self.told.append([])
+        return Noting(self, self.told[-1])
+
+
+class Noting:
+    def __init__(self, blobs, told):
+        self.blobs, self.told, self.pieces = blobs, told, []
+
+    def write(self, data):
+        if self.blobs.full and len(self.told) > 5:
+            raise OutOfSpace("a test's")
+        self.told.append(len(data))
+        self.pieces.append(bytes(data))
+
+    def flush(self):
+        self.told.append(0)
+
+    def put(self, key):
+        return self.blobs.put(key, self.pieces)
+
+    def drop(self):
+        self.pieces = []
+
+
+def test_little_of_a_joined_layer_is_on_its_way_to_the_disk_at_once(monkeypatch, eager):
+    """What else is fsynced would wait for it. The last of it is on the disk before the fsync."""
+    monkeypatch.setattr(joining, "_FLUSH_BYTES", 30_000)
+    monkeypatch.setattr(joining, "_WINDOW_PAGES", 16)
+    blobs = Watched()
+    store = Store(blobs, frame_bytes=4096)
+    line = Line(store)
+    for _ in range(FILES_MAX + 4):
+        line.go_on(pages=60)
+        store.settle()
+    joined = [told for told in blobs.told if 0 in told]
+    assert joined
+    for told in joined:
+        assert told[-1] == 0
+        on_its_way = 0
+        for size in told:
+            on_its_way = on_its_way + size if size else 0
+            assert on_its_way < 30_000 + max(told)  # a frame, or the index at its end
+    assert max(told.count(0) for told in joined) > 4  # there was something to cut
+    line.check()
+    store.close()
+
+
+def test_a_disk_that_fails_in_the_middle_costs_what_was_joined(eager):
+    blobs = Watched()
+    store = Store(blobs, frame_bytes=4096)
+    line = Line(store)
+    while not blobs.full:
+        with store.giving_way():  # it has not ended before the disk is full
+            line.go_on(pages=30)
+            blobs.full = bool(store._joiner._jobs)
+        store.settle()
+    assert 0 < len(blobs.told[-1]) <= 6
+    assert not store._joiner._ready
+    assert not store._pins._held
+    blobs.full = False
+    line.go_on()
+    line.check()
+    store.close()
+
+
+@pytest.mark.parametrize(("busy_s", "expected"), [(0.0, 0.0), (0.25, 0.25), (30.0, 2.0)])
+def test_the_disk_is_left_to_others_for_half_of_the_time(busy_s, expected):
+    assert rest_s(busy_s) == expected
 
 
 def test_what_was_joined_and_is_gone_is_not_referred_to(store, blobs):

@@ -226,6 +226,8 @@ GOOD = raw("memory", 20, {0: 1, 3: 2})
         [RawPart("memory", 20, GOOD.indices, GOOD.data.T.copy())],
         [RawPart("memory", 20, GOOD.indices, pages(1, 2, 3, 4)[::2])],
         [RawPart("memory", 1 << 40, GOOD.indices, GOOD.data)],
+        [RawPart("memory", 20, GOOD.indices, GOOD.data, zeros=np.zeros(3, np.bool_))],
+        [RawPart("memory", 20, GOOD.indices, GOOD.data, zeros=np.zeros(2, np.uint8))],
     ],
 )
 def test_parts_that_contradict_themselves(store, blobs, parts):

@@ -1,12 +1,11 @@
 """Sparse files of 4 KiB blocks: the writable disk, a template's RAM, packed page sets. Synchronous; use a thread.
 
-How the blocks of a capture are found that must stand alone. QEMU copies the disk of the capture's instant by
-copy-before-write, and only what its dirty bitmap names: everything the guest wrote since the VM was started. It copies
-*over* a file that we have filled with the disk as it was at the start (the base file and, after a restore, the blocks that
-were put over it), so the file ends up as the whole disk of that instant. The changed blocks are then those that differ
-from the base file (`changed_blocks`). A hole cannot stand for "unchanged" here because a block that the guest zeroed is
-a hole as well; hence the filling. A capture that counts from an earlier snapshot needs none of this: its blocks are known by
-their numbers, and are taken out of the copy (`pick_blocks`).
+How the blocks of a capture are found. QEMU copies the disk of the capture's instant by copy-before-write, and only what its
+dirty bitmap names. Mostly these are the capture's blocks, with those that a restore had put there if it is to stand alone:
+known by their numbers, taken out of the copy (`pick_blocks`), and nothing is compared. Where there is no template to stand
+on, or nobody told the numbers, QEMU copies *over* a file that we have filled with the disk as it was at the start, so the
+file ends up as the whole disk of that instant; the changed blocks are then those that differ from the base file
+(`changed_blocks`). A hole cannot stand for "unchanged" there because a block that the guest zeroed is a hole as well.
 
 The base file never changes while the VM lives: a fork's is its template's disk, a booted machine's is a sparse copy
 made at the boot. This module knows neither QEMU nor the keeper, except for the layout of a packed page file.
@@ -22,7 +21,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -30,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recess.errors import DriverFailed
+from recess.images.disk import blocks_with_data as blocks_with_data
 from recess.images.disk import data_extents
 from recess.images.files import space_errors
 from recess.machines.contract import PageSet
@@ -120,11 +120,13 @@ def pack_pages(target: int, indices: Indices, data: Pages) -> None:
 
 @dataclass
 class Packed:
-    """A packed page file, mapped and open (`fd`, -1 if it is empty); `close` lets it go once nobody holds views of it."""
+    """A packed page file, mapped and open (`fd`, -1 if it is empty); `close` lets it go once nobody holds views of it.
+    `zeros`: numbers of those of its pages that are known to be zeros; nobody need read them."""
 
     pages: PageSet
     _map: mmap.mmap | None
     fd: int = -1
+    zeros: Indices = field(default_factory=lambda: no_blocks())
 
     def __post_init__(self) -> None:
         self._shut = None if self.fd < 0 else weakref.finalize(self, os.close, self.fd)
@@ -193,16 +195,6 @@ def scratch_file(directory: Path) -> IO[bytes]:
         return tempfile.TemporaryFile(dir=directory)
 
 
-def blocks_with_data(*files: int) -> Indices:
-    """Return the numbers of all blocks where any of the files holds data, ascending."""
-    parts = [
-        np.arange(start // PAGE_BYTES, -(-end // PAGE_BYTES), dtype=np.uint32)
-        for fd in files
-        for start, end in data_extents(fd)
-    ]
-    return np.unique(np.concatenate(parts)) if parts else no_blocks()
-
-
 def no_blocks() -> Indices:
     """Return the numbers of no blocks at all."""
     return np.empty(0, np.uint32)
@@ -242,21 +234,29 @@ def changed_blocks(base: Path | None, image: int, put_over: Indices, directory: 
         return map_packed(os.dup(out), len(indices))
 
 
-def pick_blocks(image: int, numbers: Indices, directory: Path) -> Packed:
-    """Return these blocks of `image`, whatever is in them, backed by a nameless file in `directory`. Raises OutOfSpace.
+def pick_blocks(image: int, numbers: Indices, directory: Path, *, over: Path | None = None) -> Packed:
+    """Return these blocks of `image`, whatever is in them, backed by a nameless file in `directory`; without those that are
+    holes in the file `over`, too. Raises OutOfSpace.
 
-    A guest that discards its free space has changed all of it, to zeros: what is a hole in `image` is one in the file.
+    A guest that discards its free space has changed all of it, to zeros: what is a hole in `image` is one in the file, and
+    among its `zeros`.
     """
     with scratch_file(directory) as handle, space_errors(str(directory)):
+        held = np.isin(numbers, blocks_with_data(image), assume_unique=True)
+        if over is not None:
+            with over.open("rb") as below:
+                wanted = held | np.isin(numbers, blocks_with_data(below.fileno()), assume_unique=True)
+            numbers, held = numbers[wanted], held[wanted]
         out, size = handle.fileno(), len(numbers) * PAGE_BYTES
         os.truncate(out, size)
-        held = np.isin(numbers, blocks_with_data(image), assume_unique=True)
         for first, end in _runs(numbers):
             if held[first:end].any():
                 data = _read_run(image, int(numbers[first]), end - first)
                 _write_all(out, data.reshape(-1).data, first * PAGE_BYTES)
         _write_all(out, memoryview(numbers.astype("<u4").tobytes()), size)
-        return map_packed(os.dup(out), len(numbers))
+        packed = map_packed(os.dup(out), len(numbers))
+        packed.zeros = numbers[~held]
+        return packed
 
 
 def punch_zero_pages(path: Path) -> None:

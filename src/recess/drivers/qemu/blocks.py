@@ -6,8 +6,9 @@ What was written is in QEMU's dirty bitmaps on the disk's node; they live as lon
     since SNP      since the stored snapshot SNP was captured (the last one that was stored)
     after          since the last capture, which nobody has stored yet
 
-A capture copies what `since SNP` names if its caller can build on SNP. In the pause, in one transaction, a new `after`
-begins, the list is put aside on the copy's own node (`changed`), and the copy begins. When the capture is stored (`commit`),
+A capture copies what `since SNP` names if its caller can build on SNP, else, over a template's disk, what `since-start` names:
+with the blocks that a restore had put there, that is all in which this disk can differ from the template's. In the pause, in one
+transaction, a new `after` begins, the list is put aside on the copy's own node (`changed`), and the copy begins. When the capture is stored (`commit`),
 `after` becomes `since` that snapshot, again in one transaction.
 
 *Why nothing is ever lost.* A bitmap that the guest's writes go into is never cleared: a capture that fails, is never stored or
@@ -64,18 +65,21 @@ def since(snapshot: str) -> str:
 
 @dataclass(frozen=True)
 class DiskPlan:
-    """What is copied: the blocks of `bitmap`, some `bytes`. The others are the snapshot `parent`'s; "": the disk's whole."""
+    """What is copied: the blocks of `bitmap`, some `bytes`. The others are the snapshot `parent`'s; "": as the VM found them at
+    its start. `listed`: the capture's blocks are known by their numbers; else they are found by comparing the whole disk."""
 
     bitmap: str
     parent: str = ""
     bytes: int = 0
+    listed: bool = False
 
 
-def plan_disk(bitmaps: Mapping[str, int], parent: str) -> DiskPlan:
+def plan_disk(bitmaps: Mapping[str, int], parent: str, *, over_template: bool = False) -> DiskPlan:
     """Decide what a capture copies whose caller builds on the snapshot `parent` ("" on none), of which this VM's disk is
-    known to be a successor. `bitmaps`: those that record, with the bytes that they name. Pure."""
+    known to be a successor. `bitmaps`: those that record, with the bytes that they name; `over_template`: what the VM found at
+    its start is a template's disk, or was put over it. Pure."""
     name = since(parent) if parent and since(parent) in bitmaps else SINCE_START
-    return DiskPlan(name, parent, bitmaps.get(name, 0))
+    return DiskPlan(name, parent, bitmaps.get(name, 0), listed=bool(parent) or over_template)
 
 
 def needless(bitmaps: Collection[str], base: str) -> list[Action]:
@@ -91,7 +95,7 @@ def begun(plan: DiskPlan, *, counts: bool, version: tuple[int, int, int]) -> lis
     if version[:2] >= _CBW_OPTION_SINCE:
         job["on-cbw-error"] = "break-snapshot"
     actions: list[Action] = [_added(DISK_NODE, AFTER)] if counts else []
-    if plan.parent:
+    if plan.listed:
         actions += [_added(_COPY_NODE, _CHANGED, disabled=True), _merged(_COPY_NODE, _CHANGED, plan.bitmap)]
     return [*actions, {"type": "blockdev-backup", "data": job}]
 
@@ -146,7 +150,9 @@ async def plan_copy(vm: Handles, parent: str) -> DiskPlan:
     vm.disk_after = 0
     bitmaps = await find_bitmaps(vm.qmp)
     await _transact(vm.qmp, needless(bitmaps, vm.tracking.base))
-    return plan_disk(bitmaps, parent if vm.host.qemu.devices_command else "")
+    if not vm.host.qemu.devices_command:  # such a disk is copied whole, in the pause
+        return plan_disk(bitmaps, "")
+    return plan_disk(bitmaps, parent, over_template=vm.journal.base == "template")
 
 
 async def commit(vm: Handles, base: str, snapshot: str) -> None:
@@ -169,7 +175,7 @@ class DiskCopy(Protocol):
         """Begin; the VM is stopped."""
 
     async def finish(self) -> disk.Indices:
-        """Wait for its end; the VM may run. Returns what the plan's bitmap named, if that has a parent."""
+        """Wait for its end; the VM may run. Returns what the plan's bitmap named, if the plan is `listed`."""
 
 
 class LiveCopy:
@@ -200,7 +206,7 @@ class LiveCopy:
             if "No space" in error:
                 raise OutOfSpace(f"no space left while copying the disk: {error}")
             raise DriverFailed(f"the disk could not be copied: {error}")
-        return await self._changed() if self._plan.parent else disk.blocks_with_data()
+        return await self._changed() if self._plan.listed else disk.no_blocks()
 
     async def _changed(self) -> disk.Indices:
         """Ask QEMU what the bitmap named in the pause: a list that lies on the copy's node, out of the guest's way."""

@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from recess.drivers.kept import disk
 from recess.drivers.kept.capturing import clear_capturing, interrupted_capture, mark_capturing
 from recess.drivers.kept.steps import Steps, all_of, in_thread
@@ -100,6 +102,7 @@ async def capture(
         disk_blocks_total=vm.journal.spec.disk_bytes // PAGE_BYTES,
         timings_s={**steps.timings_s, "total": steps.total()},
         resources=[pages, blocks],
+        disk_zeros=blocks.zeros.astype("<u4").tobytes(),
         parent=memory.plan.parent,
         disk_parent=plan.parent,
         generation=memory.generation,
@@ -131,12 +134,13 @@ async def _check_space(vm: Handles, plan: DiskPlan) -> None:
 
 
 def _fill_target(vm: Handles, plan: DiskPlan, target: int) -> disk.Indices:
-    """Give the copy's target its size. For the disk's whole write it as it was when the VM was started, and return which
-    blocks a restore had put there."""
+    """Give the copy's target its size. For the disk's whole write what a restore had put there, and return which blocks that
+    are; and before it, if all will be compared, the disk as it was when the VM was started."""
     os.truncate(target, vm.journal.spec.disk_bytes)
     if plan.parent:
-        return disk.blocks_with_data()
-    disk.copy_data(Path(vm.journal.disk_base), target)
+        return disk.no_blocks()
+    if not plan.listed:
+        disk.copy_data(Path(vm.journal.disk_base), target)
     packed = disk.read_packed(vm.layout.disk_delta)
     indices, data = disk.as_arrays(packed.pages)
     disk.write_pages(target, indices, data)
@@ -150,9 +154,10 @@ def _pick_blocks(
     vm: Handles, plan: DiskPlan, target: int, changed: disk.Indices, put_over: disk.Indices
 ) -> disk.Packed:
     """Take out of the copy what the capture gives out."""
-    if plan.parent:
-        return disk.pick_blocks(target, changed, vm.layout.directory)
     base = Path(vm.journal.disk_base) if vm.journal.base == "template" else None
+    if plan.listed:
+        numbers = np.union1d(changed, put_over).astype(np.uint32)
+        return disk.pick_blocks(target, numbers, vm.layout.directory, over=None if plan.parent else base)
     return disk.changed_blocks(base, target, put_over, vm.layout.directory)
 
 
@@ -181,7 +186,7 @@ class _StoppedCopy:
 
     async def finish(self) -> disk.Indices:
         """Nothing is left to do."""
-        return disk.blocks_with_data()
+        return disk.no_blocks()
 
 
 async def _pause(vm: Handles, take: Take, *, ran: bool, resume: bool, steps: Steps) -> tuple[bytes, float]:

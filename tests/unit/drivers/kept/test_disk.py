@@ -78,6 +78,19 @@ def test_blocks_are_picked_by_number_whatever_is_in_them(tmp_path: Path, numbers
     assert [path.name for path in tmp_path.iterdir()] == ["image"]
 
 
+def test_what_is_a_hole_here_and_below_is_no_change(tmp_path: Path) -> None:
+    below = sparse(tmp_path / "below", {1: 1, 2: 2, 9: 0})
+    image = sparse(tmp_path / "image", {2: 5, 3: 0, 4: 4})
+    with image.open("rb") as handle:
+        packed = disk.pick_blocks(handle.fileno(), np.arange(20, dtype=np.uint32), tmp_path, over=below)
+    indices, data = disk.as_arrays(packed.pages)
+    assert indices.tolist() == [1, 2, 3, 4, 9]
+    assert [page[0] for page in data] == [0, 5, 0, 4, 0]
+    assert packed.zeros.tolist() == [1, 9]  # nobody has to read them; 3 was written, so somebody has to
+    del indices, data
+    packed.close()
+
+
 def test_holes_are_not_counted(tmp_path: Path) -> None:
     os.close(disk.create_sparse(tmp_path / "disk", 1 << 30))
     assert disk.allocated_bytes(tmp_path / "disk") == 0
@@ -95,6 +108,7 @@ def test_a_discarded_disk_takes_no_room(tmp_path: Path) -> None:
     with image.open("rb") as handle:
         packed = disk.pick_blocks(handle.fileno(), np.arange(count, dtype=np.uint32), tmp_path)
     assert packed.pages.count == count
+    assert packed.zeros.tolist() == [n for n in range(count) if n != 7]
     assert os.fstat(packed.fd).st_blocks * 512 < 32 * count  # 4 MiB around the one that is there, and the numbers
     assert bytes(packed.pages.data[7 * PAGE : 8 * PAGE]) == b"\7" * PAGE
     packed.close()
