@@ -82,11 +82,13 @@ def test_a_draft_on_a_failing_disk_leaves_no_file(blobs, monkeypatch):
 
 def test_a_draft_is_on_its_way_to_the_disk_before_its_end(blobs, monkeypatch):
     begun = []
-    monkeypatch.setattr("recess.blobs.local._begin_writing", begun.append)
+    monkeypatch.setattr("recess.blobs.local._write_back", lambda fd, how: begun.append(how))
     draft = blobs.draft()
     for _ in range(5):
         draft.write(bytes(600_000))
-    assert len(begun) == 2  # a step of 1 MiB is two of these pieces
+    assert begun == [2, 2]  # a step of 1 MiB is two of these pieces; nobody waits
+    draft.flush()
+    assert begun[2:] == [7]  # for this one does
     draft.put("k")
     assert blobs.stat("k").size_bytes == 3_000_000
 
