@@ -11,12 +11,14 @@ import contextlib
 import time
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recess import crashpoints
 from recess.drivers.fake.pages import POKE_FIRST
 from recess.errors import RecessError
+from recess.snapshots import rewrite
 from recess.snapshots.keys import id_of
 from recess.snapshots.recompression import Recompression
 from recess.snapshots.sweep import mark
@@ -28,7 +30,7 @@ BIG = replace(SMALL, memory_bytes=256 * MIB)
 HOUR = 3600.0
 POINTS = [
     point for point in known_crash_points()
-    if point.startswith(("blobs.", "snapshot.", "collect.", "discard.", "keeping.", "recompress."))
+    if point.startswith(("blobs.", "snapshot.", "collect.", "discard.", "keeping.", "recompress.", "joining."))
     or point in ("machines.stored", "machines.snapshot_row", "machines.evicted")
 ]  # fmt: skip
 
@@ -138,11 +140,12 @@ async def step(life, op, crash):
         crashpoints.arm(crash[0], skip=crash[1])
     died = False
     try:
-        await act(life, *op)
+        with contextlib.suppress(RecessError):  # refused, and said why: whatever that changed is checked
+            await act(life, *op)
+        await asyncio.gather(*life.room.manager.fleet._aside, return_exceptions=True)  # what is deleted after it
+        await asyncio.to_thread(life.room.store.settle)  # what is joined after it, or dies of it
     except Crashed:
         died = True
-    except RecessError:
-        pass  # refused, and said why: what that may change is checked like everything else
     if crash is not None:
         died = died or crash[0] not in crashpoints._armed
         crashpoints.disarm_all()
@@ -170,6 +173,8 @@ async def check(life, *, swept):
 
 
 async def live(folder, life_ops):
+    """Live it, and check all the time; return how often the server died."""
+    deaths = 0
     async with machine_room(folder, local_blobs=True) as room:
         life = Life(room)
         first = await room.manager.create(BIG, name="first")
@@ -177,6 +182,7 @@ async def live(folder, life_ops):
         await room.sh("first", "echo 0 > /root/data; echo 0 > /dev/shm/data")
         for op, crash in life_ops:
             died = await step(life, op, crash)
+            deaths += died
             await check(life, swept=op[0] == "collect" and not died)
         await room.manager.collect(grace_s=-HOUR)
         await check(life, swept=True)
@@ -187,12 +193,22 @@ async def live(folder, life_ops):
         for machine in await room.manager.list_machines():
             if machine.state == "running":
                 assert await life.read(machine.id) == life.values[machine.id]
+    return deaths
 
 
 def test_there_are_points_of_every_kind():
     assert {point.partition(".")[0] for point in POINTS} == {
-        "blobs", "snapshot", "collect", "discard", "keeping", "machines", "recompress",
+        "blobs", "snapshot", "collect", "discard", "keeping", "machines", "recompress", "joining",
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager():
+    """Have layers joined as soon as there are two, for a few dead pages: fourteen steps make no sixteen real ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewrite, "JOIN_DEAD_MIN", 1)
+        patch.setattr(rewrite, "FILES_MAX", 2)
+        yield
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -201,3 +217,17 @@ def test_whatever_happens_to_snapshots_those_with_a_row_are_whole(tmp_path_facto
     with contextlib.ExitStack() as stack:
         stack.callback(crashpoints.disarm_all)
         asyncio.run(live(tmp_path_factory.mktemp("life"), life_ops))
+
+
+WORK = [("write", 0, 1), ("snapshot", 0, ""), ("write", 0, 2), ("suspend", 0, ""), ("resume", 0, "")]
+
+
+@pytest.mark.parametrize("late", [0, 7])
+@pytest.mark.parametrize("point", known_crash_points("joining."))
+def test_a_server_dies_while_layers_are_joined_or_taken_over(tmp_path, point, late):
+    """At each step of it, each time it comes there, in a life that gives it enough to do."""
+    steps = [(op, (point, 0) if number >= late else None) for number, op in enumerate(4 * WORK)]
+    try:
+        assert asyncio.run(live(tmp_path, steps)) > 1
+    finally:
+        crashpoints.disarm_all()
