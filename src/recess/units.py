@@ -1,8 +1,9 @@
-"""Sizes and durations as people write them ("512M", "30s") and as people read them. Bytes are int, seconds are float."""
+"""Sizes, durations and times as people write them ("512M", "30s") and as people read them. Bytes are int, seconds are float."""
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 
 from recess.errors import BadInput
 
@@ -40,6 +41,28 @@ def parse_duration(text: str | float) -> float:
     if not re.fullmatch(f"(?:{_DURATION.pattern})+", stripped):
         raise BadInput(f"not a duration: {text!r}", hint="write it like 30s, 5m or 1h30m")
     return sum(float(m[1]) * _DURATION_FACTOR[m[2]] for m in _DURATION.finditer(stripped))
+
+
+def parse_moment(text: str, now_s: float) -> float:
+    """Return a wall time in seconds since 1970 for Docker's ways to say one: a time ago ("10m"), a date and time
+    ("2026-11-23T10:20:30Z", without a zone the local one), or seconds since 1970. Raises BadInput."""
+    stripped = text.strip()
+    if re.fullmatch(r"0|\d{9,12}(\.\d{1,9})?", stripped):
+        return float(stripped)
+    if re.match(r"\d{4}-\d", stripped):
+        try:
+            return datetime.fromisoformat(re.sub(r"(\.\d{6})\d+", r"\1", stripped[:_DIGITS_MAX])).timestamp()
+        except (ValueError, OverflowError) as exc:
+            raise BadInput(f"not a time: {text!r}", hint="write it like 10m (ago) or 2026-11-23T10:20:30Z") from exc
+    return now_s - parse_duration(stripped)
+
+
+def format_moment(at_ns: int) -> str:
+    """Return a wall time in ns as Docker's logs have it, in UTC: "2026-11-23T10:20:30.123456789Z"; "-" for 0, an unknown one."""
+    if at_ns <= 0:
+        return "-"
+    seconds, rest = divmod(at_ns, 1_000_000_000)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
 
 
 def format_bytes(count: int) -> str:

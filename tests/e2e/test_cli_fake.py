@@ -191,6 +191,11 @@ def test_a_machine_is_created_started_waited_for_and_started_again(recess):
     assert b"rung 4" in again.stderr
     assert recess("logs", "--tail", "1", "job").stdout == b"hi you\n"
     assert recess("logs", "job").stdout == b"hi you\n" * 2
+    assert recess("logs", "--since", "1h", "-n", "1", "job").stdout == b"hi you\n"
+    assert recess("logs", "--until", "2001-01-01T00:00:00Z", "job").stdout == b""
+    stamps = [line.split(b" ", 1) for line in recess("logs", "-t", "job").stdout.splitlines()]
+    assert [text for _, text in stamps] == [b"hi you"] * 2
+    assert all(at.endswith(b"Z") and at > b"2026" for at, _ in stamps)
     recess("rename", "job", "task")
     assert recess("ps", "-a", "-f", "exited=3", "--format", "{{.Names}}").stdout == b"task\n"
     assert recess("prune", "-f", "--caches").stdout.startswith(b"mch_")

@@ -2,13 +2,19 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
+import httpx2
 import pytest
 from mcp import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
+from mcp.client.streamable_http import streamable_http_client
 
 from recess.adapters.mcp_server import turn_status
 from recess.config import load_config
@@ -59,6 +65,46 @@ async def test_a_client_has_machines_with_snapshot_and_fork(env):
         assert "no such machine" in await said(client, "machine_exec", machine="nobody", command="true")
         assert "recess ps -a" in await said(client, "machine_remove", machine="nobody")  # the hint reaches the model
         assert await said(client, "session_list") == []
+
+
+@pytest.fixture
+def over_http(env):
+    """An MCP server over HTTP on a port that the kernel chose; its address."""
+    command = [sys.executable, "-m", "recess.cli.main", "mcp", "--http", "127.0.0.1:0"]
+    with subprocess.Popen(
+        command, env={**env, "RECESS_TOKEN": "let-me-in"}, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            said = (re.search(r"http://\S+/mcp", line) for line in server.stderr)
+            yield next(found[0] for found in said if found)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+            server.stderr.close()
+
+
+async def test_the_same_over_http_for_those_who_have_the_token(env, over_http):
+    headers = {"Authorization": "Bearer let-me-in"}
+    async with (
+        httpx2.AsyncClient(headers=headers, timeout=60) as http,
+        Client(streamable_http_client(over_http, http_client=http)) as client,
+    ):
+        assert (await said(client, "machine_create", name="dev"))["state"] == "running"
+        assert (await said(client, "machine_exec", machine="dev", command="exit 3"))["exit_code"] == 3
+    # Without the token, with another, and for a page of another site in somebody's browser.
+    for given in ({}, {"Authorization": "Bearer guess"}, headers | {"Origin": "http://evil.test"}):
+        request = urllib.request.Request(over_http, data=b"{}", headers={"Content-Type": "application/json"} | given)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=60)
+        assert refused.value.code == (403 if "Origin" in given else 401)
+        refused.value.close()
+
+
+def test_over_http_only_with_a_token(env):
+    command = [sys.executable, "-m", "recess.cli.main", "mcp", "--http", "0"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "RECESS_TOKEN" in done.stderr
 
 
 @pytest.mark.parametrize(

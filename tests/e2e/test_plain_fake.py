@@ -10,7 +10,7 @@ from recess.cli.verbs.ps import PLAIN, shown
 from recess.config import load_config
 from recess.errors import IllegalState, NotFound, Unsupported
 from recess.guestlink.link import ExecRequest
-from recess.machines.outputlog import pack_totals
+from recess.machines.loglines import Wanted
 from recess.node import everywhere
 from recess.node.local import LocalNode
 
@@ -53,9 +53,10 @@ async def test_the_life_of_a_plain_machine(tmp_path) -> None:
                 await link.exec(ExecRequest(argv=["sh"], tty=True))
         assert output.strip().endswith(b"/root/root")
         said = b"heard hi\n"
-        assert await everywhere.output_of(node, row.id, framed=False) == said
-        framed = await everywhere.output_of(node, row.id, framed=True)
-        assert framed.endswith(said + pack_totals(len(said), 0))
+        kept = await everywhere.output_of(node, row.id, Wanted(tail=1))
+        assert (kept.data, kept.stdout, kept.stderr) == (said, len(said), 0)
+        with pytest.raises(Unsupported, match="without times"):
+            await everywhere.output_of(node, row.id, Wanted(timestamps=True))
         with pytest.raises(Unsupported, match="cannot start"):
             await everywhere.act_on_plain(node, row.id, "start")
         assert await everywhere.act_on_plain(node, "mch_of_nobody", "stop") is None

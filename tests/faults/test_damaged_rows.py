@@ -75,7 +75,7 @@ async def test_the_others_go_on_and_nothing_of_it_is_touched(room, kind, state):
 
 async def test_it_is_given_up_with_its_files_aside(room):
     row = await room.manager.create(replace(SMALL, argv=("sh", "-c", "echo said")), name="bad")
-    while not await room.manager.logs("bad"):
+    while not (await room.manager.output("bad")).data:
         pass
     row = await room.manager.create(SMALL, name="worse")
     await spoil(room, row.id, "no json")

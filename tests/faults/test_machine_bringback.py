@@ -106,7 +106,7 @@ async def test_the_main_process_is_started_anew(room):
     row = await room.manager.create(replace(SMALL, argv=("sh", "-c", "echo hello; sleep 1000")), name="job")
     await dies(room, row)
     await room.manager.bring_back("job")
-    while (await room.manager.logs("job")).count(b"hello") < 2:
+    while (await room.manager.output("job")).data.count(b"hello") < 2:
         await asyncio.sleep(0.002)
 
 

@@ -61,7 +61,7 @@ async def test_output_is_logged_once_over_a_restart_and_a_resume(room):
     row = await room.manager.create(replace(SMALL, argv=("counter",)), name="job")
 
     async def lines(count):
-        while len(found := (await room.manager.logs("job")).splitlines()) < count:
+        while len(found := (await room.manager.output("job")).data.splitlines()) < count:
             await asyncio.sleep(0.002)
         return found
 
@@ -75,7 +75,7 @@ async def test_output_is_logged_once_over_a_restart_and_a_resume(room):
     snap = await room.manager.snapshot("job")
     await lines(len(found) + 5)
     await room.manager.kill("job", why="test")
-    before = await room.manager.logs("job")
+    before = (await room.manager.output("job")).data
     await room.manager.restore(snap.id, machine_id=row.id)
     after = await lines(len(before.splitlines()) + 3)
     assert b"\n".join(after).startswith(before.rstrip(b"\n"))

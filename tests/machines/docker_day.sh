@@ -23,7 +23,7 @@ diff file.txt copy.txt
 mkdir -p tree/deep && cp file.txt tree/deep/f && docker cp tree web:/srv
 docker cp web:/srv/tree - | tar -t
 docker volume create data
-docker run --rm -v "$PWD/tree":/in:ro -v data:/data -w /in base sh -c 'cat deep/f > /data/copied; touch mine'
+docker run --rm -v "$PWD/tree":/in:ro -v data:/data -w /in base sh -c 'cat deep/f > /data/copied; ! touch mine'
 docker run --rm -v data:/data base cat /data/copied
 docker volume ls -q
 test ! -e tree/mine
@@ -44,6 +44,28 @@ docker events --since 1h --until 1s -f machine=flaky --format '{{.Action}} of {{
 docker df
 docker context ls
 docker completion bash | grep -c recess
+# What else fingers know.
+docker container ls -q --no-trunc
+docker ps -l --format json
+docker inspect -f '{{.State.Status}} of {{.Config.Image}}' web
+docker image ls -q | grep base
+docker tag base mine:v1
+docker rmi -f mine:v1
+docker logs -t --since 1h -n 1 flaky | grep -E '^20[0-9-]+T[0-9:.]+Z try$'
+test -z "$(docker logs --until 1h flaky)"
+echo 'echo typed into sh' | docker run --rm -i --init --privileged base sh
+docker run --rm -u 1000:1000 -v "$PWD/tree":/in:ro base sh -c 'id -u; cat /in/deep/f'
+docker exec -i web sh -c 'cat > /root/typed' < file.txt
+docker exec web cat /root/typed
+truncate -s 1G disk.img && docker cp disk.img web:/root/ && docker cp web:/root/disk.img back.img && cmp -n 1000000 disk.img back.img
+echo "sparse $(docker exec web sh -c 'du -m /root/disk.img | cut -f1') $(du -m back.img | cut -f1)"
+tar -cSf - disk.img file.txt | docker cp - web:/srv
+docker exec web stat -c 'unpacked %s in %b blocks' /srv/disk.img
+if docker cp web:/proc/cpuinfo .; then exit 9; fi
+docker cp -a web:/usr/bin/passwd . && stat -c 'mode %a' passwd
+docker export web | tar -t | grep -cx etc/passwd
+docker stats --no-stream --format '{{.name}} has figures' web
+docker system df
 # What Docker has networks and bind mounts of its socket for.
 docker run --rm --allow web.recess.internal:8080 base curl -sS http://web.recess.internal:8080/ -o /dev/null -w 'sibling %{http_code}\n'
 docker run --rm -v "$PWD/web.sock":/run/web.sock base curl -sS --unix-socket /run/web.sock http://web/ -o /dev/null -w 'socket %{http_code}\n'

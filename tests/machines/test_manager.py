@@ -118,7 +118,7 @@ async def test_the_way_of_a_machine(config):
         node = at["node"]
         spec = replace(SPEC, argv=("python3", "-c", COUNTER), ports=(("127.0.0.1", 0, 8000),), env={"WHO": "me"})
         row = await node.machines.create(spec, name="dev")
-        while b"up" not in await node.machines.logs("dev"):
+        while b"up" not in (await node.machines.output("dev")).data:
             await asyncio.sleep(0.05)
         first = await get(row.meta["ports"][0][1])
         nonce, count = first.split(b"\r\n\r\n")[1].split()
@@ -164,7 +164,7 @@ async def test_the_way_of_a_machine(config):
         assert node.recovered["adopted"] == 1
         row = await node.machines.get("dev")
         assert (await get(row.meta["ports"][0][1])).split(b"\r\n\r\n")[1].split()[0] == nonce
-        assert (await node.machines.logs("dev")).count(b"up") == 1
+        assert (await node.machines.output("dev")).data.count(b"up") == 1
         await node.machines.stop("dev")
         assert (await node.machines.get("dev")).exit_code == 143
         assert vm_pids(config, row.id) == []

@@ -135,8 +135,8 @@ impl Server {
         }
         // Where no folder is given for what a thaw tells, there is no place for a token either.
         let known: &[&str] = match self.opts.run_dir {
-            Some(_) => &["token", "hello"],
-            None => &[],
+            Some(_) => &["sparse", "token", "hello"],
+            None => &["sparse"],
         };
         let takes = Value::Arr(known.iter().map(|word| (*word).into()).collect());
         let same = body.get("proto").and_then(Value::as_int) == Some(PROTO);
@@ -162,7 +162,7 @@ impl Server {
             return;
         }
         self.conn.nonce = Some(nonce.to_string());
-        if let (true, false, Some(thaw)) = (fresh, known.is_empty(), body.get("thaw")) {
+        if let (true, false, Some(thaw)) = (fresh, self.opts.run_dir.is_none(), body.get("thaw")) {
             self.thaw_with_hello(thaw);
         }
     }

@@ -124,6 +124,10 @@ impl Server {
                 self.open_socket(&files::path(a.text("path")?)?)?;
                 done()
             }
+            "seal" => {
+                let (path, open) = (files::path(a.text("path")?)?, a.flag("open"));
+                self.seal(&path, open).map(Some)
+            }
             "stat" | "list" | "read" | "write" | "tar" | "untar" | "remove" => self.file(id, op, a),
             other => Err(Fail::new(
                 "unsupported",
@@ -176,7 +180,12 @@ impl Server {
                 let skip = a.0.get("skip").and_then(Value::as_arr).unwrap_or(&[]);
                 let skip = skip.iter().filter_map(Value::as_str).map(files::path);
                 let skip = skip.collect::<Outcome<Vec<_>>>()?;
-                let source = tarread::open(&path, a.text_or("name", ""), a.flag("follow"), skip)?;
+                let wanted = tarread::Wanted {
+                    follow: a.flag("follow"),
+                    sparse: a.flag("sparse"),
+                    skip,
+                };
+                let source = tarread::open(&path, a.text_or("name", ""), wanted)?;
                 self.add_stream(
                     a.stream()?,
                     End::Get {

@@ -18,6 +18,7 @@ use crate::helper::{self, Helper};
 use crate::jobs::{self, Pulled, Table};
 use crate::json::obj;
 use crate::ring::Cursor;
+use crate::seal::Seal;
 use crate::stats;
 use crate::streams::{End, Stream};
 use crate::sys::{self, Poller, Watched, EDGE, IN, OUT};
@@ -55,6 +56,7 @@ pub struct Server {
     /// The environment that the last thaw gave.
     pub env: Vec<(String, String)>,
     pub kept: thaw::Kept,
+    pub seals: Vec<Seal>,
     /// Read once: it lasts as long as the kernel does.
     pub boot_id: String,
     pub proxy_port: Option<u16>,
@@ -113,6 +115,7 @@ impl Server {
             freezer,
             env: Vec::new(),
             kept: thaw::Kept::default(),
+            seals: Vec::new(),
             boot_id: stats::boot_id(),
             proxy_port: None,
             serial: 0,

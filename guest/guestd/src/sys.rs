@@ -162,6 +162,28 @@ pub fn mount(src: &str, dst: &str, kind: &str, flags: libc::c_ulong, data: &str)
         .map(drop)
 }
 
+/// Whether a path lies in a file system whose files the kernel makes up: their sizes say nothing.
+pub fn made_up(path: &std::path::Path) -> io::Result<bool> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    // SAFETY: statfs is plain data and valid when zeroed; the string and the struct outlive the call.
+    let kind = unsafe {
+        let mut about: libc::statfs = std::mem::zeroed();
+        check(libc::statfs(path.as_ptr(), &mut about))?;
+        about.f_type as i64
+    };
+    const PROC: i64 = 0x9fa0;
+    const SYSFS: i64 = 0x6265_6572;
+    const CGROUP2: i64 = 0x6367_7270;
+    Ok([PROC, SYSFS, CGROUP2].contains(&kind))
+}
+
+pub fn unmount(path: &str) -> io::Result<()> {
+    let path = cstr(path)?;
+    // SAFETY: the string outlives the call.
+    check(unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) }).map(drop)
+}
+
 /// Send a signal to a process group. Never to everybody (-1) or to our own group (0).
 pub fn kill_group(pgid: i32, signal: i32) -> io::Result<()> {
     if pgid <= 1 {

@@ -11,6 +11,7 @@ use std::path::Path;
 use crate::bulk::Writer;
 use crate::fail::{Fail, Outcome};
 use crate::json::{obj, Value};
+use crate::sparse;
 use crate::streams::Sink;
 use crate::tarfmt::{clean, header, pax, text, Member, BLOCK};
 use crate::{sys, walk};
@@ -21,6 +22,8 @@ const MAX_META: u64 = 64 * 1024;
 enum Body {
     None,
     File(Writer, u32, i64),
+    Holes(sparse::Writer, u32, i64),
+    OldMap(sparse::OldMap, Vec<u8>, Member),
     Meta(u8, Vec<u8>),
     Skip,
 }
@@ -42,6 +45,7 @@ struct Overrides {
     link: Option<String>,
     size: Option<u64>,
     mtime: Option<i64>,
+    holes: sparse::Said,
 }
 
 /// Start unpacking below this folder; it is made if absent.
@@ -99,7 +103,8 @@ impl TarSink {
     fn body_bytes(&mut self, data: &[u8]) -> Outcome<()> {
         match &mut self.body {
             Body::File(f, ..) => f.write(data).map_err(|e| Fail::io("tar", &e))?,
-            Body::Meta(_, buf) => buf.extend_from_slice(data),
+            Body::Holes(f, ..) => f.write(data)?,
+            Body::Meta(_, buf) | Body::OldMap(_, buf, _) => buf.extend_from_slice(data),
             Body::None | Body::Skip => {}
         }
         self.left -= data.len() as u64;
@@ -116,6 +121,14 @@ impl TarSink {
                 .finish()
                 .and_then(|f| finish_file(&f, mode, mtime))
                 .map_err(|e| Fail::io("tar", &e)),
+            Body::Holes(f, mode, mtime) => {
+                let file = f.finish()?;
+                finish_file(&file, mode, mtime).map_err(|e| Fail::io("tar", &e))
+            }
+            Body::OldMap(mut map, block, member) => {
+                map.block(&block)?;
+                self.old_map(map, member)
+            }
             Body::Meta(kind, buf) => self.meta(kind, &buf),
             Body::None | Body::Skip => Ok(()),
         }
@@ -137,13 +150,39 @@ impl TarSink {
                         "mtime" => {
                             self.next.mtime = v.split('.').next().and_then(|s| s.parse().ok())
                         }
-                        _ => {}
+                        _ => {
+                            if let Some(rest) = k.strip_prefix("GNU.sparse.") {
+                                self.next.holes.record(rest, v);
+                            }
+                        }
                     }
                 }
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// The map of an old GNU header is whole, or goes on in the next block.
+    fn old_map(&mut self, map: sparse::OldMap, member: Member) -> Outcome<()> {
+        if map.more {
+            self.begin(Body::OldMap(map, Vec::new(), member), BLOCK as u64);
+            return Ok(());
+        }
+        self.holes(&member, map.real, Some(map.pieces))
+    }
+
+    /// Make a file that is written from its pieces.
+    fn holes(&mut self, m: &Member, real: u64, map: Option<Vec<sparse::Piece>>) -> Outcome<()> {
+        let (dir, name) = self.place(&m.name)?;
+        let file = create(&dir, &name, m.mode).map_err(|e| Fail::io(&m.name, &e))?;
+        let writer = sparse::Writer::new(file, real, m.size, map)?;
+        self.begin(Body::Holes(writer, m.mode, m.mtime), m.size);
+        if m.size == 0 {
+            self.body_done()
+        } else {
+            Ok(())
+        }
     }
 
     /// A header is complete: make what it names and get ready for its body.
@@ -170,6 +209,13 @@ impl TarSink {
         m.link = over.link.unwrap_or(m.link);
         m.size = over.size.unwrap_or(m.size);
         m.mtime = over.mtime.unwrap_or(m.mtime);
+        if let (b'0' | 0, Some(real)) = (m.kind, over.holes.size()?) {
+            m.name = over.holes.name.unwrap_or(m.name);
+            return self.holes(&m, real, None);
+        }
+        if m.kind == b'S' {
+            return self.old_map(sparse::OldMap::begin(block)?, m);
+        }
         let size = if matches!(m.kind, b'0' | 0 | b'7') {
             m.size
         } else {
@@ -193,18 +239,23 @@ impl TarSink {
         self.pad = ((BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64) as usize;
     }
 
-    fn make(&self, m: &Member) -> Outcome<Body> {
-        let parts = clean(&m.name)?;
-        let fail = |e: io::Error| Fail::io(&m.name, &e);
-        let Some((last, parents)) = parts.split_last() else {
-            return if m.kind == b'5' {
-                Ok(Body::Skip)
-            } else {
-                Err(Fail::bad("a member without a name"))
-            };
-        };
+    /// The folder that a member goes into, made if absent, and its name there.
+    fn place(&self, path: &str) -> Outcome<(OwnedFd, CString)> {
+        let parts = clean(path)?;
+        let fail = |e: io::Error| Fail::io(path, &e);
+        let (last, parents) = parts
+            .split_last()
+            .ok_or_else(|| Fail::bad("a member without a name"))?;
         let dir = self.parent(parents).map_err(fail)?;
-        let name = sys::cstr(last).map_err(fail)?;
+        Ok((dir, sys::cstr(last).map_err(fail)?))
+    }
+
+    fn make(&self, m: &Member) -> Outcome<Body> {
+        if m.kind == b'5' && clean(&m.name)?.is_empty() {
+            return Ok(Body::Skip);
+        }
+        let fail = |e: io::Error| Fail::io(&m.name, &e);
+        let (dir, name) = self.place(&m.name)?;
         match m.kind {
             // A trailing slash is the old way to say folder.
             b'0' | 0 | b'7' if !m.name.ends_with('/') => {

@@ -2,43 +2,66 @@
 //! Holds one header and the open folders on the way down, never a file. What goes away meanwhile is left out; a file
 //! that shrinks is filled up with zeros, one that grows is cut, so that the stream is always whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs::{self, File, Metadata, OpenOptions, ReadDir};
-use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::fail::{Fail, Outcome};
+use crate::sparse;
 use crate::streams::Source;
+use crate::sys;
 use crate::tarfmt::BLOCK;
 
 const MAX_DEPTH: usize = 256; // each is an open folder
 const MAX_LINKS: usize = 65_536; // files with several names that are remembered; later ones come as copies
 const MAX_OCTAL: u64 = 0o77_777_777_777;
 
+/// What is wanted of a path.
+#[derive(Default)]
+pub struct Wanted {
+    /// A link is read as what it points to.
+    pub follow: bool,
+    /// Files with holes as GNU's format 1.0 has them: only their data is sent.
+    pub sparse: bool,
+    pub skip: Vec<PathBuf>,
+}
+
+/// A file's bytes that are still to be given: pieces of it, by offset and length.
+struct Reading {
+    file: File,
+    pieces: VecDeque<sparse::Piece>,
+}
+
 /// Walks below one path.
 pub struct TarSource {
-    skip: Vec<PathBuf>,
+    wanted: Wanted,
     open: Vec<(ReadDir, Vec<u8>)>, // folders on the way down, with their names in the archive
     next: Option<(PathBuf, Vec<u8>)>,
     links: HashMap<(u64, u64), Vec<u8>>,
     ready: Vec<u8>, // headers and padding, given up to `given`
     given: usize,
-    file: Option<(File, u64)>,
+    file: Option<Reading>,
     pad: usize, // after the file
     ended: bool,
 }
 
-/// Read `path` as `name` (empty: what is in the folder, without a name for itself), but for the paths in `skip`.
-pub fn open(path: &Path, name: &str, follow: bool, skip: Vec<PathBuf>) -> Outcome<TarSource> {
+/// Read `path` as `name` (empty: what is in the folder, without a name for itself), but for the paths to be skipped.
+pub fn open(path: &Path, name: &str, wanted: Wanted) -> Outcome<TarSource> {
     let fail = |e: std::io::Error| Fail::io(&path.to_string_lossy(), &e);
-    let real = if follow {
+    let real = if wanted.follow {
         fs::canonicalize(path).map_err(fail)?
     } else {
         path.to_path_buf()
     };
     let meta = fs::symlink_metadata(&real).map_err(fail)?;
+    if !meta.is_symlink() && sys::made_up(&real).map_err(fail)? {
+        return Err(Fail::bad(format!(
+            "{} is no file on a disk: the kernel makes it up when it is read, so read it by a command (cat)",
+            path.display()
+        )));
+    }
     if name.is_empty() && !meta.is_dir() {
         return Err(Fail::bad("only a folder can be read without a name"));
     }
@@ -46,7 +69,7 @@ pub fn open(path: &Path, name: &str, follow: bool, skip: Vec<PathBuf>) -> Outcom
         return Err(Fail::bad("not a name for an archive"));
     }
     Ok(TarSource {
-        skip,
+        wanted,
         open: Vec::new(),
         next: Some((real, name.as_bytes().to_vec())),
         links: HashMap::new(),
@@ -97,7 +120,7 @@ impl TarSource {
         let Ok(meta) = fs::symlink_metadata(path) else {
             return Ok(false); // gone meanwhile
         };
-        if self.skip.iter().any(|p| p == path) {
+        if self.wanted.skip.iter().any(|p| p == path) {
             return Ok(false);
         }
         if meta.is_dir() {
@@ -136,10 +159,43 @@ impl TarSource {
         if meta.nlink() > 1 && self.links.len() < MAX_LINKS {
             self.links.insert(inode, name.clone());
         }
-        self.header(&name, b'0', meta.size(), b"", &meta);
-        self.pad = (BLOCK - (meta.size() % BLOCK as u64) as usize) % BLOCK;
-        self.file = Some((file, meta.size()));
+        let looks = self.wanted.sparse && meta.blocks() * 512 < meta.size();
+        let map = looks.then(|| sparse::pieces(&file, meta.size())).flatten();
+        let pieces = match map {
+            None => {
+                self.header(&name, b'0', meta.size(), b"", &meta);
+                vec![(0, meta.size())]
+            }
+            Some(map) => {
+                self.holes(&name, &map, &meta);
+                map
+            }
+        };
+        let sum: u64 = pieces.iter().map(|(_, length)| length).sum();
+        self.pad = (BLOCK - (sum % BLOCK as u64) as usize) % BLOCK;
+        self.file = Some(Reading {
+            file,
+            pieces: pieces.into(),
+        });
         Ok(true)
+    }
+
+    /// The header of a file with holes, and its map.
+    fn holes(&mut self, name: &[u8], map: &[sparse::Piece], meta: &Metadata) {
+        let mut records = Vec::new();
+        let size = meta.size().to_string();
+        for (key, value) in [
+            ("GNU.sparse.major", b"1".as_slice()),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", name),
+            ("GNU.sparse.realsize", size.as_bytes()),
+        ] {
+            record(&mut records, key, value);
+        }
+        let text = sparse::text(map);
+        let data: u64 = map.iter().map(|(_, length)| length).sum();
+        self.described(records, name, b'0', text.len() as u64 + data, b"", meta);
+        self.ready.extend_from_slice(&text);
     }
 
     fn folder(&mut self, path: &Path, name: Vec<u8>, meta: &Metadata) -> Outcome<bool> {
@@ -159,7 +215,19 @@ impl TarSource {
     }
 
     fn header(&mut self, name: &[u8], kind: u8, size: u64, link: &[u8], meta: &Metadata) {
-        let mut records = Vec::new();
+        self.described(Vec::new(), name, kind, size, link, meta);
+    }
+
+    /// A header behind the pax records that it needs.
+    fn described(
+        &mut self,
+        mut records: Vec<u8>,
+        name: &[u8],
+        kind: u8,
+        size: u64,
+        link: &[u8],
+        meta: &Metadata,
+    ) {
         if name.len() > 100 {
             record(&mut records, "path", name);
         }
@@ -250,22 +318,15 @@ impl Source for TarSource {
                 buf[n..n + take].copy_from_slice(&self.ready[self.given..self.given + take]);
                 self.given += take;
                 n += take;
-            } else if let Some((file, left)) = &mut self.file {
-                let want = (buf.len() - n).min(usize::try_from(*left).unwrap_or(usize::MAX));
-                let mut got = file
-                    .read(&mut buf[n..n + want])
-                    .map_err(|e| Fail::io("reading", &e))?;
-                if got == 0 {
-                    buf[n..n + want].fill(0); // it has shrunk, or there is nothing left to read
-                    got = want;
-                }
-                n += got;
-                *left -= got as u64;
-                if *left == 0 {
-                    self.file = None;
-                    self.ready.clear();
-                    self.ready.resize(self.pad, 0);
-                    self.given = 0;
+            } else if let Some(reading) = &mut self.file {
+                match reading.read(&mut buf[n..])? {
+                    Some(got) => n += got,
+                    None => {
+                        self.file = None;
+                        self.ready.clear();
+                        self.ready.resize(self.pad, 0);
+                        self.given = 0;
+                    }
                 }
             } else if self.ended {
                 break;
@@ -274,6 +335,30 @@ impl Source for TarSource {
             }
         }
         Ok(n)
+    }
+}
+
+impl Reading {
+    /// Read on; None at the end of the last piece.
+    fn read(&mut self, buf: &mut [u8]) -> Outcome<Option<usize>> {
+        while self.pieces.front().is_some_and(|piece| piece.1 == 0) {
+            self.pieces.pop_front();
+        }
+        let Some((offset, left)) = self.pieces.front_mut() else {
+            return Ok(None);
+        };
+        let want = buf.len().min(usize::try_from(*left).unwrap_or(usize::MAX));
+        let mut got = self
+            .file
+            .read_at(&mut buf[..want], *offset)
+            .map_err(|e| Fail::io("reading", &e))?;
+        if got == 0 {
+            buf[..want].fill(0); // it has shrunk
+            got = want;
+        }
+        *offset += got as u64;
+        *left -= got as u64;
+        Ok(Some(got))
     }
 }
 
@@ -289,6 +374,13 @@ mod tests {
         let _ = fs::remove_dir_all(&p);
         fs::create_dir_all(&p).unwrap();
         p
+    }
+
+    fn skipping(path: &Path) -> Wanted {
+        Wanted {
+            skip: vec![path.to_path_buf()],
+            ..Wanted::default()
+        }
     }
 
     fn all(mut source: TarSource, step: usize) -> Vec<u8> {
@@ -320,7 +412,7 @@ mod tests {
             let to = base.join(format!("to{step}"));
             fs::create_dir(&to).unwrap();
             let archive = all(
-                open(&from, "new", false, vec![from.join("skipped")]).unwrap(),
+                open(&from, "new", skipping(&from.join("skipped"))).unwrap(),
                 step,
             );
             assert_eq!(archive.len() % BLOCK, 0);
@@ -348,26 +440,86 @@ mod tests {
     }
 
     #[test]
+    fn a_file_with_holes_crosses_as_its_data() {
+        let base = scratch("holes");
+        let from = base.join("from");
+        fs::create_dir(&from).unwrap();
+        let file = File::create_new(from.join("disk")).unwrap();
+        file.set_len(100 << 20).unwrap();
+        file.write_all_at(&[9u8; 5000], 50 << 20).unwrap();
+        file.sync_all().unwrap();
+        fs::write(from.join("plain"), "text").unwrap();
+        for (sparse, most) in [(true, 1 << 20), (false, 200 << 20)] {
+            let wanted = Wanted {
+                sparse,
+                ..Wanted::default()
+            };
+            let archive = all(open(&from, "new", wanted).unwrap(), 60_000);
+            assert!(archive.len().is_multiple_of(BLOCK) && archive.len() < most);
+            let to = base.join(format!("to-{sparse}"));
+            fs::create_dir(&to).unwrap();
+            let mut sink = Box::new(tar::open(&to).unwrap());
+            for piece in archive.chunks(33_333) {
+                sink.write(piece).unwrap();
+            }
+            sink.finish().unwrap();
+            assert_eq!(fs::read_to_string(to.join("new/plain")).unwrap(), "text");
+            let disk = File::open(to.join("new/disk")).unwrap();
+            assert_eq!(disk.metadata().unwrap().size(), 100 << 20);
+            let mut piece = [0u8; 5000];
+            disk.read_exact_at(&mut piece, 50 << 20).unwrap();
+            assert_eq!(piece, [9u8; 5000]);
+            if sparse {
+                assert!(disk.metadata().unwrap().blocks() * 512 < 1 << 20);
+            }
+        }
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
+    fn what_the_kernel_makes_up_is_refused() {
+        for path in ["/proc/cpuinfo", "/proc", "/sys"] {
+            let refused = open(Path::new(path), "n", Wanted::default()).err().unwrap();
+            assert!(refused.message.contains("by a command"), "{path}");
+        }
+        let followed = Wanted {
+            follow: true,
+            ..Wanted::default()
+        };
+        let base = scratch("made-up");
+        symlink("/proc/version", base.join("l")).unwrap();
+        assert!(open(&base.join("l"), "n", followed).is_err());
+        assert!(open(&base.join("l"), "n", Wanted::default()).is_ok());
+        fs::remove_dir_all(&base).unwrap();
+    }
+
+    #[test]
     fn one_file_a_link_and_names_that_are_refused() {
         let base = scratch("one");
         fs::write(base.join("f"), "x").unwrap();
         symlink("f", base.join("l")).unwrap();
-        let kind = |follow| all(open(&base.join("l"), "n", follow, vec![]).unwrap(), 4096)[156];
+        let kind = |follow| {
+            let wanted = Wanted {
+                follow,
+                ..Wanted::default()
+            };
+            all(open(&base.join("l"), "n", wanted).unwrap(), 4096)[156]
+        };
         assert_eq!((kind(false), kind(true)), (b'2', b'0'));
         for (path, name) in [("f", ""), ("f", "/abs"), ("f", "a/../b")] {
             assert!(
-                open(&base.join(path), name, false, vec![]).is_err(),
+                open(&base.join(path), name, Wanted::default()).is_err(),
                 "{name}"
             );
         }
         assert_eq!(
-            open(&base.join("none"), "n", false, vec![])
+            open(&base.join("none"), "n", Wanted::default())
                 .err()
                 .unwrap()
                 .kind,
             "not_found"
         );
-        let content = all(open(&base, "", false, vec![]).unwrap(), 4096);
+        let content = all(open(&base, "", Wanted::default()).unwrap(), 4096);
         assert_eq!(&content[..2], b"./");
         fs::remove_dir_all(&base).unwrap();
     }
@@ -376,7 +528,7 @@ mod tests {
     fn a_file_that_shrinks_leaves_the_archive_whole() {
         let base = scratch("shrinks");
         fs::write(base.join("f"), vec![1u8; 5000]).unwrap();
-        let mut source = open(&base.join("f"), "f", false, vec![]).unwrap();
+        let mut source = open(&base.join("f"), "f", Wanted::default()).unwrap();
         let mut buf = [0u8; BLOCK];
         source.read(&mut buf).unwrap();
         fs::write(base.join("f"), "short").unwrap();

@@ -31,14 +31,16 @@ def _path(request: Request) -> str:
 
 
 async def read_archive(request: Request) -> Response:
-    """GET /v1/machines/REF/archive?path=P&name=N&follow=1: what is at P, called N; `path=/` without what is no file."""
+    """GET /v1/machines/REF/archive?path=P&name=N&follow=1&sparse=1: what is at P, called N; `path=/` without what is no file.
+    `sparse`: files with holes in GNU's format 1.0."""
     path, query = _path(request), request.query_params
     async with guest_of(request, "files") as (_, link):
         if not isinstance(link, TarReader):
             raise Unsupported("this driver's machines cannot be read as archives")
         name = query.get("name", posixpath.basename(path))
         skip = NOT_FILES if path == "/" else ()
-        stream = link.get_tar(path, name=name, follow=query.get("follow") == "1", skip=skip)
+        follow, sparse = query.get("follow") == "1", query.get("sparse") == "1"
+        stream = link.get_tar(path, name=name, follow=follow, sparse=sparse, skip=skip)
         first = await anext(stream)  # what is wrong is said before the answer begins
 
     async def pieces() -> AsyncIterator[bytes]:
@@ -52,12 +54,14 @@ async def read_archive(request: Request) -> Response:
 
 
 async def write_archive(request: Request) -> Response:
-    """POST /v1/machines/REF/archive?path=P: unpack the body below the folder P, which must be there."""
+    """POST /v1/machines/REF/archive?path=P&sparse=1: unpack the body below the folder P, which must be there. `sparse`: it has
+    files with holes (501 before it is read, for a machine whose guestd is of before that)."""
     path = _path(request)
     async with guest_of(request, "files") as (_, link):
         if not await is_folder(link, path):
-            raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
-        await link.put_tar(path, _body(request))
+            await link.stat(path)  # raises NotFound
+            raise BadInput(f"{path} in the machine is a file, no folder")
+        await link.put_tar(path, _body(request), sparse=request.query_params.get("sparse") == "1")
     return Response(status_code=204)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from signal import SIGKILL
 from typing import Any
 
@@ -16,6 +17,7 @@ from recess.api.routes_egress import check_secrets
 from recess.api.wire import (
     field,
     machine_json,
+    number_of,
     parse_spec,
     read_json,
     reject_unknown,
@@ -26,6 +28,8 @@ from recess.api.wire import (
 from recess.errors import BadInput
 from recess.images import BASE_IMAGE
 from recess.machines.ladder import RUNGS
+from recess.machines.loglines import Wanted
+from recess.machines.outputlog import pack_said
 from recess.node import everywhere
 
 
@@ -152,10 +156,26 @@ async def fork_machine(request: Request) -> Response:
 
 
 async def machine_logs(request: Request) -> Response:
-    """GET /v1/machines/REF/logs: `framed=1` tells the streams apart, and how much of the process's output it is."""
-    framed = request.query_params.get("framed") == "1"
-    data = await everywhere.output_of(context_of(request).node, _ref(request), framed=framed)
+    """GET /v1/machines/REF/logs?since=&until=&tail=&timestamps=1: `framed=1` tells the streams apart, and how much of the
+    process's output it is."""
+    query = request.query_params
+    wanted = Wanted(
+        since_ns=_moment(query, "since"), until_ns=_moment(query, "until"), timestamps=query.get("timestamps") == "1",
+        tail=number_of(query["tail"], "tail") if "tail" in query else None,
+    )  # fmt: skip
+    said = await everywhere.output_of(context_of(request).node, _ref(request), wanted)
+    data = pack_said(said) if query.get("framed") == "1" else said.data
     return Response(data, media_type="application/octet-stream")
+
+
+def _moment(query: Mapping[str, str], name: str) -> int | None:
+    """A wall time in seconds since the epoch, as ns."""
+    if name not in query:
+        return None
+    try:
+        return round(float(query[name]) * 1e9)
+    except (ValueError, OverflowError) as exc:
+        raise BadInput(f"{name}: seconds since 1970 are needed") from exc
 
 
 ROUTES = [

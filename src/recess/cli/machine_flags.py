@@ -46,6 +46,8 @@ _OPTIONS = (
         "--pull", default="missing", type=click.Choice(["missing", "always", "never"]), help="When to ask the registry."
     ),
     click.option("-l", "--label", multiple=True, metavar="NAME[=VALUE]", help="Label."),
+    click.option("--init", is_flag=True, help="Docker's; every machine has an init that reaps."),
+    click.option("--privileged", is_flag=True, help="Docker's; every machine has a kernel of its own."),
     click.option("--idle", default="0", metavar="TIME", help="Suspend it when nobody used it for so long; use wakes it."),
     click.option(
         "--restart", default="no", metavar="POLICY",

@@ -79,6 +79,20 @@ VERBS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 
 
+# Docker's longer words for the same: `docker container ls`, `docker image rm x`, `docker system df`.
+_LONGER: dict[tuple[str, str], list[str]] = {
+    ("container", "ls"): ["ps"], ("container", "list"): ["ps"], ("container", "ps"): ["ps"],
+    ("image", "ls"): ["images", "ls"], ("image", "list"): ["images", "ls"], ("image", "rm"): ["rmi"],
+    ("image", "inspect"): ["images", "inspect"], ("image", "pull"): ["pull"], ("image", "build"): ["build"],
+    ("image", "tag"): ["tag"], ("image", "import"): ["import"], ("image", "load"): ["load"], ("image", "save"): ["save"],
+    ("system", "df"): ["df"], ("system", "events"): ["events"], ("system", "prune"): ["prune"], ("system", "info"): ["info"],
+    ("builder", "build"): ["build"], ("buildx", "build"): ["build"],
+}  # fmt: skip
+_OF_A_CONTAINER = frozenset({
+    "run", "create", "start", "stop", "restart", "kill", "rm", "exec", "attach", "logs", "inspect", "top", "stats", "port", "wait",
+    "rename", "pause", "unpause", "cp", "export", "commit", "diff",
+})  # fmt: skip
+
 # Docker's verbs that are others here, or none: what to type instead.
 ELSEWHERE = {
     "login": "docker login, podman login or skopeo login: Recess reads their logins",
@@ -94,6 +108,21 @@ ELSEWHERE = {
     "update": "size and flags of a machine stay: recess snapshot, then recess run with others",
     "history": "recess images inspect NAME; of snapshots: recess snapshots tree",
 }
+
+
+_KERNEL = "a machine has a kernel of its own, and root in it may do everything there"
+_SIZES = "-m, --cpus and --disk say how large a machine is"
+_NETWORK = "docs/egress.md: machines of a project know each other as NAME.recess.internal; the broker resolves names"
+# Docker's flags of `run` that are others here, or none.
+FLAGS_ELSEWHERE = {
+    "--hostname": "a machine's name is its hostname: --name", "--read-only": "the image is never written, the disk is the machine's own",
+    "--tmpfs": "/run and /dev/shm are in memory, the rest is the machine's own disk", "--publish-all": "-p PORT for each",
+    "--cap-add": _KERNEL, "--cap-drop": _KERNEL, "--security-opt": _KERNEL, "--device": _KERNEL, "--pid": _KERNEL, "--ipc": _KERNEL,
+    "--shm-size": _SIZES, "--memory-swap": _SIZES, "--ulimit": _SIZES, "--pids-limit": _SIZES, "--cpu-shares": _SIZES,
+    "--cpuset-cpus": _SIZES, "--link": _NETWORK, "--network-alias": _NETWORK, "--add-host": _NETWORK, "--dns": _NETWORK,
+    "--ip": _NETWORK, "--log-driver": "recess logs keeps the newest output", "--log-opt": "recess logs keeps the newest output",
+    "--stop-timeout": "recess stop -t SECONDS", "--gpus": "there are none in a machine", "--platform": "recess images inspect NAME",
+}  # fmt: skip
 
 
 class _Usage(BadInput):
@@ -116,7 +145,16 @@ class LazyGroup(click.Group):
         module, attribute, _ = VERBS[cmd_name]
         command = getattr(importlib.import_module(f"recess.cli.verbs.{module}"), attribute)
         assert isinstance(command, click.Command)  # noqa: S101 - the table names commands
+        if ctx.resilient_parsing:  # a shell asks what could come next
+            importlib.import_module("recess.cli.completing").teach(command, cmd_name)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Offer verbs and options, from the table: who presses Tab waits."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, (_, _, text) in VERBS.items() if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the verbs' table without importing them."""
@@ -144,14 +182,29 @@ def _wants_json(args: list[str]) -> bool:
     return False
 
 
-def _command(args: list[str]) -> str:
-    """Return the verb: the first word that is neither an option nor the value of one."""
+def _verb_at(args: list[str]) -> int:
+    """Return where the verb stands, the first word that is neither an option nor the value of one; the end if there is none."""
     before = ""
-    for arg in args:
+    for at, arg in enumerate(args):
         if not arg.startswith("-") and before != "--context":
-            return arg
+            return at
         before = arg
-    return ""
+    return len(args)
+
+
+def _command(args: list[str]) -> str:
+    """Return the verb, "" if there is none."""
+    return "".join(args[_verb_at(args) :][:1])
+
+
+def shortened(args: list[str]) -> list[str]:
+    """Return the command line with Docker's longer words as their short ones; any other as it is. Pure."""
+    at = _verb_at(args)
+    first, second = [*args[at : at + 2], "", ""][:2]
+    if first == "container" and second in _OF_A_CONTAINER:
+        return [*args[:at], *args[at + 1 :]]
+    short = _LONGER.get((first, second))
+    return args if short is None else [*args[:at], *short, *args[at + 2 :]]
 
 
 def _exit_code(command: str, error: RecessError) -> int:
@@ -164,6 +217,7 @@ def _exit_code(command: str, error: RecessError) -> int:
 
 def run_cli(args: list[str]) -> int:
     """Run one invocation and return its exit code."""
+    args = shortened(args)
     command = _command(args)
     output = Output(as_json=_wants_json(args), command=command)
     try:
@@ -176,6 +230,8 @@ def run_cli(args: list[str]) -> int:
     except click.UsageError as exc:
         of = exc.ctx.command_path if exc.ctx else "recess"
         instead = ELSEWHERE.get(command) if of == "recess" else None
+        if isinstance(exc, click.NoSuchOption) and command in ("run", "create"):
+            instead = FLAGS_ELSEWHERE.get(exc.option_name)
         error = _Usage(exc.format_message(), hint=instead or f"{of} --help")
         output.error(error, error.exit_code)
         return error.exit_code

@@ -130,7 +130,8 @@ def show(number: int, data: bytes) -> None:
 class Seen:
     """Shows a process's output, and after attaching again only what has not been shown."""
 
-    def __init__(self, shown: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, shown: tuple[int, int] = (0, 0), write: OnOutput = show) -> None:
+        self._write = write
         self._shown = {1: shown[0], 2: shown[1]}
         self._skip = dict(self._shown)
 
@@ -146,7 +147,8 @@ class Seen:
         dropped = min(self._skip[number], len(data))
         self._skip[number] -= dropped
         self._shown[number] += len(data) - dropped
-        show(number, data[dropped:])
+        if dropped < len(data):
+            self._write(number, data[dropped:])
 
 
 def follow_main(

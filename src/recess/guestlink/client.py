@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from recess.errors import GuestFailed, RecessError, Timeout
+from recess.errors import GuestFailed, RecessError, Timeout, Unsupported
 from recess.guestlink import wire
 from recess.guestlink.channel import REQUEST_TIMEOUT_S, Channel
 from recess.guestlink.flows import Stream
@@ -23,6 +23,7 @@ from recess.guestlink.hello import greet
 from recess.guestlink.link import TOKEN_PATH, ByteStream, ExecRequest, FileStat, Job, JobInfo, Thaw, WakeUp
 
 TAKES_TOKEN = "token"
+TAKES_SPARSE = "sparse"  # files with holes in an archive that is unpacked
 TAKES_HELLO = "hello"  # a thaw in the hello; its answer has a number that no request of ours has
 HELLO_REQUEST = 0
 CLOCK_LATE_S = 0.1  # how far behind a guest's clock may wake; the same as after a pause (machines.live)
@@ -192,21 +193,31 @@ class Link(Channel):
         await self._put({"op": "write", "path": path, "mode": mode}, pieces())
 
     async def get_tar(
-        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+        self, path: str, *, name: str = "", follow: bool = False, sparse: bool = False, skip: Sequence[str] = ()
     ) -> AsyncGenerator[bytes, None]:
         """Yield a tar of a file or folder as it comes; see `TarReader`. GuestFailed when it breaks off."""
         stream = self.new_stream()
         try:
-            body = {"op": "tar", "path": path, "name": name, "follow": follow, "skip": list(skip)}
+            body = {"op": "tar", "path": path, "name": name, "follow": follow, "sparse": sparse, "skip": list(skip)}
             await self.request({**body, "stream": stream.number})
             while data := await _moving(stream.read(_PIECE_BYTES)):
                 yield data
         finally:
             stream.abort()
 
-    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
+    async def put_tar(self, path: str, archive: AsyncIterator[bytes], *, sparse: bool = False) -> None:
         """Unpack a tar stream below `path`. BadInput for a damaged archive or one that leads out of `path`."""
+        if sparse and TAKES_SPARSE not in self.hello.takes:
+            raise Unsupported("this machine's guestd is of before files with holes", hint="send them whole")
         await self._put({"op": "untar", "path": path}, archive)
+
+    async def seal(self, path: str) -> str:
+        """Make a place read-only for the workload; see `Sealer`. Raises NotFound, Unsupported."""
+        return wire.decode(await self.request({"op": "seal", "path": path}), wire.Sealed, "seal").behind
+
+    async def unseal(self, path: str) -> None:
+        """Undo it, for a file."""
+        await self.request({"op": "seal", "path": path, "open": True})
 
     async def _put(self, body: dict[str, Any], pieces: AsyncIterator[bytes]) -> None:
         """Send a stream; the request is answered when the guest has all of it, or as soon as it fails."""

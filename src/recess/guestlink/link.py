@@ -208,8 +208,9 @@ class GuestLink(Protocol):
         """Remove a file or folder; absent is not an error."""
         ...
 
-    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
-        """Unpack a tar stream below `path` (guest's own tar code in guestd, no shell)."""
+    async def put_tar(self, path: str, archive: AsyncIterator[bytes], *, sparse: bool = False) -> None:
+        """Unpack a tar stream below `path` (guest's own tar code in guestd, no shell). `sparse`: some of its files are written with
+        their holes left out; Unsupported, before any of it is read, for a guestd that does not know how to read them."""
         ...
 
     async def stats(self) -> Mapping[str, Any]:
@@ -226,8 +227,22 @@ class TarReader(Protocol):
     """A link to a guest that reads whole folders. Not every one does: ask `isinstance`."""
 
     def get_tar(
-        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+        self, path: str, *, name: str = "", follow: bool = False, sparse: bool = False, skip: Sequence[str] = ()
     ) -> AsyncGenerator[bytes, None]:
         """Yield a tar of a file or folder, called `name` in it (empty: only what is in the folder), without the paths in
-        `skip`. Raises NotFound, BadInput (a file without a name), GuestFailed when it breaks off."""
+        `skip`. `sparse`: files with holes may come as GNU's sparse format 1.0 has them. Raises NotFound, BadInput (a file without a name), GuestFailed when it breaks off."""
+        ...
+
+
+@runtime_checkable
+class Sealer(Protocol):
+    """A link to a guest in which a place can be made read-only for all but the host. Not every one is: ask `isinstance`."""
+
+    async def seal(self, path: str) -> str:
+        """Let the workload read a folder or file, not write it; return the path by which the host goes on writing it (of a
+        file its own: `unseal` it first). Again is well; it lasts as long as the guest's memory. Raises NotFound, Unsupported."""
+        ...
+
+    async def unseal(self, path: str) -> None:
+        """Undo it for a file. One that is not sealed is well; Unsupported where nothing can be."""
         ...

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 class Hello(msgspec.Struct):
     """guestd's side of the hello. `mode` is "machine" or "process"; `takes`: what it knows besides what every
-    version of guestd does: "token" in a thaw, a thaw in the "hello" and the request "clock". A snapshot holds the guestd of its time, so this is asked of each anew."""
+    version of guestd does: "token" in a thaw, a thaw in the "hello" and the request "clock", "sparse" files in an archive. A snapshot holds the guestd of its time, so this is asked of each anew."""
 
     proto: int
     nonce: str
@@ -88,6 +88,12 @@ class JobRow(msgspec.Struct):
     def to_info(self) -> JobInfo:
         """Return the public record."""
         return JobInfo(self.job_id, self.pid, tuple(self.argv), self.label, self.started_s, self.exit_code)
+
+
+class Sealed(msgspec.Struct):
+    """A place that the workload cannot write; `behind` is where the host does, a path of the guest's as it was told one."""
+
+    behind: str
 
 
 class StatRow(msgspec.Struct):

@@ -32,21 +32,23 @@ _KINDS = {"file": FILE, "dir": DIR, "symlink": LINK}
 
 
 class GuestSide:
-    """One folder or file of a guest. `spool`: a folder of the host for what is on its way."""
+    """One folder or file of a guest. `spool`: a folder of the host for what is on its way. `place`: where it is read and written
+    if not at its target."""
 
-    def __init__(self, link: GuestLink, target: str, *, single: bool, spool: Path) -> None:
+    def __init__(self, link: GuestLink, target: str, *, single: bool, spool: Path, place: str = "") -> None:
         """Raises Unsupported for a guest that cannot be read as archives."""
         if not isinstance(link, TarReader):
             raise Unsupported("this driver's machines cannot have volumes: their files cannot be read as archives")
         self._link: GuestLink = link
         self._tar: TarReader = link
         self._target = posixpath.normpath(target)
+        self._place = posixpath.normpath(place or target)
         self._single = single
         self._spool = spool
         self._room = asyncio.Semaphore(AT_ONCE)
 
     def _at(self, path: str) -> str:
-        return posixpath.join(self._target, path) if path else self._target
+        return posixpath.join(self._place, path) if path else self._place
 
     # --- reading -----------------------------------------------------------------------------------------------
 
@@ -54,7 +56,7 @@ class GuestSide:
         """Return everything below; nothing if the folder is not there. Raises BadInput over a bound, GuestFailed."""
         found = Scan()
         try:
-            top = await self._link.stat(self._target)
+            top = await self._link.stat(self._place)
         except NotFound:
             found.absent = True
             return found
@@ -83,7 +85,7 @@ class GuestSide:
             except (NotFound, BadInput):
                 return []  # it went away meanwhile
         if len(rows) >= LIST_MAX:
-            raise BadInput(f"{self._at(folder)} in the machine holds {LIST_MAX} files or more")
+            raise BadInput(f"{posixpath.join(self._target, folder)} in the machine holds {LIST_MAX} files or more")
         return rows
 
     def _note_in(self, found: Scan, folder: str, row: FileStat) -> str:
@@ -161,13 +163,13 @@ class GuestSide:
 
     async def put(self, host: HostSide, entries: Sequence[tuple[str, Entry]], *, shared: bool) -> None:
         """Copy entries of the host in, folders before what is in them. Raises GuestFailed (say its disk is full), Changed."""
-        folder, name = posixpath.split(self._target) if self._single else (self._target, "")
+        folder, name = posixpath.split(self._place) if self._single else (self._place, "")
         await self._link.put_tar(folder or "/", _archive(host, entries, name, shared=shared))
 
     async def make_root(self) -> None:
         """Make the folder itself, so that an empty volume is there, too."""
         if not self._single:
-            await self._link.put_tar("/", _folder(self._target.lstrip("/")))
+            await self._link.put_tar("/", _folder(self._place.lstrip("/")))
 
     async def remove(self, path: str) -> bool:
         """Remove a file, or a folder that is empty; False when it is not."""
@@ -179,7 +181,7 @@ class GuestSide:
 
     async def clear(self) -> None:
         """Remove what an image has at this place: a volume is laid over it."""
-        await self._link.remove(self._target, recursive=True)
+        await self._link.remove(self._place, recursive=True)
 
 
 async def _folder(path: str) -> AsyncIterator[bytes]:

@@ -122,7 +122,8 @@ class Launcher:
             if live.spec.network == "full":
                 meta["network"] = CARD_NOTE
             if fresh:
-                await self._fleet.mounting.lay(live, record)
+                said = await self._fleet.mounting.lay(live, record)
+                status = "; ".join(word for word in (status, said) if word)
             else:
                 said = await self._fleet.mounting.meet(live, record, cold=origin.cold)
                 cut = CARD_CUT if live.spec.network == "full" and not origin.cold else ""

@@ -23,8 +23,9 @@ OnExit = Callable[[int], Awaitable[None]]
 class MainJob:
     """The host's side of job "main" over one link; made anew for every link."""
 
-    def __init__(self, log: OutputLog, on_exit: OnExit) -> None:
+    def __init__(self, log: OutputLog, on_exit: OnExit, wall_s: Callable[[], float]) -> None:
         self._log = log
+        self._wall_s = wall_s
         self._on_exit = on_exit
         self.task: asyncio.Task[None] | None = None
         self._job: Job | None = None
@@ -76,7 +77,7 @@ class MainJob:
             skip[stream] -= dropped
             if dropped < len(data) and not full:
                 try:
-                    self._log.append(stream, data[dropped:])
+                    self._log.append(stream, data[dropped:], round(self._wall_s() * 1e9))
                 except OutOfSpace:
                     full = True  # the log stops, the machine does not
 

@@ -31,7 +31,7 @@ from recess.machines.letting import change_egress
 from recess.machines.live import Live
 from recess.machines.looking import SnapshotLooks
 from recess.machines.mainjob import JOB_ID
-from recess.machines.outputlog import read_framed, read_output
+from recess.machines.outputlog import Said, read_output
 from recess.machines.parts import UNDO, Parts
 from recess.machines.processes import Process, list_processes
 from recess.machines.records import check_spec, damaged_machine, machine_row, shown_machine, vm_spec
@@ -126,10 +126,10 @@ class Manager:
         """Return the id of the machine's main job, "" if it has none."""
         return JOB_ID if (await self.get(ref)).spec.argv else ""
 
-    async def logs(self, ref: str, *, framed: bool = False) -> bytes:
-        """Return what is kept of the main process's output; it outlives the VM. `framed`: see `outputlog.read_framed`."""
+    async def output(self, ref: str) -> Said:
+        """Return what is kept of the main process's output; it outlives the VM."""
         record = await self._record(ref)
-        return await asyncio.to_thread(read_framed if framed else read_output, self._parts.directory(record.id))
+        return await asyncio.to_thread(read_output, self._parts.directory(record.id))
 
     async def processes(self, ref: str) -> list[Process]:
         """Return the processes of a running machine, by pid."""

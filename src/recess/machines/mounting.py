@@ -8,7 +8,8 @@ what goes where; nothing is overwritten that somebody else changed.
 Crash-safe without a journal: files appear by rename, on either side; what both sides agreed on is noted after them, and the
 note's mark left in the machine last. A crash in between leaves the note before: the next exchange finds equal files on both
 sides and settles them. A machine whose disk may have lost its newest writes (a cold boot nobody prepared) is met as a
-stranger: then nothing is removed anywhere, and what differs is kept twice.
+stranger: then nothing is removed anywhere, and what differs is kept twice. A read-only volume is sealed in the machine after
+every exchange; a server that dies in between leaves at worst a single file unsealed, until the next exchange.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 
 from recess.catalog.machines import MachineRecord
 from recess.crashpoints import crash_point
-from recess.errors import BadInput, GuestFailed, IllegalState, InvalidSpec, NotFound, RecessError, Timeout
+from recess.errors import BadInput, GuestFailed, IllegalState, InvalidSpec, NotFound, RecessError, Timeout, Unsupported
+from recess.guestlink.link import Sealer
 from recess.machines.exchange import Exchange, Report
 from recess.machines.guestfiles import GuestSide
 from recess.machines.live import Live
@@ -84,16 +86,18 @@ class Mounting:
 
     # --- when -------------------------------------------------------------------------------------------------
 
-    async def lay(self, live: Live, record: MachineRecord) -> None:
+    async def lay(self, live: Live, record: MachineRecord) -> str:
         """Bring a new machine's volumes in before its main process starts: what its image has there makes way, but for
-        what an empty named volume takes over. Raises whatever keeps them from being there."""
+        what an empty named volume takes over. Returns what to say about them, "" for nothing. Raises whatever keeps them from
+        being there."""
         if not live.spec.volumes:
-            return
+            return ""
         state = _State(None)
         async with asyncio.timeout(EXCHANGE_S):
             for mount in live.spec.volumes:
                 await self._exchange(live, record, mount, state, fresh=True)
             await self._agree(live, record, state, at_rest=False)
+        return "; ".join(await self._seal(live))
 
     async def meet(self, live: Live, record: MachineRecord, *, cold: bool) -> str:
         """Exchange after a thaw or a cold boot; returns what to say about it, "" for nothing. A failure is told, never
@@ -101,7 +105,7 @@ class Mounting:
         reports = await self._suppressed(live, record, cold=cold)
         bad = [r for r in reports if r.error]
         conflicts = sum(len(r.conflicts) for r in reports)
-        words = [f"volume {r.target}: not exchanged ({r.error})" for r in bad]
+        words = [f"volume {r.target}: not exchanged ({r.error})" for r in bad] + await self._seal(live)
         return "; ".join(words + ([f"volumes: {conflicts} conflicts (recess events)"] if conflicts else []))
 
     async def give_back(self, live: Live, *, at_rest: bool = False) -> None:
@@ -116,6 +120,7 @@ class Mounting:
             log.warning("machine %s: its volumes were not exchanged: %s", live.id, exc.message)
             return
         await self._suppressed(live, record, at_rest=at_rest)
+        await self._seal(live)
 
     async def sync(self, live: Live, record: MachineRecord) -> list[Report]:
         """Exchange because somebody asked, held volumes too. Raises IllegalState without volumes, or when it is paused."""
@@ -123,7 +128,10 @@ class Mounting:
             raise IllegalState(f"machine {record.name} has no volumes", hint="recess run -v HOST:GUEST")
         if live.paused_since:
             raise IllegalState(f"machine {record.name} is paused", hint="let it run first: recess unpause")
-        return await self._all(live, record, asked=True)
+        try:
+            return await self._all(live, record, asked=True)
+        finally:
+            await self._seal(live)
 
     # --- how --------------------------------------------------------------------------------------------------
 
@@ -176,7 +184,8 @@ class Mounting:
             with await asyncio.to_thread(HostSide, path) as host:
                 spool = self._parts.directory(record.id)
                 await asyncio.to_thread(spool.mkdir, parents=True, exist_ok=True)
-                guest = GuestSide(live.link, mount.target, single=bool(host.single), spool=spool)
+                place = mount.target if fresh else await self._behind(live, mount, single=bool(host.single))
+                guest = GuestSide(live.link, mount.target, single=bool(host.single), spool=spool, place=place)
                 if fresh and not await asyncio.to_thread(_takes_over, mount, host):
                     await guest.clear()
                 stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(self._parts.clock.wall_s()))
@@ -187,6 +196,38 @@ class Mounting:
                 before = state.mounts.get(mount.target) if state.seen is not None else None
                 state.mounts[mount.target] = await work.run(before)
                 state.reports.append(work.report)
+
+    # --- read-only --------------------------------------------------------------------------------------------
+
+    async def _behind(self, live: Live, mount: Mount, *, single: bool) -> str:
+        """Return where the host writes a volume in the machine: at its place, or behind what it has sealed there. A file is
+        unsealed for the exchange, and sealed again with all others after it."""
+        if not mount.readonly or not isinstance(live.link, Sealer):
+            return mount.target
+        try:
+            if not single:
+                return await live.link.seal(mount.target)
+            await live.link.unseal(mount.target)
+        except (NotFound, Unsupported):
+            pass  # the place was removed, or this machine seals nothing: it is as open to the host as to everybody
+        return mount.target
+
+    async def _seal(self, live: Live) -> list[str]:
+        """Make the read-only volumes so for the machine itself; return what to say of those that could not be. Never raises: what
+        is written in there goes nowhere, whether its writer is told so or not."""
+        words = []
+        for mount in live.spec.volumes:
+            if not mount.readonly:
+                continue
+            try:
+                if not isinstance(live.link, Sealer):
+                    raise Unsupported("its driver's machines mount nothing")
+                await live.link.seal(mount.target)
+            except RecessError as exc:
+                words.append(
+                    f"volume {mount.target}: what is written there inside is not refused, only lost ({exc.message})"
+                )
+        return words
 
     async def _last(self, live: Live, record: MachineRecord) -> Seen | None:
         """Return the agreement that the machine's files stem from, by the mark it carries: its own, or the one of the

@@ -160,7 +160,7 @@ class Starter:
         async def ended(code: int) -> None:
             await self._on_exit(live.id, code)
 
-        return MainJob(OutputLog(self._parts.directory(live.id)), ended)
+        return MainJob(OutputLog(self._parts.directory(live.id)), ended, self._parts.clock.wall_s)
 
     async def start_main(self, live: Live) -> None:
         """Start the main process, if the spec has one. Raises NotFound (no such command), GuestFailed."""

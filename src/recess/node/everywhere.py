@@ -6,12 +6,15 @@ the manager, which does not know the plain ones. It must not decide how either d
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from recess.errors import Unsupported
 from recess.guestlink.link import GuestLink
+from recess.machines.loglines import Wanted, select
+from recess.machines.outputlog import Said
 from recess.machines.service import MachineRow
 
 if TYPE_CHECKING:
@@ -54,12 +57,14 @@ async def reach(
             yield row, link
 
 
-async def output_of(node: LocalNode, ref: str, *, framed: bool) -> bytes:
-    """Return what the main process said; of a plain machine, its agent's newest process."""
+async def output_of(node: LocalNode, ref: str, wanted: Wanted) -> Said:
+    """Return what the main process said; of a plain machine, its agent's newest process. Raises Unsupported (a plain machine's
+    output is kept without times)."""
     found = plain_of(node, ref)
-    if found is not None:
-        return await found[0].logs(found[1], framed=framed)
-    return await node.machines.logs(ref, framed=framed)
+    if found is not None and wanted.needs_times:
+        raise Unsupported("a plain process's output is kept without times", hint="recess logs -n 20")
+    said = await (found[0].output(found[1]) if found else node.machines.output(ref))
+    return await asyncio.to_thread(select, said, wanted)
 
 
 async def remove(node: LocalNode, ref: str, *, force: bool) -> str:

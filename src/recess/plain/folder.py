@@ -15,7 +15,7 @@ import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from recess.errors import BadInput, GuestFailed, NotFound, OutOfSpace
+from recess.errors import BadInput, GuestFailed, NotFound, OutOfSpace, Unsupported
 from recess.guestlink.link import FileStat
 from recess.ids import new_id
 
@@ -84,8 +84,11 @@ class FolderFiles:
             raise BadInput(f"folder is not empty: {path}")
         await asyncio.to_thread(shutil.rmtree, target)
 
-    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
-        """Unpack files and folders of a tar stream below `path`; what would leave it is refused before anything is written."""
+    async def put_tar(self, path: str, archive: AsyncIterator[bytes], *, sparse: bool = False) -> None:
+        """Unpack files and folders of a tar stream below `path`; what would leave it, or be much larger than the archive, is
+        refused before anything is written. Raises Unsupported for `sparse`: a small archive of a large file is held whole here."""
+        if sparse:
+            raise Unsupported("files with holes are unpacked whole here")
         data = bytearray()
         async for piece in archive:
             data += piece
@@ -106,6 +109,8 @@ def _unpack(target: Path, data: bytes) -> None:
 def _unpack_members(target: Path, data: bytes) -> None:
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()  # `filter=` is younger than the oldest Python we support
+        if sum(member.size for member in members) > ARCHIVE_BYTES_MAX:  # one with holes says so itself
+            raise BadInput(f"archive holds more than {ARCHIVE_BYTES_MAX} bytes")
         for member in members:
             if not (target / member.name).resolve().is_relative_to(target.resolve()):
                 raise BadInput(f"tar member leaves the folder: {member.name}")

@@ -22,7 +22,7 @@ from recess.clock import Clock
 from recess.errors import IllegalState, Incompatible, NotFound, OutOfSpace, RecessError, Unavailable, Unsupported
 from recess.guestlink.link import ByteStream, IncomingHandler
 from recess.ids import new_id
-from recess.machines.outputlog import pack_record, pack_totals
+from recess.machines.outputlog import Piece, Said
 from recess.machines.service import MachineRow, MachineSpec, ResumeReport, SnapshotRow
 from recess.plain.door import Door, SocketStream
 from recess.plain.keeper import put
@@ -75,13 +75,12 @@ class PlainMachines:
         fitting = [one for one in self._machines if len(ref) >= REF_LEAST and one.startswith(ref)]
         return fitting[0] if len(fitting) == 1 else ""
 
-    async def logs(self, machine_id: str, *, framed: bool = False) -> bytes:
-        """Return the newest output of the agent's newest process, b"" when there was none. `framed`: as
-        `recess.machines.outputlog.read_framed`, all of it as stdout."""
+    async def output(self, machine_id: str) -> Said:
+        """Return the newest output of the agent's newest process, all of it as stdout and of unknown times."""
         processes = self._find(machine_id).link.processes
         agents = [one.job_id for one in processes.list() if one.label]
         data, total = await asyncio.to_thread(processes.tail, agents[-1]) if agents else (b"", 0)
-        return (pack_record(1, data) if data else b"") + pack_totals(total, 0) if framed else data
+        return Said([Piece(1, data)] if data else [], total, 0)
 
     def has_snapshot(self, snapshot: str) -> bool:
         """Tell whether this snapshot is one of ours."""

@@ -188,9 +188,14 @@ class Machine:
         """Return the guest's job table: {job_id, pid, argv, label, started_s, exit_code} each."""
         return tuple(self._call("GET", "/jobs")["jobs"])
 
-    def logs(self) -> bytes:
-        """Return what is kept of the main process's output."""
-        return self.client.transport.raw("GET", f"/v1/machines/{self.id}/logs")
+    def logs(
+        self, *, tail: int | None = None, since_s: float | None = None, until_s: float | None = None,
+        timestamps: bool = False,
+    ) -> bytes:  # fmt: skip
+        """Return what is kept of the main process's output: all of it, its last `tail` lines, the lines that came between two
+        wall times (seconds since 1970), each with its time before it."""
+        query = {"tail": tail, "since": since_s, "until": until_s, "timestamps": "1" if timestamps else None}
+        return self.client.transport.raw("GET", f"/v1/machines/{self.id}/logs", query=query)
 
     def sync_volumes(self) -> Sequence[Json]:
         """Exchange its volumes with the host now, and return what was done for each: copied_in, copied_out, removed_in,

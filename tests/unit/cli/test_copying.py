@@ -27,7 +27,7 @@ def test_there_and_back(tmp_path):
     (source / "link").symlink_to("deep/f")
     (source / "abs").symlink_to("/etc/passwd")
     os.mkfifo(source / "pipe")
-    assert pack(source, "x", io.BytesIO()) == ["x/pipe"]
+    assert pack(source, "x", io.BytesIO()).left == ["x/pipe"]
     for name, where in (("new", tmp_path / "new"), ("", tmp_path / "into")):
         if not name:
             where.mkdir()
@@ -39,6 +39,81 @@ def test_there_and_back(tmp_path):
         assert (where / "abs").readlink().as_posix() == "/etc/passwd"
         assert not (where / "pipe").exists()
         unpack(packed(source, "x"), tmp_path if name else where, name)  # over itself
+
+
+def small(path):
+    """Tell whether a file takes hardly any room."""
+    return path.stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file of 64 MiB with data in two places, and its bytes there."""
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+        for at in (1 << 20, 40 << 20):
+            file.seek(at)
+            file.write(b"data" * 5000)
+        file.flush()
+        os.fsync(file.fileno())
+    if not small(path):
+        pytest.fail("this file system keeps no holes")
+    return path
+
+
+@pytest.mark.parametrize("holes", [True, False])
+def test_a_file_with_holes(tmp_path, disk, holes):
+    out = io.BytesIO()
+    packed = pack(disk, "x", out, holes=holes)
+    assert packed.with_holes is holes
+    assert (len(out.getvalue()) < 1 << 20) is holes
+    out.seek(0)
+    with tarfile.open(fileobj=out) as tar:  # as everybody reads it
+        assert tar.getmember("x").size == 64 << 20
+    out.seek(0)
+    unpack(out, tmp_path, "copy")
+    assert (tmp_path / "copy").read_bytes() == disk.read_bytes()
+    assert small(tmp_path / "copy") is holes
+
+
+def test_a_file_that_is_one_hole_among_others(tmp_path):
+    (tmp_path / "tree").mkdir()
+    with (tmp_path / "tree" / "hole").open("wb") as file:
+        file.truncate(8 << 20)
+    (tmp_path / "tree" / "z").write_text("behind it")
+    unpack(packed(tmp_path / "tree", "x"), tmp_path, "copy")
+    assert (tmp_path / "copy" / "hole").stat().st_size == 8 << 20
+    assert small(tmp_path / "copy" / "hole")
+    assert (tmp_path / "copy" / "z").read_text() == "behind it"
+
+
+@pytest.mark.parametrize(
+    ("table", "data", "said"),
+    [
+        (b"1\n900\n200\n", b"x" * 200, "wrong map"),
+        (b"2\n500\n10\n100\n10\n", b"x" * 20, "wrong map"),
+        (b"1\n0\n600\n", b"", "no tar"),
+        (b"9\n0\n1\n", b"", "no tar"),
+        (b"nonsense", b"", "no tar"),
+    ],
+)
+def test_maps_that_lie_are_refused(tmp_path, table, data, said):
+    body = table.ljust(512, b"\0") + data
+    info = tarfile.TarInfo("x")
+    info.size = len(body)
+    info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1000"}
+    hostile = info.tobuf(tarfile.PAX_FORMAT) + body + bytes(-len(body) % 512)
+    with pytest.raises(BadInput, match=said):
+        unpack(io.BytesIO(hostile), tmp_path, "f")
+
+
+def test_a_set_uid_bit_comes_along_if_that_is_asked_for(tmp_path):
+    (tmp_path / "su").write_text("")
+    (tmp_path / "su").chmod(0o4755)
+    for rights, dropped, mode in ((False, 1, 0o755), (True, 0, 0o4755)):
+        assert unpack(packed(tmp_path / "su", "x"), tmp_path, "copy", rights=rights) == dropped
+        assert (tmp_path / "copy").stat().st_mode & 0o7777 == mode
 
 
 def test_a_link_is_copied_or_followed(tmp_path):
@@ -101,7 +176,7 @@ def test_what_is_not_there_and_what_is_no_archive(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         packed(tmp_path / "none", "x")
     (tmp_path / "f").write_text("")
-    with pytest.raises(BadInput, match="no folder"):
+    with pytest.raises(BadInput, match="a file, no folder"):
         packed(tmp_path / "f", "")
     with pytest.raises(BadInput, match="no tar"):
         unpack(io.BytesIO(b"nonsense" * 100), tmp_path, "x")

@@ -8,7 +8,7 @@ import pytest
 from recess.cli import terminal
 from recess.cli.machine_flags import parse_labels
 from recess.cli.terminal import DETACH, KeyMatcher, Seen, parse_keys
-from recess.cli.verbs.logs import last_lines, parse_framed
+from recess.cli.verbs.logs import Stamped, parse_framed
 from recess.cli.verbs.ps import parse_filters, passes, ports_of, shown, status_of
 from recess.cli.verbs.watch import event_line, usage
 from recess.errors import BadInput, ServerUnavailable
@@ -113,12 +113,25 @@ def test_logs_tell_the_streams_apart():
     data = framed((1, b"one\ntw"), (2, b"bad\n"), (1, b"o\n"), totals=(8, 4))
     pieces, totals = parse_framed(data)
     assert totals == (8, 4)
-    assert last_lines(pieces, 2) == [(2, b"bad\n"), (1, b"o\n")]
-    assert last_lines([(1, b"a\nb"), (1, b"c\n")], 1) == [(1, b"bc\n")]
-    assert last_lines(pieces, 0) == []
-    assert last_lines(pieces, 99)[0] == (1, b"one\n")
+    assert pieces == [(1, b"one\ntw"), (2, b"bad\n"), (1, b"o\n")]
     with pytest.raises(ServerUnavailable):
         parse_framed(data[:-5])
+
+
+def test_what_comes_later_has_its_time_before_each_line():
+    written = []
+    stamped = Stamped(
+        [(1, b"kept\nunfin")], lambda: 1_700_000_000_000_000_000, lambda n, data: written.append((n, data))
+    )
+    stamped(1, b"ished\nnext\nhalf")
+    stamped(2, b"err\n")
+    stamped(1, b" done\n")
+    time = b"2023-11-14T22:13:20.000000000Z "
+    assert written == [
+        (1, b"ished\n" + time + b"next\n" + time + b"half"),
+        (2, time + b"err\n"),
+        (1, b" done\n"),
+    ]
 
 
 def test_figures_are_of_the_time_between_two_samples():

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from recess.cli import main as cli_main
-from recess.cli.main import ELSEWHERE, VERBS, run_cli
+from recess.cli.main import ELSEWHERE, FLAGS_ELSEWHERE, VERBS, run_cli, shortened
 
 
 def test_every_verb_can_be_imported_and_has_help(capsys):
@@ -25,10 +25,35 @@ def test_unknown_verb_is_a_usage_error(capsys):
 @pytest.mark.parametrize("word", sorted(ELSEWHERE))
 def test_a_word_of_dockers_that_is_another_here_is_told(word, capsys):
     assert word not in VERBS
-    assert run_cli([word, "ls"]) == 2
+    assert run_cli([word, "frobnicate"]) == 2
     assert ELSEWHERE[word] in capsys.readouterr().err
     named = re.findall(r"recess ([a-z]+)", ELSEWHERE[word])
     assert set(named) <= set(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("container ls -a", "ps -a"),
+        ("container rm -f web", "rm -f web"),
+        ("--json container inspect web", "--json inspect web"),
+        ("--context image image ls -q", "--context image images ls -q"),
+        ("image rm base", "rmi base"),
+        ("system prune -f", "prune -f"),
+        ("container frobnicate", "container frobnicate"),
+        ("exec container ls", "exec container ls"),
+        ("container", "container"),
+        ("", ""),
+    ],
+)
+def test_longer_words_of_dockers_are_the_short_ones(typed, meant):
+    assert shortened(typed.split()) == meant.split()
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS_ELSEWHERE))
+def test_a_flag_of_dockers_that_is_another_here_is_told(flag, capsys):
+    assert run_cli(["run", flag, "base", "true"]) == 2
+    assert FLAGS_ELSEWHERE[flag] in capsys.readouterr().err
 
 
 def test_errors_share_the_envelope(capsys):

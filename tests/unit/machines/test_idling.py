@@ -77,7 +77,7 @@ async def test_looking_wakes_nobody(room, clock):
     row = await room.manager.create(IDLE, name="dev")
     await asleep(room, clock)
     assert [one.name for one in await room.manager.list_machines()] == ["dev"]
-    await room.manager.logs("dev")
+    await room.manager.output("dev")
     for look in (room.manager.processes("dev"), room.manager.stats("dev"), room.manager.link(row.id)):
         with pytest.raises(IllegalState):
             await look

@@ -242,7 +242,7 @@ async def test_main_process_runs_is_logged_and_its_end_is_the_machines_end(room)
     await room.manager.wait_dead(row.id)
     done = await room.manager.get("job")
     assert (done.state, done.exit_code) == ("exited", 3)
-    assert await room.manager.logs("job") == b"out\nerr\n"
+    assert (await room.manager.output("job")).data == b"out\nerr\n"
     await room.manager.remove("job")
     with pytest.raises(NotFound):
         await room.manager.get("job")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from recess.errors import BadInput, IllegalState, InvalidSpec, NotFound
+from recess.errors import BadInput, IllegalState, InvalidSpec, NotFound, Unsupported
 from recess.machines.service import Mount
 from recess.testing.crash import crashing
 from recess.testing.machine_room import SMALL
@@ -95,8 +95,51 @@ async def test_both_changed_the_newest_stands_and_the_other_is_kept(room, folder
     assert winners["g"][1].startswith("g.conflict-dev-")
 
 
-async def test_readonly_never_goes_out(room, folder):
-    await room.manager.create(with_volume(folder, readonly=True), name="dev")
+async def refused(room, machine, script):
+    """Run a script that must fail for want of a right to write."""
+    with pytest.raises(AssertionError, match="Read-only"):
+        await room.sh(machine, script)
+
+
+async def test_readonly_is_so_inside_and_the_host_goes_on_writing(room, folder):
+    row = await room.manager.create(with_volume(folder, readonly=True), name="dev")
+    assert row.status == ""
+    for script in ("echo mine > /data/f", "touch /data/new", "rm /data/f", "mkdir /data/d"):
+        await refused(room, "dev", script)
+    write(folder / "f", "two", AT + 1)
+    write(folder / "more", "new", AT + 1)
+    await room.manager.acts.sync("dev")
+    assert await room.sh("dev", "cat /data/f /data/more") == "twonew"
+    await refused(room, "dev", "rm /data/more")
+    await room.manager.suspend("dev")
+    (folder / "more").unlink()
+    await room.manager.resume("dev")
+    assert "not refused" not in (await room.manager.get("dev")).status
+    assert names(folder) == ["f"]
+    await refused(room, "dev", "touch /data/new")
+    await room.manager.stop("dev")
+    await room.manager.acts.start("dev")  # a boot: nothing was sealed any more
+    await refused(room, "dev", "touch /data/new")
+    (child,) = await room.manager.fork("dev", 1)
+    await refused(room, child.id, "touch /data/new")  # held: not exchanged, and read-only all the same
+
+
+async def test_one_readonly_file_is_replaced_and_stays_readonly(room, folder):
+    await room.manager.create(with_volume(folder / "f", "/etc/app.conf", readonly=True), name="dev")
+    await refused(room, "dev", "echo mine > /etc/app.conf")
+    write(folder / "f", "two", AT + 1)
+    await room.manager.acts.sync("dev")
+    assert await room.sh("dev", "cat /etc/app.conf") == "two"
+    await refused(room, "dev", "echo mine > /etc/app.conf")
+
+
+async def test_where_nothing_can_be_sealed_it_says_so_and_nothing_goes_out(room, folder, monkeypatch):
+    async def seal(*_):
+        raise Unsupported("no mounts here")
+
+    monkeypatch.setattr("recess.drivers.fake.link.FakeLink.seal", seal)
+    row = await room.manager.create(with_volume(folder, readonly=True), name="dev")
+    assert "/data: what is written there inside is not refused" in row.status
     await room.sh("dev", "echo mine > /data/f; echo mine > /data/own")
     await room.manager.acts.sync("dev")
     assert (folder / "f").read_text() == "one"

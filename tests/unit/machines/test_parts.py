@@ -14,7 +14,7 @@ from recess.machines.forward import Forwarder
 from recess.machines.incoming import Incoming
 from recess.machines.live import needs_clock
 from recess.machines.mapped import file_part
-from recess.machines.outputlog import FILE_BYTES_MAX, OutputLog, read_framed, read_output
+from recess.machines.outputlog import FILE_BYTES_MAX, OutputLog, Piece, Said, pack_said, read_output
 from recess.machines.records import spec_from_json, spec_to_json
 from recess.machines.service import MachineSpec
 
@@ -92,48 +92,69 @@ def test_a_lying_row_is_corrupt(bad):
 # --- output log --------------------------------------------------------------------------------------------------
 
 
+def kept(directory):
+    return read_output(directory).data
+
+
 def test_output_survives_reopening_and_a_torn_record(tmp_path):
     log = OutputLog(tmp_path)
-    log.append(1, b"one\n")
-    log.append(2, b"two\n")
+    log.append(1, b"one\n", 10)
+    log.append(2, b"two\n", 10)
     with (tmp_path / "output.log").open("ab") as file:
         file.write(b"\x01\xff\x00\x00\x00half")
     again = OutputLog(tmp_path)
     assert again.totals == {1: 4, 2: 4}
-    again.append(1, b"three\n")
-    assert read_output(tmp_path) == b"one\ntwo\nthree\n"
+    again.append(1, b"three\n", 20)
+    assert read_output(tmp_path).pieces == [Piece(1, b"one\n", 10), Piece(2, b"two\n", 10), Piece(1, b"three\n", 20)]
     assert OutputLog(tmp_path).totals == {1: 10, 2: 4}
 
 
-def test_output_is_capped_and_still_counted(tmp_path):
+def test_output_is_capped_and_still_counted_and_timed(tmp_path):
     log = OutputLog(tmp_path)
     piece = bytes(1 << 20)
     for _ in range(11):
-        log.append(1, piece)
-    kept = sum(f.stat().st_size for f in tmp_path.iterdir())
-    assert kept <= 2 * (FILE_BYTES_MAX + (1 << 20)) + 100
+        log.append(1, piece, 7)
+    size = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert size <= 2 * (FILE_BYTES_MAX + (1 << 20)) + 100
     assert OutputLog(tmp_path).totals[1] == 11 << 20
+    assert {piece.at_ns for piece in read_output(tmp_path).pieces} == {7}  # each file knows it of itself
 
 
 def test_a_new_run_counts_from_zero_and_keeps_what_was_said(tmp_path):
     log = OutputLog(tmp_path)
     log.new_run()
-    log.append(1, b"first\n")
+    log.append(1, b"first\n", 1)
     log.new_run()
-    log.append(2, b"second\n")
+    log.append(2, b"second\n", 2)
     assert OutputLog(tmp_path).totals == {1: 0, 2: 7}
-    assert read_output(tmp_path) == b"first\nsecond\n"
-    framed = read_framed(tmp_path)
-    assert framed[:5] == struct.pack("<BI", 1, 6)
-    assert framed.endswith(struct.pack("<BIQQ", 0xFF, 16, 0, 7))
+    said = read_output(tmp_path)
+    assert kept(tmp_path) == b"first\nsecond\n"
+    assert pack_said(said).startswith(struct.pack("<BI", 1, 6) + b"first\n" + struct.pack("<BI", 2, 7))
+    assert pack_said(said).endswith(struct.pack("<BIQQ", 0xFF, 16, 0, 7))
     for _ in range(5):
-        log.append(1, bytes(1 << 20))
-    log.append(1, b"x")
-    assert read_framed(tmp_path).endswith(struct.pack("<QQ", (5 << 20) + 1, 7))
+        log.append(1, bytes(1 << 20), 3)
+    log.append(1, b"x", 3)
+    assert pack_said(read_output(tmp_path)).endswith(struct.pack("<QQ", (5 << 20) + 1, 7))
+
+
+def test_a_log_of_before_there_were_times_is_read_and_goes_on(tmp_path):
+    heading = struct.pack("<BIQQ", 0xFF, 16, 0, 0)
+    (tmp_path / "output.log").write_bytes(heading + struct.pack("<BI", 1, 4) + b"old\n")
+    OutputLog(tmp_path).append(1, b"new\n", 5)
+    assert read_output(tmp_path) == Said([Piece(1, b"old\n", 0), Piece(1, b"new\n", 5)], 8, 0)
+
+
+def test_a_record_of_a_wrong_length_ends_the_log(tmp_path):
+    log = OutputLog(tmp_path)
+    log.append(1, b"one\n", 5)
+    with (tmp_path / "output.log").open("ab") as file:
+        file.write(struct.pack("<BI", 0xFE, 3) + b"abc" + struct.pack("<BI", 1, 4) + b"two\n")
+    assert kept(tmp_path) == b"one\n"
+    assert OutputLog(tmp_path).totals == {1: 4, 2: 0}
 
 
 def test_no_output(tmp_path):
-    assert read_output(tmp_path / "nowhere") == b""
+    assert read_output(tmp_path / "nowhere") == Said([], 0, 0)
 
 
 # --- sparse files ------------------------------------------------------------------------------------------------

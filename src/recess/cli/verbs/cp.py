@@ -13,7 +13,7 @@ import click
 
 from recess.cli.common import Invocation, verb
 from recess.cli.copying import pack, unpack
-from recess.errors import BadInput, NotFound
+from recess.errors import BadInput, NotFound, Unsupported
 from recess.sdk.files import download, upload
 
 _IN_MEMORY = 32 << 20
@@ -28,7 +28,9 @@ def split(text: str) -> tuple[str, str]:
 
 @click.command("cp")
 @click.option("-L", "--follow-link", "follow", is_flag=True, help="Copy what a link at SOURCE points to.")
-@click.option("-a", "--archive", is_flag=True, help="Docker's; owners are root in a machine and the caller here.")
+@click.option(
+    "-a", "--archive", is_flag=True, help="Set-uid bits out of a machine, too. Owners: root there, the caller here."
+)
 @click.argument("source")
 @click.argument("target")
 @verb
@@ -43,7 +45,7 @@ def cp(inv: Invocation, source: str, target: str, follow: bool, archive: bool) -
         if dst_machine:
             _into(inv, src_path, dst_machine, dst_path or "/", follow, spool)
         else:
-            _out_of(inv, src_machine, src_path or "/", dst_path, follow, spool)
+            _out_of(inv, src_machine, src_path or "/", dst_path, spool, follow=follow, rights=archive)
 
 
 def _into(inv: Invocation, source: str, machine: str, path: str, follow: bool, spool: BinaryIO) -> None:
@@ -56,24 +58,30 @@ def _into(inv: Invocation, source: str, machine: str, path: str, follow: bool, s
     here, contents = Path(source), source.endswith("/.") or source == "."
     if not os.path.lexists(here):  # before the machine is asked, maybe woken
         raise BadInput(f"{source}: no such file or folder")
-    if _is_folder(inv, machine, path):
-        folder, name = path, "" if contents else here.absolute().name
-    elif path.endswith("/") and not here.is_dir():
-        raise NotFound(f"no such folder in the machine: {path}", kind="file", ref=path)
+    if _is_folder(inv, machine, path) or (path.endswith("/") and not here.is_dir()):
+        folder, name = path, "" if contents else here.absolute().name  # which the server says, if it is no folder
     else:
         folder, name = posixpath.split(path.rstrip("/"))
-    left = pack(here, name, spool, follow=follow)
-    if left:
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
-        inv.out.progress(f"left out, neither file, folder nor link: {', '.join(left[:_NAMED])}{more}")
-    _send(inv, machine, folder or "/", spool)
+    packed = pack(here, name, spool, follow=follow)
+    if packed.left:
+        more = f" and {len(packed.left) - _NAMED} more" if len(packed.left) > _NAMED else ""
+        inv.out.progress(f"left out, neither file, folder nor link: {', '.join(packed.left[:_NAMED])}{more}")
+    try:
+        _send(inv, machine, folder or "/", spool, sparse=packed.with_holes)
+    except Unsupported:
+        if not packed.with_holes:
+            raise
+        spool.seek(0)
+        spool.truncate()
+        pack(here, name, spool, follow=follow, holes=False)
+        _send(inv, machine, folder or "/", spool)
 
 
-def _send(inv: Invocation, machine: str, folder: str, spool: BinaryIO) -> None:
+def _send(inv: Invocation, machine: str, folder: str, spool: BinaryIO, *, sparse: bool = False) -> None:
     size = spool.tell()
     spool.seek(0)
-    path = f"/v1/machines/{machine}/archive"
-    upload(inv.server, path, spool, size=size, query={"path": folder}, on_bytes=lambda _n: None)
+    path, query = f"/v1/machines/{machine}/archive", {"path": folder} | ({"sparse": "1"} if sparse else {})
+    upload(inv.server, path, spool, size=size, query=query, on_bytes=lambda _n: None)
 
 
 def _is_folder(inv: Invocation, machine: str, path: str) -> bool:
@@ -85,7 +93,9 @@ def _is_folder(inv: Invocation, machine: str, path: str) -> bool:
     return True
 
 
-def _out_of(inv: Invocation, machine: str, path: str, target: str, follow: bool, spool: BinaryIO) -> None:
+def _out_of(
+    inv: Invocation, machine: str, path: str, target: str, spool: BinaryIO, *, follow: bool, rights: bool
+) -> None:
     path = path if path.startswith("/") else f"/{path}"
     contents = path.endswith("/.")
     own = posixpath.basename(posixpath.normpath(path)) or "root"
@@ -96,16 +106,15 @@ def _out_of(inv: Invocation, machine: str, path: str, target: str, follow: bool,
         sys.stdout.buffer.flush()
         return
     place = Path(target)
-    if not place.is_dir() and target.endswith("/"):
-        raise BadInput(f"{target}: no such folder")
-    if not place.absolute().parent.is_dir():
-        raise BadInput(f"{place.absolute().parent}: no such folder")
-    download(inv.server, archive, spool, query=query, on_bytes=lambda _n: None)
+    folder = place if target.endswith("/") else place.absolute().parent
+    if not place.is_dir() and not folder.is_dir():
+        raise BadInput(f"{folder}: a file, no folder" if os.path.lexists(folder) else f"{folder}: no such folder")
+    download(inv.server, archive, spool, query={**query, "sparse": "1"}, on_bytes=lambda _n: None)
     spool.seek(0)
-    if place.is_dir():
-        unpack(spool, place, "" if contents else own)
-    else:
-        unpack(spool, place.absolute().parent, place.name)
+    into, name = (place, "" if contents else own) if place.is_dir() else (place.absolute().parent, place.name)
+    dropped = unpack(spool, into, name, rights=rights)
+    if dropped:
+        inv.out.progress(f"set-uid or set-gid bits of {dropped} files were left out (-a keeps them)")
 
 
 @click.command("export")

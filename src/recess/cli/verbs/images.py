@@ -76,9 +76,10 @@ def rm(inv: Invocation, names: tuple[str, ...]) -> None:
 
 
 @click.command("rmi")
+@click.option("-f", "--force", is_flag=True, help="Docker's; what a machine needs stays all the same.")
 @click.argument("names", nargs=-1, required=True)
 @verb
-def rmi(inv: Invocation, names: tuple[str, ...]) -> None:
+def rmi(inv: Invocation, names: tuple[str, ...], force: bool) -> None:
     """Remove images (`images rm`)."""
     _remove(inv, names)
 

@@ -71,7 +71,7 @@ def _tell_rung(inv: Invocation, ref: str, report: Json | None) -> None:
 
 
 @click.command("restart")
-@click.option("-t", "--time", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
+@click.option("-t", "--time", "--timeout", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
 @click.argument("machines", nargs=-1, required=True)
 @verb
 def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:
@@ -87,7 +87,7 @@ def restart(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int
 
 
 @click.command("stop")
-@click.option("-t", "--time", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
+@click.option("-t", "--time", "--timeout", "timeout_s", default=10.0, help="Seconds between SIGTERM and the end.")
 @click.argument("machines", nargs=-1, required=True)
 @verb
 def stop(inv: Invocation, machines: tuple[str, ...], timeout_s: float) -> int:

@@ -20,11 +20,13 @@ def _shell(flags: dict[str, Any]) -> list[str]:
     return ["/bin/bash"] if flags["tty"] else ["/bin/sh"]
 
 
-def _note_card(inv: Invocation, row: Json) -> None:
+def _note(inv: Invocation, row: Json) -> None:
     if row["spec"]["network"] == "full":
         inv.out.progress(
             "--net full: no rules, no journal; its connections end at a suspend, restore and in forks (docs/egress.md)"
         )
+    if row["status"]:
+        inv.out.progress(row["status"])  # what is not as it was asked for
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -48,7 +50,7 @@ def run(inv: Invocation, image: str, command: tuple[str, ...], detach: bool, det
         if not detach:
             _take_back(inv, body, key)
         raise
-    _note_card(inv, row)
+    _note(inv, row)
     if detach:
         inv.out.data(row, row["id"])
         return 0
@@ -95,5 +97,5 @@ def create(inv: Invocation, image: str, command: tuple[str, ...], **flags: Any) 
     if flags["tty"] or flags["interactive"]:
         body["shell"] = _shell(flags)
     row = inv.act("POST", "/v1/machines", body, key=flags["key"] or new_key())
-    _note_card(inv, row)
+    _note(inv, row)
     inv.out.data(row, row["id"])

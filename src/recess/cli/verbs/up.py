@@ -21,12 +21,13 @@ END_S = 120.0
 """How long a server may take to put its machines away and end."""
 
 
-def _address(text: str) -> tuple[str, int] | None:
+def listen_address(text: str, option: str) -> tuple[str, int] | None:
+    """Return where to listen for "HOST:PORT", loopback without a host; None for "". Raises BadInput naming the option. Pure."""
     if not text:
         return None
     host, _, port = text.rpartition(":")
-    if not port.isdigit():
-        raise BadInput(f"--listen {text}: expected HOST:PORT")
+    if not (port.isascii() and port.isdigit()):
+        raise BadInput(f"{option} {text}: expected HOST:PORT")
     return host or "127.0.0.1", int(port)
 
 
@@ -45,7 +46,7 @@ def up(inv: Invocation, listen: str, detached: bool, home: str) -> int:
     # A client that goes away while we write must be an error of that write, not our end.
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    address = _address(listen)
+    address = listen_address(listen, "--listen")
 
     def ready() -> None:
         inv.out.progress(f"recess: serving {inv.config.home} on {inv.config.socket_path} (pid {os.getpid()})")

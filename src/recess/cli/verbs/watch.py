@@ -12,7 +12,7 @@ from recess.cli.common import Invocation, parse_pairs, verb
 from recess.cli.verbs.ps import shown_guest, shown_host
 from recess.errors import BadInput, Conflict, NotFound
 from recess.sdk.transport import Json
-from recess.units import format_bytes, format_duration, parse_duration
+from recess.units import format_bytes, format_duration, parse_duration, parse_moment
 
 EVERY_S = 1.0
 _POLL_S = 25
@@ -119,7 +119,7 @@ def _show(inv: Invocation, rows: list[Json], *, last: bool) -> None:
 
 
 @click.command("events")
-@click.option("--since", default="", metavar="AGO", help="Also what happened in the last while, like 10m.")
+@click.option("--since", default="", metavar="TIME", help="Also what happened since: 10m (ago), 2026-11-23T10:20:30Z.")
 @click.option("--until", default="", metavar="IN", help="End after this time, like 30s.")
 @click.option("-f", "--filter", "filters", multiple=True, metavar="KEY=VALUE", help="By event, machine, name.")
 @verb
@@ -128,7 +128,7 @@ def events(inv: Invocation, since: str, until: str, filters: tuple[str, ...]) ->
     wanted = parse_pairs(filters, "--filter")
     if set(wanted) - {"event", "machine", "name"}:
         raise BadInput("--filter: expected event=, machine= or name=")
-    oldest = time.time() - parse_duration(since) if since else None
+    oldest = parse_moment(since, time.time()) if since else None
     end = time.monotonic() + parse_duration(until) if until else None
     after: Any = "now" if oldest is None else 0
     while end is None or time.monotonic() < end:

@@ -8,19 +8,45 @@ import tarfile
 from collections.abc import Callable, Collection, Sequence
 
 from recess.drivers.fake.state import TMPFS, DiskState, FileNode, MemoryState
-from recess.errors import BadInput, NotFound
+from recess.errors import BadInput, NotFound, Refused
 from recess.guestlink.link import FileStat
 
 LIST_MAX = 10_000
 
 
 class FileTree:
-    """Paths to nodes. Parents are made as needed, as guestd does."""
+    """Paths to nodes. Parents are made as needed, as guestd does. `minding`: what is sealed is not written."""
 
-    def __init__(self, memory: MemoryState, disk: DiskState, now: Callable[[], float]) -> None:
+    def __init__(self, memory: MemoryState, disk: DiskState, now: Callable[[], float], *, minding: bool = True) -> None:
         self._memory = memory
         self._disk = disk
         self._now = now
+        self._minding = minding
+
+    def seal(self, path: str) -> str:
+        """Let nobody but the host write here; return the path by which it does. Raises NotFound."""
+        self.stat(path)
+        return self._memory.sealed.setdefault(path, f"/run/recess/behind/{len(self._memory.sealed)}")
+
+    def unseal(self, path: str) -> None:
+        """Let everybody write here again."""
+        self._memory.sealed.pop(path, None)
+
+    def meant(self, path: str) -> tuple[FileTree, str, str]:
+        """Return the tree and path that a path of the host's means, and what of it stands for that path's beginning."""
+        path = self.clean(path)
+        for target, behind in self._memory.sealed.items():
+            if path == behind or path.startswith(behind + "/"):
+                return (
+                    FileTree(self._memory, self._disk, self._now, minding=False),
+                    target + path[len(behind) :],
+                    behind,
+                )
+        return self, path, ""
+
+    def _mind(self, path: str) -> None:
+        if self._minding and any(path == top or path.startswith(top + "/") for top in self._memory.sealed):
+            raise Refused(f"{path}: Read-only file system")
 
     def _home(self, path: str) -> dict[str, FileNode]:
         in_ram = any(path == top or path.startswith(top + "/") for top in TMPFS)
@@ -44,12 +70,14 @@ class FileTree:
             if node.kind != "dir":
                 raise BadInput(f"not a folder: {path}")
             return
+        self._mind(path)
         if path != "/":
             self.make_dirs(posixpath.dirname(path))
         self._home(path)[path] = FileNode("dir", 0o755, self._now())
 
     def write(self, path: str, data: bytes, mode: int = 0o644, *, mtime_s: float | None = None) -> None:
         """Write a whole file."""
+        self._mind(path)
         self.make_dirs(posixpath.dirname(path))
         node = self.get(path)
         if node is not None and node.kind == "dir":
@@ -93,6 +121,7 @@ class FileTree:
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove; absent is not an error, a full folder without `recursive` is."""
+        self._mind(path)
         below = self.children(path)
         if below and not recursive:
             raise BadInput(f"folder is not empty: {path}")
@@ -143,6 +172,7 @@ class FileTree:
                 if member.isdir():
                     self.make_dirs(target)
                 elif member.issym():
+                    self._mind(target)
                     self.make_dirs(posixpath.dirname(target))
                     self._home(target)[target] = FileNode("symlink", 0o777, self._now(), member.linkname.encode())
                 elif member.isfile():

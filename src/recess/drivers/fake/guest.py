@@ -26,7 +26,7 @@ from recess.drivers.fake.state import (
     reseed,
 )
 from recess.drivers.fake.streams import MemoryStream, stream_pair
-from recess.errors import BadInput, GuestFailed, NotFound, Unavailable
+from recess.errors import BadInput, GuestFailed, NotFound, Refused, Unavailable
 from recess.guestlink.link import TOKEN_PATH, ExecRequest, IncomingHandler, Thaw
 
 JOBS_MAX = 256
@@ -237,7 +237,7 @@ class FakeGuest:
         try:
             await process.running()
             code = await self.programs[job.argv[0].rsplit("/", 1)[-1]](process, job.argv)
-        except (NotFound, BadInput) as exc:
+        except (NotFound, BadInput, Refused) as exc:
             append_output(job, 2, f"{job.argv[0]}: {exc.message}\n".encode())
             code = 1
         await process.running()

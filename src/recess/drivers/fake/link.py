@@ -6,7 +6,9 @@ A link that is closed, or whose VM is stopped, fails as the real one does: Guest
 from __future__ import annotations
 
 import asyncio
+import posixpath
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from recess.drivers.fake.guest import STDIN_BYTES_MAX, FakeGuest
@@ -182,12 +184,14 @@ class FakeLink:
     async def write_file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Write a whole file."""
         await self.answer()
-        self.guest.files.write(self.guest.files.clean(path), data, mode)
+        files, path, _ = self.guest.files.meant(path)
+        files.write(path, data, mode)
 
     async def read_file(self, path: str, limit: int = 64 << 20) -> bytes:
         """Return a whole file."""
         await self.answer()
-        data = self.guest.files.read(self.guest.files.clean(path))
+        files, path, _ = self.guest.files.meant(path)
+        data = files.read(path)
         if len(data) > limit:
             raise BadInput(f"{path} is larger than {limit} bytes")
         return data
@@ -195,26 +199,35 @@ class FakeLink:
     async def stat(self, path: str) -> FileStat:
         """Return what is there."""
         await self.answer()
-        return self.guest.files.stat(self.guest.files.clean(path))
+        files, place, _ = self.guest.files.meant(path)
+        return replace(files.stat(place), path=files.clean(path))
 
     async def list_dir(self, path: str) -> list[FileStat]:
         """Return a folder's entries."""
         await self.answer()
-        return self.guest.files.list_dir(self.guest.files.clean(path))
+        files, place, behind = self.guest.files.meant(path)
+        rows = files.list_dir(place)
+        return (
+            [replace(row, path=f"{files.clean(path)}/{posixpath.basename(row.path)}") for row in rows]
+            if behind
+            else rows
+        )
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file or folder."""
         await self.answer()
-        self.guest.files.remove(self.guest.files.clean(path), recursive=recursive)
+        files, path, _ = self.guest.files.meant(path)
+        files.remove(path, recursive=recursive)
 
     async def get_tar(
-        self, path: str, *, name: str = "", follow: bool = False, skip: Sequence[str] = ()
+        self, path: str, *, name: str = "", follow: bool = False, sparse: bool = False, skip: Sequence[str] = ()
     ) -> AsyncGenerator[bytes, None]:
-        """Yield a tar of a file or folder."""
+        """Yield a tar of a file or folder; nothing here has holes."""
         await self.answer()
-        yield self.guest.files.pack(self.guest.files.clean(path), name, follow=follow, skip=skip)
+        files, path, _ = self.guest.files.meant(path)
+        yield files.pack(path, name, follow=follow, skip=skip)
 
-    async def put_tar(self, path: str, archive: AsyncIterator[bytes]) -> None:
+    async def put_tar(self, path: str, archive: AsyncIterator[bytes], *, sparse: bool = False) -> None:
         """Unpack a tar stream."""
         data = bytearray()
         async for chunk in archive:
@@ -222,7 +235,18 @@ class FakeLink:
             if len(data) > ARCHIVE_BYTES_MAX:
                 raise BadInput(f"archive is larger than {ARCHIVE_BYTES_MAX} bytes")
         await self.answer()
-        self.guest.files.unpack(self.guest.files.clean(path), bytes(data))
+        files, path, _ = self.guest.files.meant(path)
+        files.unpack(path, bytes(data))
+
+    async def seal(self, path: str) -> str:
+        """Make a place read-only for the workload."""
+        await self.answer()
+        return self.guest.files.seal(self.guest.files.clean(path))
+
+    async def unseal(self, path: str) -> None:
+        """Undo it."""
+        await self.answer()
+        self.guest.files.unseal(self.guest.files.clean(path))
 
     async def stats(self) -> Mapping[str, Any]:
         """Return a few numbers."""

@@ -62,6 +62,7 @@ class MemoryState(msgspec.Struct):
     env: dict[str, str] = msgspec.field(default_factory=dict)
     files: dict[str, FileNode] = msgspec.field(default_factory=dict)
     jobs: dict[str, JobState] = msgspec.field(default_factory=dict)
+    sealed: dict[str, str] = msgspec.field(default_factory=dict)  # what the workload cannot write: where the host does
 
 
 class DiskState(msgspec.Struct):
