@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -78,6 +79,15 @@ class WorkPool:
     def close(self) -> None:
         """End the threads. May be called twice."""
         self._executor.shutdown()
+
+
+TURN_S = 0.0005
+
+
+def take_short_turns(seconds: float = TURN_S) -> None:
+    """Have the threads of this process hand the interpreter on after so long, if another wants it (Python's own 5 ms are as long
+    as a whole standstill). Beside threads that compute, whoever has something to answer waits for that. Never lengthens it."""
+    sys.setswitchinterval(min(seconds, sys.getswitchinterval()))
 
 
 def give_way(nice: int = 19) -> None:

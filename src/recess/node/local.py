@@ -29,6 +29,7 @@ from recess.config import Config
 from recess.contextlog import LogKeeper, SqlLog
 from recess.crashpoints import arm_from_config
 from recess.errors import OutOfSpace, Refused, Unavailable
+from recess.frames.pool import take_short_turns
 from recess.machines.athand import AtHand
 from recess.machines.emptying import parse_policy
 from recess.machines.manager import Manager
@@ -183,6 +184,7 @@ class LocalNode:
     async def _build(
         cls, config: Config, progress: Progress, clock: Clock, stack: contextlib.AsyncExitStack
     ) -> LocalNode:
+        take_short_turns()
         make_folders(config)
         lock = HomeLock(config.home)
         lock.acquire()

@@ -28,6 +28,7 @@ from typing import Any
 
 from recess.config import load_config
 from recess.errors import RecessError
+from recess.frames.pool import take_short_turns
 from recess.node.pagereader import SnapshotPages
 from recess.node.stores import open_for_reading
 from recess.paging import FaultServer, Report, Segment, Uffd
@@ -36,6 +37,7 @@ from recess.paging.keptfile import KeptFile
 MESSAGE_MAX = 65536
 TOUCHED_MAX = 4096  # pages told of, each with its frame: up to 256 MiB, and a message that fits
 FILLED = b"filled"
+_TURN_S = 0.0001  # a fault is answered in less than a millisecond, beside threads that read and fill
 
 
 def _receive(sock: socket.socket, fds: int) -> tuple[dict[str, Any] | None, list[int]]:
@@ -151,6 +153,7 @@ def _pager(sock: socket.socket, order: dict[str, Any]) -> int:
 
 def nursery(sock: socket.socket) -> None:
     """Fork a pager for each order, until the server is gone."""
+    take_short_turns(_TURN_S)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel collects them
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     _say(sock, {"nursery": os.getpid()})
