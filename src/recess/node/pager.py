@@ -64,12 +64,14 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
         files,
         far=bool(config.store),
     )
-    fds = [_ranges_file(library), os.pidfd_open(os.getpid())]
+    runs = library.ranges()
+    fds = [_ranges_file(runs), os.pidfd_open(os.getpid())]
     try:
-        _say(sock, {"ready": len(library.book.first), "bytes": library.stored_bytes}, fds)
+        _say(sock, {"ready": len(runs) // 8, "bytes": library.stored_bytes}, fds)
     finally:
         for fd in fds:
             os.close(fd)
+    _ = library.book  # made while the server has the runs registered
     expected = [*order["first"], *library.first_pages]
     # Planned and read while the machine starts, and beside everything else: it waits for none of it.
     ahead = threading.Thread(target=_expect, args=(library, expected), name="expect", daemon=True)
@@ -98,7 +100,7 @@ def serve_snapshot(sock: socket.socket, order: dict[str, Any]) -> None:
         _say(sock, filled)
     else:
         where = {"ground": library.template_id, "pages": library.pages_total}
-        _say(sock, {**filled, "kept": where}, [kept.fd, _ranges_file(library)])
+        _say(sock, {**filled, "kept": where}, [kept.fd, _ranges_file(library.book.ranges())])
 
 
 def _expect(library: SnapshotPages, pages: list[int]) -> None:
@@ -121,11 +123,11 @@ def _kept_file(library: SnapshotPages, order: dict[str, Any]) -> KeptFile | None
     return KeptFile(Path(keep["folder"]), library.book.pages, **limits)
 
 
-def _ranges_file(library: SnapshotPages) -> int:
-    """Return a descriptor with the absent runs."""
-    runs = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
-    os.write(runs, library.book.ranges())
-    return runs
+def _ranges_file(runs: bytes) -> int:
+    """Return a descriptor with absent runs."""
+    fd = os.memfd_create("recess-absent", os.MFD_CLOEXEC)
+    os.write(fd, runs)
+    return fd
 
 
 def _groups(library: SnapshotPages, pages: list[int]) -> list[int]:

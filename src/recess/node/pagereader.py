@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import mmap
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from recess.blobs import BlobStore
 from recess.errors import Corrupt
 from recess.frames import WorkPool
 from recess.node.frames_ahead import FAR, NEAR, FramesAhead
-from recess.paging.book import Book, Numbers, Pages, Piece, gaps_of, make_book, number_groups
+from recess.paging.book import Book, Numbers, Pages, Piece, bridged, make_book, number_groups, pairs
 from recess.paging.firstpages import FIRST, decode_first
 from recess.paging.server import FILL_GROUPS
 from recess.snapshots.keys import LAYER, make_id
@@ -66,14 +67,28 @@ class SnapshotPages:
             is_layer = source.kind == KIND_LAYER
             self._layers.append(snapshot.layer(make_id(LAYER, digest)) if is_layer else None)
             self._blocks.append(None if is_layer else map_pages(files[digest]))
-        self._gaps = gaps_of(self._map.pages)
+        self._gaps, self._first, self._count = bridged(self._map.pages)
         self._ahead = FramesAhead(*self._frames(), FAR if far else NEAR)
         self.fill_groups = FILL_GROUPS * (FAR_FILL if far else 1)
         hints = snapshot.manifest.spec.get(FIRST)
         self.first_pages = decode_first(hints.get(part)) if isinstance(hints, dict) else []
         self.template_id, self.pages_total = snapshot.manifest.template, self._map.pages_total
         self.stored_bytes = sum(file.bytes for file in snapshot.manifest.layers)
-        self.book = self._make_book()
+
+    def ranges(self) -> bytes:
+        """Return the absent runs as pairs of u32, little endian: known before the book is made."""
+        return pairs(self._first, self._count)
+
+    @property
+    def book(self) -> Book:
+        """Which group brings which page. Made when it is first asked for, which takes half as long as opening the snapshot:
+        whoever waits for the runs does not wait for it. Ask for it in one thread first."""
+        return self._numbered[0]
+
+    @cached_property
+    def _numbered(self) -> tuple[Book, Numbers, NDArray[np.int64]]:
+        """The book, its pages by group, and where each group's begin and end among those."""
+        return self._make_book()
 
     def _frames(self) -> tuple[dict[int, LayerReader], dict[int, NDArray[np.int64]]]:
         """Return the layers by the number of their source, and of each the frames in use."""
@@ -93,9 +108,9 @@ class SnapshotPages:
         """Count every page as absent: those that are not listed are the template's."""
         everything = np.arange(self._map.pages_total, dtype=np.uint32)
         self._gaps = np.setdiff1d(everything, self._map.pages, assume_unique=True)
-        self.book = self._make_book()
+        self._numbered = self._make_book()
 
-    def _make_book(self) -> Book:
+    def _make_book(self) -> tuple[Book, Numbers, NDArray[np.int64]]:
         """Number the groups: frames by source, then runs of what is neither in a layer nor listed."""
         listed, source = self._map.pages, self._map.source
         key = np.full(len(listed), -1, np.int64)  # source and frame; or a stretch of _RUN pages
@@ -113,9 +128,8 @@ class SnapshotPages:
         numbers, count = number_groups(keys[order])
         book = make_book(pages[order].astype(np.uint32), numbers, count)
         by_group = np.argsort(numbers, kind="stable")
-        self._members = book.pages[by_group]
-        self._bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=count))))
-        return book
+        bounds = np.concatenate(([0], np.cumsum(np.bincount(numbers, minlength=count))))
+        return book, book.pages[by_group], bounds
 
     def prefetch(self, groups: Sequence[int]) -> None:
         """See `recess.paging.book.Library`. Frames that are neighbours in their layer come by one ranged read."""
@@ -161,7 +175,8 @@ class SnapshotPages:
         return int(self._pages_of(group)[0])
 
     def _pages_of(self, group: int) -> Numbers:
-        return self._members[self._bounds[group] : self._bounds[group + 1]]
+        _, members, bounds = self._numbered
+        return members[bounds[group] : bounds[group + 1]]
 
 
 def _pieces(pages: Numbers, data: Pages) -> list[Piece]:

@@ -61,7 +61,12 @@ class Book:
 
     def ranges(self) -> bytes:
         """Return the runs as pairs of u32, little endian: first page, count."""
-        return np.stack((self.first, self.count), axis=1).astype("<u4").tobytes()
+        return pairs(self.first, self.count)
+
+
+def pairs(first: Numbers, count: Numbers) -> bytes:
+    """Return runs as pairs of u32, little endian: first page, count."""
+    return np.stack((first, count), axis=1).astype("<u4").tobytes()
 
 
 def make_book(pages: Numbers, group: NDArray[np.int32], groups: int) -> Book:
@@ -96,14 +101,24 @@ def number_groups(keys: NDArray[np.int64]) -> tuple[NDArray[np.int32], int]:
 def gaps_of(pages: Numbers, *, gap_max: int = GAP_MAX, runs_max: int = RUNS_MAX) -> Numbers:
     """Return the pages in gaps of at most `gap_max` between the runs of `pages`; of more, when there would be more than
     `runs_max` runs otherwise."""
+    return bridged(pages, gap_max=gap_max, runs_max=runs_max)[0]
+
+
+def bridged(pages: Numbers, *, gap_max: int = GAP_MAX, runs_max: int = RUNS_MAX) -> tuple[Numbers, Numbers, Numbers]:
+    """Return what `gaps_of` does, and the runs of `pages` together with those gaps: first pages, counts. They are known long
+    before it is known who brings which page."""
     starts, counts = runs_of(pages)
     if not len(starts):
-        return np.empty(0, np.uint32)
-    ends = pages[starts].astype(np.int64) + counts
-    gaps = pages[starts][1:].astype(np.int64) - ends[:-1]
+        nothing = np.empty(0, np.uint32)
+        return nothing, nothing, nothing
+    first = pages[starts].astype(np.int64)
+    ends = first + counts
+    gaps = first[1:] - ends[:-1]
     while int((gaps > gap_max).sum()) + 1 > runs_max:
         gap_max *= 2
     small = gaps <= gap_max
     lengths, firsts = gaps[small], ends[:-1][small]
     before = np.cumsum(lengths) - lengths  # pages of the gaps before each
-    return (np.repeat(firsts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint32)
+    between = (np.repeat(firsts - before, lengths) + np.arange(int(lengths.sum()))).astype(np.uint32)
+    begins, last = first[np.concatenate(([True], ~small))], ends[np.concatenate((~small, [True]))]
+    return between, begins.astype(np.uint32), (last - begins).astype(np.uint32)

@@ -51,6 +51,15 @@ def test_every_absent_page_comes_as_it_was(made, ahead):
         np.testing.assert_array_equal(page, memory[number])
 
 
+def test_what_is_absent_is_known_before_who_brings_it(made):
+    library, _, _ = made
+    ranges = library.ranges()
+    assert "_numbered" not in vars(library)
+    assert ranges == library.book.ranges()
+    library.take_all()
+    assert library.book.count.tolist() == [library.pages_total]
+
+
 def test_what_lies_together_is_read_at_once_and_counted_when_it_is_brought(made):
     library, _, blobs = made
     groups = list(range(library.book.groups))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from recess.errors import Corrupt
 from recess.paging import Facts, FaultServer, Piece, Segment, Uffd, choose, make_book
 from recess.paging import server as server_module
-from recess.paging.book import gaps_of, number_groups, runs_of
+from recess.paging.book import bridged, gaps_of, number_groups, pairs, runs_of
 from recess.paging.uffd import ProcessGone
 
 PAGE = 4096
@@ -166,6 +166,9 @@ def test_gaps_join_runs_and_bound_their_number(numbers, gap_max, runs_max):
         p for first, count in np.frombuffer(book.ranges(), "<u4").reshape(-1, 2) for p in range(first, first + count)
     ]
     assert listed == joined.tolist()
+    between, *runs = bridged(pages, gap_max=gap_max, runs_max=runs_max)
+    assert between.tolist() == gaps.tolist()
+    assert pairs(*runs) == book.ranges()  # told before there is a book
     assert all(book.group_of(page) == 0 for page in listed)
     assert book.group_of(301) is None
 
