@@ -240,6 +240,18 @@ def test_what_takes_space_and_where_ports_are(recess):
     assert envelope(recess("--json", "ps", "--format", "json", expect=2))["error"]["code"] == "bad_input"
 
 
+def test_a_shell_completes_names_of_what_is_there(recess, tmp_path):
+    recess("run", "-d", "--name", "web", "base")
+    (tmp_path / "complete").write_bytes(recess("completion", "bash").stdout)
+    command = Path(sys.executable).with_name("recess")
+    for words, offered in (("exec we", "web"), ("volume cre", "create"), ("logs w", "web")):
+        script = f"""source {tmp_path}/complete
+COMP_WORDS=(recess {words}); COMP_CWORD=2; _recess_completion {command}; echo "${{COMPREPLY[@]}}"
+"""
+        done = subprocess.run(["bash", "-c", script], env=recess.env, capture_output=True, text=True, timeout=60)
+        assert (done.stdout, done.stderr) == (f"{offered}\n", "")
+
+
 def test_a_suspended_machine_is_followed_until_it_is_back(recess):
     recess("run", "-d", "--name", "dev", "base", "sh", "-c", "echo one; sleep 1000")
     command = [sys.executable, "-m", "recess.cli.main", "attach", "dev"]

@@ -54,7 +54,7 @@ class Model:
 
 
 async def machines(call: Model) -> None:
-    made = await call("machine_create", name="dev", memory="256M", ports=[8000])
+    made = await call("machine_create", name="dev", ports=[8000])  # of the size of a session: one template serves both
     assert made["state"] == "running"
     done = await call("machine_exec", machine="dev", command="cat; echo oops >&2; exit 3", stdin="typed")
     assert (done["exit_code"], done["stdout"], done["stderr"]) == (3, "typed", "oops\n")

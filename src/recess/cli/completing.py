@@ -20,7 +20,7 @@ _MOST = 500
 
 # what -> (call, key of its rows)
 _CALLS = {
-    "machine": ("/v1/machines?all=1", "machines"),
+    "machine": ("/v1/machines", "machines"),
     "image": ("/v1/images", "images"),
     "snapshot": ("/v1/snapshots", "snapshots"),
     "session": ("/v1/sessions", "sessions"),
@@ -51,17 +51,17 @@ class Place(Name):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Return the machines that begin so, and have the shell add its files."""
-        files = [CompletionItem(incomplete, type="file")]
+        files = [CompletionItem(incomplete, type="file")]  # first: bash's script forgets what stood before it
         if ":" in incomplete or "/" in incomplete:
             return files
-        return [CompletionItem(item.value + ":") for item in super().shell_complete(ctx, param, incomplete)] + files
+        return files + [CompletionItem(item.value + ":") for item in super().shell_complete(ctx, param, incomplete)]
 
 
 def names_of(what: str, context: str = "") -> list[str]:
     """Return the names of all of a kind, ids where there are no names; nothing without a server that answers in time."""
     path, key = _CALLS[what]
     try:
-        rows = transport_for(load_config(context=context)).call("GET", path, timeout_s=WAIT_S)[key]
+        rows = transport_for(load_config(context=context)).call("GET", path, query={"all": 1}, timeout_s=WAIT_S)[key]
     except (RecessError, OSError):
         return []
     return [str(row.get("name") or row.get("id", "")) for row in rows[:_MOST]]

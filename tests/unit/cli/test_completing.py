@@ -10,10 +10,10 @@ from recess.errors import ServerUnavailable
 
 
 class Server:
-    def call(self, method, path, *, timeout_s):
-        assert (method, timeout_s) == ("GET", completing.WAIT_S)
+    def call(self, method, path, *, query, timeout_s):
+        assert (method, query, timeout_s) == ("GET", {"all": 1}, completing.WAIT_S)
         return {
-            "/v1/machines?all=1": {"machines": [{"id": "mch_1", "name": "web"}, {"id": "mch_2", "name": "worker"}]},
+            "/v1/machines": {"machines": [{"id": "mch_1", "name": "web"}, {"id": "mch_2", "name": "worker"}]},
             "/v1/images": {"images": [{"name": "base"}]},
             "/v1/snapshots": {"snapshots": [{"id": "snp_1", "name": ""}, {"id": "snp_2", "name": "web:v1"}]},
             "/v1/sessions": {"sessions": [{"id": "ses_1", "name": "chat"}]},
