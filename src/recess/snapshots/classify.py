@@ -40,10 +40,15 @@ def against_base(
 ) -> NDArray[np.uint8]:  # fmt: skip
     """Return per row IS_BASE (equal to the template's page of that number; without a template: zeros), IS_ZERO
     (zeros where the template's page is not), or FRESH. What is known to be zeros is not read: rows of `zeros`, and pages of the
-    template that are not among `held`."""
+    template that are not among `held` (read through a mapping, a hole would take memory ever after)."""
     kind = np.zeros(len(data), np.uint8)
     base = None if template is None else words(template)
     rows = np.arange(len(data)) if zeros is None else np.flatnonzero(~zeros)
+    there = np.ones(len(data), np.bool_)
+    if base is not None and held is not None:
+        known = np.zeros(len(base), np.bool_)
+        known[held] = True
+        there = known[indices]
 
     def batch(low: int) -> None:
         here = rows[low : low + _BATCH]
@@ -51,27 +56,24 @@ def against_base(
         zero = ~part.any(axis=1)
         if base is None:
             kind[here[zero]] = IS_BASE
-        else:
-            kind[here[zero]] = IS_ZERO
-            kind[here[(part == base[indices[here]]).all(axis=1)]] = IS_BASE
+            return
+        with_base = there[here]
+        kind[here[zero]] = np.where(with_base[zero], IS_ZERO, IS_BASE)
+        mine, part = (here, part) if with_base.all() else (here[with_base], part[with_base])
+        kind[mine[(part == base[indices[mine]]).all(axis=1)]] = IS_BASE
 
     pool.each([partial(batch, low) for low in range(0, len(rows), _BATCH)])
     if zeros is not None and zeros.any():
         kind[zeros] = IS_BASE
         if base is not None:
-            _zeros_over(kind, indices, np.flatnonzero(zeros), base, held, pool)
+            _zeros_over(kind, indices, np.flatnonzero(zeros & there), base, pool)
     return kind
 
 
 def _zeros_over(
-    kind: NDArray[np.uint8], indices: PageIndices, rows: Rows, base: NDArray[np.uint64], held: PageIndices | None,
-    pool: WorkPool,
-) -> None:  # fmt: skip
+    kind: NDArray[np.uint8], indices: PageIndices, rows: Rows, base: NDArray[np.uint64], pool: WorkPool
+) -> None:
     """Note which of these rows, zeros all, are not what the base has there."""
-    if held is not None:
-        there = np.zeros(len(base), np.bool_)
-        there[held] = True
-        rows = rows[there[indices[rows]]]
 
     def batch(low: int) -> None:
         here = rows[low : low + _BATCH]

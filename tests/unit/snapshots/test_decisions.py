@@ -51,6 +51,8 @@ def test_what_is_known_to_be_zeros_is_not_read(pool):
     assert kinds.tolist() == [IS_ZERO, IS_BASE, IS_BASE, IS_BASE, IS_BASE]
     assert against_base(data, numbers, template, pool, zeros=zeros).tolist() == [IS_ZERO] * 2 + [IS_BASE] * 3
     assert against_base(data, numbers, None, pool, zeros=zeros).tolist() == [IS_BASE] * 4 + [0]
+    mixed = pages(0, 5, 0, 6, 7)  # only of 0 and 4 the template is looked at; the rest is compared with zeros
+    assert against_base(mixed, numbers, template, pool, held=held).tolist() == [IS_ZERO, 0, IS_BASE, 0, IS_BASE]
 
 
 def test_many_batches(pool):

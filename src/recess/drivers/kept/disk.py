@@ -236,7 +236,7 @@ def changed_blocks(base: Path | None, image: int, put_over: Indices, directory: 
 
 def pick_blocks(image: int, numbers: Indices, directory: Path, *, over: Path | None = None) -> Packed:
     """Return these blocks of `image`, whatever is in them, backed by a nameless file in `directory`; without those that are
-    holes in the file `over`, too. Raises OutOfSpace.
+    holes and zeros in the file `over`, too. Raises OutOfSpace.
 
     A guest that discards its free space has changed all of it, to zeros: what is a hole in `image` is one in the file, and
     among its `zeros`.
@@ -244,8 +244,9 @@ def pick_blocks(image: int, numbers: Indices, directory: Path, *, over: Path | N
     with scratch_file(directory) as handle, space_errors(str(directory)):
         held = np.isin(numbers, blocks_with_data(image), assume_unique=True)
         if over is not None:
+            wanted = held.copy()
             with over.open("rb") as below:
-                wanted = held | np.isin(numbers, blocks_with_data(below.fileno()), assume_unique=True)
+                wanted[~held] = _not_zeros(below.fileno(), numbers[~held])
             numbers, held = numbers[wanted], held[wanted]
         out, size = handle.fileno(), len(numbers) * PAGE_BYTES
         os.truncate(out, size)
@@ -257,6 +258,17 @@ def pick_blocks(image: int, numbers: Indices, directory: Path, *, over: Path | N
         packed = map_packed(os.dup(out), len(numbers))
         packed.zeros = numbers[~held]
         return packed
+
+
+def _not_zeros(fd: int, numbers: Indices) -> NDArray[np.bool_]:
+    """Tell which of these blocks of a file are not zeros. Holes are not read; but what was allocated and never written is
+    told as data once somebody has read it through a mapping, so the rest is."""
+    found = np.isin(numbers, blocks_with_data(fd), assume_unique=True)
+    rows = np.flatnonzero(found)
+    for first, end in _runs(numbers[rows]):
+        here = rows[first:end]
+        found[here] = _read_run(fd, int(numbers[here[0]]), len(here)).view(np.uint64).any(axis=1)
+    return found
 
 
 def punch_zero_pages(path: Path) -> None:

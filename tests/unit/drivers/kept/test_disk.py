@@ -79,14 +79,14 @@ def test_blocks_are_picked_by_number_whatever_is_in_them(tmp_path: Path, numbers
 
 
 def test_what_is_a_hole_here_and_below_is_no_change(tmp_path: Path) -> None:
-    below = sparse(tmp_path / "below", {1: 1, 2: 2, 9: 0})
+    below = sparse(tmp_path / "below", {1: 1, 2: 2, 9: 0, 12: 3})
     image = sparse(tmp_path / "image", {2: 5, 3: 0, 4: 4})
     with image.open("rb") as handle:
         packed = disk.pick_blocks(handle.fileno(), np.arange(20, dtype=np.uint32), tmp_path, over=below)
     indices, data = disk.as_arrays(packed.pages)
-    assert indices.tolist() == [1, 2, 3, 4, 9]
+    assert indices.tolist() == [1, 2, 3, 4, 12]  # 9 is zeros below, though no hole
     assert [page[0] for page in data] == [0, 5, 0, 4, 0]
-    assert packed.zeros.tolist() == [1, 9]  # nobody has to read them; 3 was written, so somebody has to
+    assert packed.zeros.tolist() == [1, 12]  # nobody has to read them; 3 was written, so somebody has to
     del indices, data
     packed.close()
 
