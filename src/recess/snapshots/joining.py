@@ -15,10 +15,10 @@ time, so that a sweep of another process that has listed it as old leaves it (`s
 A process that ends too soon joins nothing, and the next one's snapshots rewrite as they go (`rewrite.rewrites`, which also
 bounds what may gather here while there is no time to join).
 
-No snapshot waits for it. While one is taken or written the thread stands still, at the next 4 MiB of content. By then all that it
-wrote before is on the disk: a snapshot's fsync waits for whatever the file system's journal holds of others, and 133 MB of a
-joined layer in there, on a busy disk, made one wait for 16 s. For as long as a piece took to be written the disk is then
-left to others. (No idle I/O priority: what is starved in the journal is what a snapshot's fsync would wait for.)
+No snapshot waits for it. While one is taken or written the thread stands still, at the next 4 MiB of content. By then all but
+as much of what it wrote is on the disk: a snapshot's fsync waits for whatever the file system's journal holds of others, which on
+a slow disk could be all of a joined layer. For as long as a piece took to be written the disk is then left to others. (No
+idle I/O priority: what is starved in the journal is what a snapshot's fsync would wait for.)
 
 Crash points. joining.window: before each piece; joining.before_file, joining.stored: before the layer has its name, and
 after; joining.held: the next snapshot is about to refer to it; joining.named: it does.
