@@ -45,8 +45,12 @@ def charge(turn: int, *, call) -> dict:
     return http("POST", os.environ["PAY"] + "/charges", {"turn": turn, "key": call.key})
 
 async def model(messages, turn):
-    own = [m["role"] == "user" and not m["content"].startswith("[recess]") for m in messages]
-    since = messages[max(i for i, mine in enumerate(own) if mine):]  # notes of the system may stand behind the tool's answer
+    # From the end: the loop itself costs the same whatever the past. Notes of the system may stand behind the tool's answer.
+    since = []
+    for m in reversed(messages):
+        since.append(m)
+        if m["role"] == "user" and not m["content"].startswith("[recess]"):
+            break
     if any(m["role"] == "tool" for m in since):
         yield "done"
     else:

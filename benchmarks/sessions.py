@@ -82,7 +82,10 @@ class Row:
 
     def cell(self) -> str:
         """Return it as a cell of a table."""
-        return "-" if self.value is None else f"{self.value:.3g} {self.unit}".replace("inf", "> all")
+        if self.value is None:
+            return "-"
+        number = f"{self.value:.0f}" if float(self.value).is_integer() else f"{self.value:.3g}"  # counts stay counts
+        return f"{number} {self.unit}".replace("inf", "> all")
 
 
 @dataclass

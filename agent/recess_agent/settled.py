@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from recess_agent.cut_replies import replaced_by
+from recess_agent.lent import Lent
 from recess_agent.quiet import no_collection
 from recess_agent.transcript import Message, build
 
@@ -43,7 +44,7 @@ class Settled:
         self._looked = len(log)
         with no_collection():
             self._settle()
-        return [_copy(one) for one in self._messages] + self._shape(build(log[self._kept :]).messages)
+        return Lent(self._messages, self._shape(build(log[self._kept :]).messages), _copy)
 
     def _settle(self) -> None:
         """Keep what ends with the newest end of a turn, if it is settled."""

@@ -389,6 +389,8 @@ class PageFiles:
     def _quietly(self, what: str) -> Iterator[None]:
         try:
             yield
+        except InterruptedError:
+            log.debug("a page file is not %s: the server stops", what)  # as it was told to
         except (Corrupt, OSError) as exc:
             log.warning("a page file could not be %s: %s", what, exc)
 

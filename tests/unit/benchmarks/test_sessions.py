@@ -59,6 +59,7 @@ def test_what_is_written(tmp_path):
         Row("race", "dbos", None, why="it has no second worker"),
         Row("fork", "dbos", None, why="it has no second worker"),
     ]
+    assert sessions.Row("orphan", "recess", 1000, "of 1000 valid").cell() == "1000 of 1000 valid"
     told = sessions.write(rows, ["recess", "dbos"], tmp_path / "out")
     assert "| length 5 | 0.5 s | 1.25 s |" in told
     assert "| card | 0 of 5 | 5 of 5 |" in told

@@ -164,6 +164,13 @@ def test_there_is_room_for_it_or_nothing_is_written_down(cache):
     )
 
 
+def test_a_server_that_stops_gives_up_what_it_writes_and_warns_of_nothing(cache, caplog):
+    cache.files.close()
+    assert not cache.add("a", range(100), 1)
+    assert cache.names(".pages") == []
+    assert caplog.records == []
+
+
 def test_a_disk_that_fails_ends_the_keeping_only(cache):
     _, kept = nameless(cache, range(9), 1)
     os.close(kept.fd)
