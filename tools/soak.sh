@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The long run: twenty rounds of the crash matrix (agents as processes; memory log, SQLite, Postgres, plain machines), a whole round of it on a real machine over SQLite, a hundred sessions
+# The long run: twenty rounds of the crash matrix (agents as processes; memory log, SQLite, Postgres, plain machines), a whole round of it on a real machine over each database, a hundred sessions
 # through a deploy (tools/deploy_wave.py), two hundred naps of one real machine
 # (tools/naps.py), then the tests in tests/machines, tests/faults, tests/e2e and tests/hard (a much written disk among them) on real machines, again and again.
 #
@@ -20,7 +20,7 @@ for folder in machines faults e2e hard; do
 	compgen -G "tests/$folder/test_*.py" >/dev/null && folders+=("tests/$folder")
 done
 .venv/bin/python tools/crash_matrix.py 20
-.venv/bin/python tools/crash_matrix.py 1 1 machines
+.venv/bin/python tools/crash_matrix.py 1 1 machines machines-postgres
 .venv/bin/python tools/deploy_wave.py 100
 .venv/bin/python tools/naps.py 200
 rounds=0

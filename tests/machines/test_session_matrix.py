@@ -1,5 +1,5 @@
 """The crash matrix on real machines: the strikes that are another thing there than on processes, on one session whose machine is
-struck again and again. The whole of it is `python tools/crash_matrix.py 1 1 machines` (`make soak`)."""
+struck again and again. The whole of it, on both databases, is `python tools/crash_matrix.py 1 1 machines machines-postgres` (`make soak`)."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
@@ -103,7 +104,7 @@ class RealWorld:
                 told.append(
                     await _said(link, "ps axo pid,ppid,stat,wchan:20,args; ls -l /run/recess; cat /proc/loadavg")
                 )
-        return "\n".join(told)
+        return "\n".join([*told, *waiting_tasks()])
 
     async def image_of(self, machine: str) -> str:
         """Return the image that a machine was made of."""
@@ -116,6 +117,16 @@ class RealWorld:
     def way_to(self, url: str) -> dict[str, Any]:
         """Return the agent's settings by which its $PAY leads to `url`: through the broker."""
         return {"env": {"PAY": ROUTE}, "routes": {"pay": url}}
+
+
+def waiting_tasks() -> list[str]:
+    """Return what each task of this process waits for: who stands still is among them."""
+    told = []
+    for task in asyncio.all_tasks():
+        out = io.StringIO()
+        task.print_stack(limit=4, file=out)
+        told.append(f"{task.get_name()}: {out.getvalue()}")
+    return told
 
 
 async def _said(link: GuestLink, script: str) -> str:
