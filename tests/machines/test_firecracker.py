@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from recess.blobs import LocalBlobs
-from recess.drivers.firecracker import FirecrackerVm
+from recess.drivers.firecracker import FirecrackerVm, start
 from recess.drivers.firecracker.handles import family
 from recess.drivers.firecracker.ledger import is_poisoned
-from recess.drivers.kept.keeper import wait_gone
+from recess.drivers.kept.cgroup import Groups
+from recess.drivers.kept.keeper import read_pids, wait_gone
 from recess.errors import RecessError
 from recess.machines.contract import PageSet, RestoreParts, TemplateRef, Vm
 from recess.machines.mapped import DISK, MEMORY, MappedTemplate, capture_parts, to_pages
@@ -226,4 +227,58 @@ async def test_an_end_inside_tells_why(rig: FirecrackerRig) -> None:
         assert "exit code 0" in await asyncio.wait_for(vm.wait_dead(), 60)
     finally:
         await vm.kill()
+    assert rig.leftovers() == []
+
+
+@pytest.fixture
+def groups() -> Groups:
+    found = Groups.find()
+    if found.top is None:
+        pytest.skip(found.why)
+    return found
+
+
+@pytest.mark.parametrize("life", ["booted", "forked", "restored"])
+async def test_all_of_it_is_within_its_limits(rig: FirecrackerRig, groups: Groups, life: str) -> None:
+    """Every process but the keeper, the jail's own among them, is in one control group, over a capture and an adoption; the
+    group ends with the machine."""
+    vm = await rig.live(rig.make_driver(), life)
+    try:
+        assert isinstance(vm, FirecrackerVm)
+        own, layout = Path(vm._handles.journal.group), vm._handles.layout
+        assert own.parent == groups.top
+        (await quiet_capture(vm, resume=True)).close()
+        inside = {int(pid) for pid in (own / "cgroup.procs").read_text().split()}
+        everyone = {process.pid for process in family(layout)}
+        assert everyone - inside == {read_pids(layout)["keeper"].pid}
+        assert inside <= everyone
+        assert len(inside) == (3 if vm._handles.jail else 1)  # the jail's outer and first process, and Firecracker
+        limits = start.limits_of(rig.spec)
+        for name, value in limits.files(groups.controllers).items():
+            assert (own / name).read_text().strip() == value
+        assert 0 < int((own / "memory.peak").read_text()) < limits.memory_bytes
+        await rig.lose(vm)
+        adopted = await rig.make_driver().adopt(vm.id, layout.directory)
+        assert adopted is not None
+        vm = adopted
+    finally:
+        await vm.kill()
+    assert not own.exists()
+    assert rig.leftovers() == []
+
+
+async def test_one_that_wants_more_than_its_limit_is_ended_and_says_why(rig: FirecrackerRig, groups: Groups) -> None:
+    """A VMM that works never wants more; so its limit is made smaller than what it has."""
+    vm = await rig.fork(rig.make_driver())
+    try:
+        assert isinstance(vm, FirecrackerVm)
+        await shell(vm.link, FILL)
+        own = Path(vm._handles.journal.group)
+        if (own / "memory.swap.max").exists():
+            (own / "memory.swap.max").write_text("0")
+        (own / "memory.max").write_text(str(4 * MIB))
+        assert "it wanted more memory than its limit" in await asyncio.wait_for(vm.wait_dead(), 120)
+    finally:
+        await vm.kill()
+    assert not own.exists()
     assert rig.leftovers() == []

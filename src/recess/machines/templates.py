@@ -246,9 +246,12 @@ class Templates:
             ref = await self._boot_and_freeze(vm_id, spec, temp)
             parts.progress("storing the template")
             sources = await parts.images.sources(spec.boot)
-            fingerprint = await parts.driver_of(spec.driver).fingerprint(spec)
+            driver = parts.driver_of(spec.driver)
+            fingerprint = await driver.fingerprint(spec)
+            why_driver = parts.why_driver("" if driver is parts.driver else driver.name)
             meta = SnapshotMeta(
-                fingerprint=fingerprint_json(fingerprint), spec={"vm": vm_json(spec), "image": image, "template": ""},
+                fingerprint=fingerprint_json(fingerprint),
+                spec={"vm": vm_json(spec), "image": image, "template": "", "driver_why": why_driver},
                 machine=vm_id, why="template", created=parts.clock.wall_s(),
             )  # fmt: skip
             vmstate = ref.vmstate.read_bytes()

@@ -41,19 +41,29 @@ class SnapshotViews:
         return found
 
     async def inspect(self, ref: str) -> dict[str, Any]:
-        """Return one snapshot with all that is known: names, bytes, who needs it, whether it can be restored here.
+        """Return one snapshot with all that is known: names, bytes, who needs it, whether it can be restored here,
+        and the driver it was taken under, with why its machine had that.
 
         Raises NotFound, BadInput, Corrupt (its row).
         """
         record = await self._parts.catalog.snapshots.get(ref)
         names = await self._parts.catalog.snapshots.names()
         reasons = await self.obstacles([record.id])
-        out = _row(record, names, reasons[record.id])
+        out = _row(record, names, reasons[record.id]) | await asyncio.to_thread(self._driver_of, record.id)
         nodes: list[dict[str, Any]] = (await self.tree())["nodes"]
         node = next((one for one in nodes if one["id"] == record.id), {})
         for key in ("stored", "owned", "shared", "frees", "branch_frees", "needed_by", "dependents"):
             out[key] = node.get(key)
         return out
+
+    def _driver_of(self, ref: str) -> dict[str, str]:
+        """Return what a manifest says of the driver; "" where it says nothing or cannot be read. Blocks."""
+        try:
+            manifest = self._parts.store.manifest(ref)
+        except RecessError:
+            manifest = {}
+        where = {"driver": ("fingerprint", "driver"), "driver_why": ("spec", "driver_why")}
+        return {key: str(dict(manifest.get(part) or {}).get(name, "")) for key, (part, name) in where.items()}
 
     async def tree(self) -> dict[str, Any]:
         """Return all snapshots and templates as nodes with parents and bytes; see `recess.snapshots.lineage.Share`.

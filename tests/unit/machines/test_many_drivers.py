@@ -46,6 +46,8 @@ async def test_a_machine_runs_under_the_driver_it_asks_for(room):
 async def test_templates_of_two_drivers_are_two(room):
     plain, asked = await room.manager.create(SMALL), await room.manager.create(OTHER)
     assert plain.template != asked.template
+    said = [room.store.manifest(one.template)["spec"]["driver_why"] for one in (plain, asked)]
+    assert said == ["the node's own; it is the first", "it was asked for"]
     again = await room.manager.create(replace(SMALL, driver="fake"))
     assert again.template == plain.template
 
@@ -63,6 +65,11 @@ async def test_children_and_copies_stay_under_it(room):
     manifest = room.store.manifest(snapshot.id)
     assert manifest["fingerprint"]["driver"] == "other"
     assert manifest["spec"]["driver_why"] == "it was asked for"
+    shown = await room.manager.views.inspect(snapshot.id)
+    assert (shown["driver"], shown["driver_why"]) == ("other", "it was asked for")
+    room.blobs._blobs.pop(f"manifests/{snapshot.id}")
+    shown = await room.manager.views.inspect(snapshot.id)
+    assert (shown["driver"], shown["driver_why"], shown["restorable"]) == ("", "", False)
 
 
 async def test_a_new_server_takes_each_over_from_its_own(room):

@@ -65,6 +65,15 @@ def boot_calls(spec: VmSpec) -> list[Call]:
     ]
 
 
+def tiny_calls() -> list[Call]:
+    """Return what makes and starts a guest that is a kernel and nothing else, in order; the last one starts it."""
+    return [
+        Call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}),
+        Call("PUT", "/boot-source", {"kernel_image_path": KERNEL_FILE, "boot_args": ""}),
+        Call("PUT", "/actions", {"action_type": "InstanceStart"}),
+    ]
+
+
 def machine_config(spec: VmSpec) -> dict[str, Any]:
     """Return the size. Changes are tracked from the first instruction on: the first snapshot is a Diff, too."""
     return {

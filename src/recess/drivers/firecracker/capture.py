@@ -227,10 +227,10 @@ async def export_template(vm: Handles, directory: Path) -> TemplateRef:
             await vm.api.call(taking, timeout_s=_SNAPSHOT_S)
             state = (vm.layout.run / calls.TAKEN_STATE).read_bytes()
             await in_thread(_move_memory, vm.layout.run / calls.TAKEN_MEMORY, ref.ram)
-            await end_machine(vm.layout, vm.keeper, vm.jail)
+            await end_machine(vm.layout, vm.keeper, vm.jail, vm.journal.group)
             await in_thread(_finish, vm, ref, state)
     except BaseException:
-        await end_machine(vm.layout, vm.keeper, vm.jail)
+        await end_machine(vm.layout, vm.keeper, vm.jail, vm.journal.group)
         for path in (ref.vmstate, ref.disk, ref.ram):
             path.unlink(missing_ok=True)
         raise

@@ -15,6 +15,7 @@ from recess.drivers.firecracker.host import HostFacts, read_host, run_tiny_guest
 from recess.drivers.firecracker.jail import JAIL_FOLDER, jail_of
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.vm import FirecrackerVm
+from recess.drivers.kept.cgroup import Groups, describe
 from recess.drivers.kept.keeper import end_vm
 from recess.drivers.kept.layout import layout_for, vms_in
 from recess.drivers.kept.vm import hello_timeout_s
@@ -57,6 +58,7 @@ class FirecrackerDriver:
             "version": facts.version_text,
             "accelerator": "kvm",
             "jail": "none: " + facts.no_jail if facts.no_jail else "jailer, a user id of its own for each VM",
+            "limits": await asyncio.to_thread(describe, self._config.vmm_limits),
             "why": "it ran a guest" if fresh else "it is the only one that Firecracker has",
         }
 
@@ -87,7 +89,8 @@ class FirecrackerDriver:
         try:
             place = await self._place(vm_id, journal.spec, directory)
         except MissingTool:
-            await end_machine(layout, None, jail_of(Path(journal.jailed), layout) if journal.jailed else None)
+            jail = jail_of(Path(journal.jailed), layout) if journal.jailed else None
+            await end_machine(layout, None, jail, journal.group)
             raise  # its row falls: it must not run on
         handles = await start.adopt(place, journal)
         return None if handles is None else FirecrackerVm(handles)
@@ -105,6 +108,8 @@ class FirecrackerDriver:
 
     async def _host(self, *, fresh: bool = False) -> HostFacts:
         async with self._looking:
+            if self._facts is None:
+                await asyncio.to_thread(lambda: Groups.find().sweep())
             if self._facts is None or fresh:
                 self._facts = await asyncio.to_thread(read_host, self._config)
             return self._facts
@@ -127,4 +132,5 @@ class FirecrackerDriver:
             host=facts,
             fingerprint=self._fingerprint(facts, spec),
             hello_timeout_s=hello_timeout_s(self._boot_timeout_s, spec.memory_bytes),
+            limited=self._config.vmm_limits != "off",
         )

@@ -14,9 +14,10 @@ from recess.drivers.firecracker.jail import remove as remove_jail
 from recess.drivers.firecracker.journal import Journal
 from recess.drivers.firecracker.ledger import Ledger
 from recess.drivers.firecracker.port import Port
+from recess.drivers.kept.cgroup import clear
 from recess.drivers.kept.keeper import Keeper, Process, end_vm, last_words, read_pids, wait_gone
 from recess.drivers.kept.layout import Layout
-from recess.drivers.kept.steps import died
+from recess.drivers.kept.steps import died, in_thread
 from recess.errors import DriverFailed
 from recess.machines.contract import Fingerprint, LazyMemory
 
@@ -86,8 +87,9 @@ def family(layout: Layout) -> list[Process]:
     return found
 
 
-async def end_machine(layout: Layout, keeper: Keeper | None, jail: Jail | None) -> None:
-    """End keeper and VMM, whichever still lives, and remove the run folder and the jail. Never fails.
+async def end_machine(layout: Layout, keeper: Keeper | None, jail: Jail | None, group: str) -> None:
+    """End keeper and VMM, whichever still lives, and remove the run folder, the jail and the control group (its path, "" for
+    none). Never fails.
 
     In a jail the keeper's child is not Firecracker itself: the kernel ends that a moment later.
     """
@@ -99,3 +101,5 @@ async def end_machine(layout: Layout, keeper: Keeper | None, jail: Jail | None) 
             await wait_gone(process.pid, _END_S)
     if jail is not None:
         remove_jail(jail)
+    if group:
+        await in_thread(clear, Path(group), _END_S)

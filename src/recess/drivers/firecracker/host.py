@@ -16,7 +16,7 @@ from pathlib import Path
 
 from recess.config import Config
 from recess.drivers.firecracker.api import API_SOCKET, Api
-from recess.drivers.firecracker.calls import KERNEL_FILE, Call
+from recess.drivers.firecracker.calls import KERNEL_FILE, tiny_calls
 from recess.drivers.firecracker.jail import why_no_jail
 from recess.drivers.firecracker.tiny import tiny_kernel
 from recess.drivers.kept import keeper as keepers
@@ -126,10 +126,11 @@ async def run_tiny_guest(config: Config, facts: HostFacts) -> str:
         await keeper.deadline(_TRIAL_S)
         api = Api(layout.run)
         await api.wait_ready(_TRIAL_S)
-        await api.call(Call("PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 64}))
-        await api.call(Call("PUT", "/boot-source", {"kernel_image_path": KERNEL_FILE, "boot_args": ""}))
+        *prepare, begin = tiny_calls()
+        for call in prepare:
+            await api.call(call)
         await keeper.deadline(_COUNT_S)
-        await api.call(Call("PUT", "/actions", {"action_type": "InstanceStart"}))
+        await api.call(begin)
         return verdict(await keeper.death)
     except RecessError as exc:
         return exc.message

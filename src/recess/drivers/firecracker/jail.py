@@ -1,4 +1,4 @@
-"""The jail of a VM that root starts: Firecracker's own jailer, a user id without rights, a cgroup, namespaces of its own.
+"""The jail of a VM that root starts: Firecracker's own jailer, a user id without rights, namespaces of its own.
 
     DIRECTORY/jail/NAME/ID/root      the root folder that Firecracker sees; its files are mounted there, privately
       root disk kernel initrd template        bind mounts of the VM's files
@@ -8,7 +8,8 @@
 The chain is keeper -> `keeper jail` -> its first process -> jailer, which becomes Firecracker. The jailer changes the user id,
 and with it the kernel forgets that Firecracker should die with its parent; so all of it is in a process namespace whose first
 process keeps its rights and dies with the keeper, and the kernel ends the rest. The mounts are in a namespace of theirs, too:
-they are gone with the processes, and nobody else ever sees them (guest/keeper/src/jail.rs).
+they are gone with the processes, and nobody else ever sees them (guest/keeper/src/jail.rs). The jailer is told of no control
+group: the keeper has put all of the chain into one (kept/cgroup.py), which the jailer would leave half of it out of.
 
 A jail needs root, the jailer beside the binary, and a file system that may hold device nodes; where one is missing the VM
 runs without, and `recess doctor` says why. This module knows paths and command lines; it starts nothing.
@@ -27,16 +28,11 @@ from pathlib import Path
 from recess.drivers.firecracker.api import API_SOCKET
 from recess.drivers.firecracker.calls import SHM
 from recess.drivers.kept.layout import Layout
-from recess.units import MIB
 
 UIDS = range(2_100_000_000, 2_100_065_536)
 """User ids of jails: nobody's on any sane host. One per VM, by its name; two of 65536 may meet."""
 
 JAIL_FOLDER = "jail"
-_CGROUPS = Path("/sys/fs/cgroup")
-_PARENT = "recess"
-_SPARE_BYTES = 256 * MIB  # Firecracker itself and its buffers
-_PIDS_MAX = 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,6 @@ class Jail:
     base: Path
     id: str
     uid: int
-    cgroup: Path | None
 
     @property
     def root(self) -> Path:
@@ -70,14 +65,12 @@ def holds_devices(folder: Path) -> bool:
     return not os.statvfs(folder).f_flag & os.ST_NODEV
 
 
-def jail_of(binary: Path, layout: Layout, *, cgroups: Path = _CGROUPS) -> Jail:
+def jail_of(binary: Path, layout: Layout) -> Jail:
     """Return the jail of this VM, as it is or is to be made."""
     name = layout.run.name
     number = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") % len(UIDS)
     own = hashlib.blake2b(str(layout.run).encode(), digest_size=12).hexdigest()  # the jailer takes letters and digits
-    usable = (cgroups / "cgroup.controllers").is_file() and os.access(cgroups / "cgroup.subtree_control", os.W_OK)
-    cgroup = cgroups / _PARENT / own if usable else None
-    return Jail(binary.with_name("jailer"), binary, layout.directory / JAIL_FOLDER, own, UIDS[number], cgroup)
+    return Jail(binary.with_name("jailer"), binary, layout.directory / JAIL_FOLDER, own, UIDS[number])
 
 
 def prepare(jail: Jail, shm: Path, files: Mapping[str, Path], writable: Path) -> None:
@@ -90,34 +83,19 @@ def prepare(jail: Jail, shm: Path, files: Mapping[str, Path], writable: Path) ->
         os.chown(path, jail.uid, jail.uid)
 
 
-def command(jail: Jail, keeper: Path, shm: Path, files: Mapping[str, Path], memory_bytes: int) -> list[str]:
+def command(jail: Jail, keeper: Path, shm: Path, files: Mapping[str, Path]) -> list[str]:
     """Return the command line that starts Firecracker in its jail. `files`: by their names in it."""
     words = [str(keeper), "jail", "--root", str(jail.root), "--folder", SHM, str(shm)]
     for name, path in files.items():
         words += ["--file", name, str(path)]
     words += ["--", str(jail.jailer), "--id", jail.id, "--exec-file", str(jail.binary)]
     words += ["--chroot-base-dir", str(jail.base), "--uid", str(jail.uid), "--gid", str(jail.uid)]
-    words += _cgroup_words(jail, memory_bytes)
     return [*words, "--", "--api-sock", API_SOCKET, "--level", "Error"]
-
-
-def _cgroup_words(jail: Jail, memory_bytes: int) -> list[str]:
-    if jail.cgroup is None:
-        return []
-    # A snapshot's pages in shared memory are charged to whoever writes them: Firecracker, once more the guest's size.
-    limits = {"memory.max": 2 * memory_bytes + _SPARE_BYTES, "pids.max": _PIDS_MAX}
-    words = ["--cgroup-version", "2", "--parent-cgroup", _PARENT]
-    for name, value in limits.items():
-        words += ["--cgroup", f"{name}={value}"]
-    return words
 
 
 def remove(jail: Jail) -> None:
     """Remove what is left of a jail whose processes are gone. Never fails; what cannot be removed stays."""
     shutil.rmtree(jail.base, ignore_errors=True)
-    if jail.cgroup is not None:
-        with contextlib.suppress(OSError):
-            jail.cgroup.rmdir()
 
 
 def descendants(pid: int) -> list[int]:

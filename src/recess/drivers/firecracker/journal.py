@@ -30,6 +30,7 @@ class Journal:
     template_disk: str = ""
     for_template: bool = False
     jailed: str = ""  # the binary that runs in the VM's jail; "" without one
+    group: str = ""  # its control group; "" without one
     version: int = _VERSION
     driver: str = "firecracker"
     fingerprint: Fingerprint | None = (

@@ -36,6 +36,7 @@ from recess.drivers.firecracker.ledger import Ledger, read_ledger, write_ledger
 from recess.drivers.firecracker.port import Port
 from recess.drivers.kept import disk
 from recess.drivers.kept import keeper as keepers
+from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import Keeper, read_pids
 from recess.drivers.kept.layout import Layout
 from recess.drivers.kept.steps import Steps, all_of, in_thread, unless_dead
@@ -58,6 +59,13 @@ class Place:
     host: HostFacts
     fingerprint: Fingerprint
     hello_timeout_s: float
+    limited: bool = True  # the VM gets a control group where there may be one (cgroup.py)
+
+
+def limits_of(spec: VmSpec) -> Limits:
+    """Return what a VM's processes may take of the host together. Its memory counts twice: Firecracker writes a snapshot's
+    pages into shared memory, and the kernel books them on the same group."""
+    return Limits.of(spec, spec.memory_bytes)
 
 
 def check_spec(spec: VmSpec) -> None:
@@ -293,12 +301,23 @@ class _Begin:
         argv = command(place.host.binary)
         if jail is not None:
             files = {**_files(self.journal), calls.DISK_FILE: layout.disk}
-            argv = jail_command(jail, place.host.keeper, layout.run / calls.SHM, files, self.journal.spec.memory_bytes)
+            argv = jail_command(jail, place.host.keeper, layout.run / calls.SHM, files)
+        group = await self._group()
         # The keeper is told of a file that is there: it copies no memory here, Firecracker does.
-        await in_thread(keepers.launch, place.host.keeper, layout, layout.journal, argv)
+        await in_thread(keepers.launch, place.host.keeper, layout, layout.journal, argv, group=group)
         vm = self.handles(ledger, place.hello_timeout_s)
         await unless_dead(vm.keeper, "start", vm.api.wait_ready(_API_S))
         return vm
+
+    async def _group(self) -> Path | None:
+        """Make the VM's control group and note it. One that is made and in no journal is empty, and swept by a later server."""
+        if not self.place.limited:
+            return None
+        group = await in_thread(lambda: Groups.find().make(limits_of(self.journal.spec)))
+        if group is not None:
+            self.journal = dataclasses.replace(self.journal, group=str(group))
+            write_journal(self.place.layout, self.journal)
+        return group
 
     def handles(self, ledger: Ledger, hello_timeout_s: float) -> Handles:
         """Connect to the keeper, which runs. Raises DriverFailed."""
@@ -311,7 +330,7 @@ class _Begin:
 
     async def undo(self, *, keep_disk: bool) -> None:
         layout = self.place.layout
-        await end_machine(layout, self._keeper, self.jail)
+        await end_machine(layout, self._keeper, self.jail, self.journal.group)
         if self._port is not None:
             await self._port.close()
         if self._keeper is not None:

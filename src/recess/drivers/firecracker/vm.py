@@ -84,7 +84,7 @@ class FirecrackerVm(KeptVm[Handles]):
 
     async def _end(self) -> None:
         vm = self._handles
-        await end_machine(vm.layout, vm.keeper, vm.jail)
+        await end_machine(vm.layout, vm.keeper, vm.jail, vm.journal.group)
         with contextlib.suppress(Exception):
             await vm.close()
         await self._remove_disks()

@@ -2,7 +2,8 @@
 
 The guest is a real guestd, as a process, behind a holder as guestd's own (guest/guestd/src/vsock.rs). "Memory" is a number of
 pages: the guest writes one of them between any two snapshots. Like 1.16.1 it resets all connections when a snapshot is taken,
-and lets none in after a resume until the guest was told so. Standard library only; the working folder is the VM's own.
+and lets none in after a resume until the guest was told so. What the API's description does not take is refused. Standard
+library only; the working folder is the VM's own.
 
 Arguments: the path of guestd, then Firecracker's own. Files in the working folder tell it to fail: `fail-create`, `fail-load`.
 """
@@ -17,6 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # it runs isolated (-I)
+from description import check
 
 PAGE = 4096
 BASE_ADDRESS = 0x7000_0000_0000
@@ -140,6 +144,8 @@ class Machine:
         """Do what one request asks."""
         if (method, path) == ("GET", "/"):
             return {"id": "fake", "state": self.state, "vmm_version": "1.16.1", "app_name": "Firecracker"}
+        if wrong := check(method, path, body):
+            raise Refused("; ".join(wrong))
         if path == "/machine-config":
             self.pages = body["mem_size_mib"] * 1024 * 1024 // PAGE
         elif path == "/actions":

@@ -16,7 +16,6 @@ from recess.drivers.firecracker.jail import UIDS, Jail
 from recess.drivers.kept import keeper as keepers
 from recess.drivers.kept.keeper import Keeper
 from recess.drivers.kept.layout import Layout, layout_for
-from recess.units import MIB
 
 KEEPER = load_config().bin_dir / "keeper"
 # In the jailer's place: says what it was given and what it sees, and stays.
@@ -39,13 +38,13 @@ def layout(tmp_path: Path) -> Layout:
     return layout
 
 
-def make_jail(layout: Layout, cgroups: Path = Path("/nonexistent")) -> Jail:
+def make_jail(layout: Layout) -> Jail:
     folder = layout.directory.parent
     binary = folder / "firecracker"
     binary.touch()
     (folder / "jailer").write_text(JAILER)
     (folder / "jailer").chmod(0o755)
-    return jails.jail_of(binary, layout, cgroups=cgroups)
+    return jails.jail_of(binary, layout)
 
 
 def test_its_names_are_the_machines_own(layout: Layout, tmp_path: Path) -> None:
@@ -67,26 +66,9 @@ def test_who_is_jailed(tmp_path: Path) -> None:
     assert jails.why_no_jail(binary, root=True) == ""
 
 
-def test_a_cgroup_where_there_may_be_one(layout: Layout, tmp_path: Path) -> None:
-    assert make_jail(layout).cgroup is None
-    groups = tmp_path / "cgroup"
-    groups.mkdir()
-    for name in ("cgroup.controllers", "cgroup.subtree_control"):
-        (groups / name).touch()
-    jail = make_jail(layout, groups)
-    assert jail.cgroup == groups / "recess" / jail.id
-    text = " ".join(jails.command(jail, KEEPER, layout.run / jails.SHM, {}, 512 * MIB))
-    assert f"--cgroup memory.max={1280 * MIB} --cgroup pids.max=128" in text
-    jail.cgroup.mkdir(parents=True)
-    jails.remove(jail)
-    jails.remove(jail)
-    assert not jail.cgroup.exists()
-    assert "--cgroup" not in jails.command(make_jail(layout), KEEPER, layout.run / jails.SHM, {}, 512 * MIB)
-
-
 def test_names_with_odd_characters_stay_one_word(layout: Layout, tmp_path: Path) -> None:
     odd = tmp_path / "a b'; reboot"
-    words = jails.command(make_jail(layout), KEEPER, layout.run / jails.SHM, {"root": odd}, MIB)
+    words = jails.command(make_jail(layout), KEEPER, layout.run / jails.SHM, {"root": odd})
     at = words.index("--file")
     assert words[at : at + 3] == ["--file", "root", str(odd)]
 
@@ -113,7 +95,7 @@ async def test_its_files_are_there_and_it_ends_with_its_keeper(layout: Layout, t
     for name, path in files.items():
         path.write_text(f"the {name}")
     (layout.run / jails.SHM / "state").write_text("the state")
-    argv = jails.command(jail, KEEPER, layout.run / jails.SHM, files, MIB)
+    argv = jails.command(jail, KEEPER, layout.run / jails.SHM, files)
     await asyncio.to_thread(keepers.launch, KEEPER, layout, tmp_path / "k", argv)
     keeper = Keeper.connect(layout)
     try:
@@ -131,10 +113,10 @@ async def test_its_files_are_there_and_it_ends_with_its_keeper(layout: Layout, t
             members[0].kill()
             for member in members:
                 assert await keepers.wait_gone(member.pid, 60)
-        await end_machine(layout, keeper, jail)
+        await end_machine(layout, keeper, jail, "")
         assert not any(member.alive() for member in members)
         assert not jail.base.exists()
         assert not layout.run.exists()
     finally:
-        await end_machine(layout, keeper, jail)
+        await end_machine(layout, keeper, jail, "")
         keeper.close()

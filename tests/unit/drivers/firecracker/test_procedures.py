@@ -17,9 +17,12 @@ import pytest
 
 from recess.config import load_config
 from recess.drivers.firecracker import FirecrackerDriver, FirecrackerVm, start
+from recess.drivers.firecracker.api import Refused
+from recess.drivers.firecracker.calls import Call
 from recess.drivers.firecracker.host import HostFacts
 from recess.drivers.firecracker.journal import read_journal
 from recess.drivers.firecracker.ledger import is_poisoned
+from recess.drivers.kept.cgroup import Groups, Limits
 from recess.drivers.kept.keeper import read_pids
 from recess.drivers.kept.layout import layout_for
 from recess.errors import Conflict, DriverFailed, IllegalState, InvalidSpec, MissingTool, RecessError
@@ -44,13 +47,14 @@ class Bench:
     spec: VmSpec
     vms: list[FirecrackerVm] = field(default_factory=list)
     number: int = 0
+    limited: bool = True
 
     def place(self, name: str = "") -> start.Place:
         if not name:
             self.number += 1
             name = f"m{self.number}"
         layout = layout_for(self.home / "run", name, self.home / "machines" / name)
-        return start.Place(layout, self.host, FINGERPRINT, 60)
+        return start.Place(layout, self.host, FINGERPRINT, 60, limited=self.limited)
 
     def keep(self, handles: Any) -> FirecrackerVm:
         self.vms.append(FirecrackerVm(handles))
@@ -145,6 +149,17 @@ async def test_a_boot_a_live_capture_and_a_machine_that_goes_on(bench: Bench) ->
     assert b"console of the guest" in vm.console_tail()
     assert (await vm.stats()).pss_bytes > 0
     assert sorted(p.name for p in vm._handles.layout.directory.iterdir()) == ["console.log", "disk.raw"]
+
+
+async def test_what_the_description_does_not_take_would_be_refused(bench: Bench) -> None:
+    """All other tests here ask only what it takes: this is how they would fail."""
+    vm = await bench.boot()
+    for call, said in (
+        (Call("PATCH", "/vm", {"state": "Asleep"}), "may not be Asleep"),
+        (Call("PUT", "/nothing", {}), "no such call"),
+    ):
+        with pytest.raises(Refused, match=said):
+            await vm._handles.api.call(call)
 
 
 async def test_pause_and_unpause_with_no_snapshot_between(bench: Bench) -> None:
@@ -452,3 +467,38 @@ async def test_an_end_is_told_to_whoever_waits(bench: Bench) -> None:
         await stalled
     with pytest.raises(DriverFailed, match="deadline"):
         await vm.capture(resume=True)
+
+
+class Folders(Groups):
+    """Folders that look like control groups: they have the file to join by, and no kernel behind them."""
+
+    def make(self, limits: Limits) -> Path:
+        made = super().make(limits)
+        assert made is not None
+        (made / "cgroup.procs").touch()
+        return made
+
+
+async def test_it_is_put_into_a_control_group_which_is_cleared_at_its_end(bench: Bench) -> None:
+    """Whoever ends it knows the group: the server that started it, and a later one from the journal."""
+    top = bench.home / "groups"
+    top.mkdir()
+    folders = Folders(top, ("cpu", "memory", "pids"), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Groups, "find", lambda: folders)
+        one, other = await bench.boot(), await bench.boot()
+        bench.limited = False
+        free = await bench.boot()
+    assert free._handles.journal.group == ""
+    adopted = await bench.adopt(other)
+    for vm in (one, adopted):
+        group = Path(vm._handles.journal.group)
+        assert group.parent == top
+        assert (group / "cgroup.procs").read_text() == "0"  # what a process writes that joins
+        limits = start.limits_of(bench.spec)
+        assert limits.memory_bytes > 2 * MEMORY
+        assert (group / "memory.max").read_text() == str(limits.memory_bytes)
+        assert (group / "cpu.max").read_text() == f"{(bench.spec.cpus + 1) * 100_000} 100000"
+        assert not (group / "cgroup.kill").exists()
+        await vm.kill()
+        assert (group / "cgroup.kill").read_text() == "1"
