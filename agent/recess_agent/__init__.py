@@ -5,20 +5,25 @@ machine, no credentials. Everything durable goes through the session socket, and
 """
 
 from recess_agent.app import Agent, agent
+from recess_agent.blobs import Attachment, Blob
 from recess_agent.cancelling import TurnCancelled
 from recess_agent.cut_replies import CutReply, Repair
 from recess_agent.openai import ModelError, openai_chat
 from recess_agent.session import Session, Turn
 from recess_agent.stream import Reply, ToolCall
 from recess_agent.tools import Call, Tool, tool
+from recess_agent.upcasting import NewerEntry
 from recess_agent.waiting import Report
 from recess_agent.wire import SessionClosed, SessionError
 
 __all__ = [
     "Agent",
+    "Attachment",
+    "Blob",
     "Call",
     "CutReply",
     "ModelError",
+    "NewerEntry",
     "Repair",
     "Reply",
     "Report",

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from recess_agent.tools import Tool, as_tool
+from recess_agent.upcasting import Upcaster, Upcasters
 
 AgentLoop = Callable[..., Awaitable[None]]
 Hook = Callable[..., Any]
@@ -30,6 +31,7 @@ class Agent:
         self.tools = {one.name: one for one in tools}
         self.settings = settings
         self.hooks: dict[str, Hook] = {}
+        self.upcasters = Upcasters()
         self.__doc__ = loop.__doc__
 
     def on_suspend(self, hook: Hook) -> Hook:
@@ -58,6 +60,16 @@ class Agent:
         about, when a crash cuts the turn: so it decides, and does nothing else."""
         self.hooks["cut_reply"] = hook
         return hook
+
+    def upcast(self, kind: str, schema: int) -> Callable[[Upcaster], Upcaster]:
+        """Read entries of `kind` ("note", or "x.something") that were written under `schema` as ones of `schema` + 1: the function
+        takes the old body and returns the new one, always the same for the same. New entries are written under the newest."""
+
+        def wrap(step: Upcaster) -> Upcaster:
+            self.upcasters.add(kind, schema, step)
+            return step
+
+        return wrap
 
     async def run_hook(self, name: str, info: Any) -> Any:
         """Call a hook if it is set and return what it returns; its exceptions are the caller's."""

@@ -12,6 +12,7 @@ from typing import Any
 from recess_agent.recovery_notes import Entry
 from recess_agent.session import Session
 from recess_agent.transcript import on_branch
+from recess_agent.upcasting import refuse_newer
 
 Json = dict[str, Any]
 
@@ -28,9 +29,10 @@ class Records:
         turn = self._session.at_turn
         await self._session.record(self._kind, {**data, "attempt": turn.attempt if turn else 0})
 
-    def all(self, *, of_cut_attempts: bool = True) -> list[Json]:
-        """Return them in order. Without `of_cut_attempts`, those are left out that an attempt of a turn wrote which a crash cut:
-        the next attempt says the same things again."""
+    def all(self, *, of_cut_attempts: bool = True, newer: str = "raise") -> list[Json]:
+        """Return them in order, in today's shape (`Agent.upcast`). Without `of_cut_attempts`, those are left out that an attempt of
+        a turn wrote which a crash cut: the next attempt says the same things again. One that newer code wrote, which was rolled
+        back since, raises NewerEntry, or is left out with `newer="skip"`. Raises UpcastError."""
         log = self._session.log
         current = {one.position for one in on_branch([_entry(one) for one in log])}
         last: dict[int, int] = {}  # turn -> its newest attempt
@@ -41,6 +43,10 @@ class Records:
         for one in log:
             if one["kind"] != self._kind or one["position"] not in current:
                 continue
+            if one.get("newer"):
+                if newer == "skip":
+                    continue
+                raise refuse_newer(one, self._session.schema_of(self._kind))
             if of_cut_attempts or int(one["body"].get("attempt", 0)) >= last.get(one["turn"], 0):
                 out.append(dict(one["body"]))
         return out

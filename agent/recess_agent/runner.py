@@ -18,7 +18,8 @@ from recess_agent.wire import SessionClosed, SessionError
 
 
 def load(path: str) -> Agent:
-    """Import an agent file and return its one Agent. Raises ValueError if it holds none, or more than one."""
+    """Import an agent file and return its one Agent. Raises ValueError if it holds none, or more than one, or lacks a step
+    of an upcast."""
     file = Path(path).resolve()
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location("recess_user_agent", str(file))
@@ -32,7 +33,9 @@ def load(path: str) -> Agent:
         raise ValueError(
             f"{path} defines {len(found)} agents; one is needed: decorate one coroutine function with @agent"
         )
-    return next(iter(found.values()))
+    app = next(iter(found.values()))
+    app.upcasters.check()
+    return app
 
 
 async def run(path: str) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from recess_agent.blobs import Attachment, Blob, Blobs
 from recess_agent.cancelling import CANCELLED, CUT_SHORT, Stop, TurnCancelled
 from recess_agent.signs import Watch, disk_full
 from recess_agent.stream import ToolCall
@@ -28,13 +29,20 @@ class Runs:
     """The tool calls of one turn."""
 
     def __init__(
-        self, turn: int, tools: Mapping[str, Tool], append: Callable[..., Awaitable[Json]], waits: Waits, stop: Stop
+        self,
+        turn: int,
+        tools: Mapping[str, Tool],
+        append: Callable[..., Awaitable[Json]],
+        waits: Waits,
+        stop: Stop,
+        blobs: Blobs,
     ) -> None:
         self._turn = turn
         self._tools = tools
         self._append = append
         self._waits = waits
         self._stop = stop
+        self._blobs = blobs
 
     async def run(self, wanted: ToolCall) -> str:
         """Run one call and return its output. The tool's failure is an output, for the model to handle."""
@@ -84,23 +92,59 @@ class Runs:
 
     async def _call(self, tool: Tool, call: Call) -> str:
         within, watch = IN_CALL.set(call.id), Watch()
+        kept: list[Blob] = []
         running = asyncio.ensure_future(tool.run(call))  # it takes a copy of the context along
         IN_CALL.reset(within)
         try:
             # A `once` call is let finish: how it ended is worth more than the moment. The host waits only so long.
-            output, error = render(await (running if tool.effect == "once" else self._stop.race(running))), False
+            value = await (running if tool.effect == "once" else self._stop.race(running))
+            output, error = await self._rendered(value, kept), False
         except TurnCancelled:
             output, error = CUT_SHORT, True
         except Exception as exc:  # the tool's failure is the model's to handle
             output, error = f"{type(exc).__name__}: {exc}{disk_full(exc)}", True
-        return await self._result(call.id, output, error=error, told=watch.told())
+        return await self._result(call.id, output, error=error, told=watch.told(), kept=kept)
 
-    async def _result(self, call_id: str, output: str, *, error: bool = False, told: str = "") -> str:
+    async def _rendered(self, value: Any, kept: list[Blob]) -> str:
+        """Return a tool's value as text; what it attached is kept, noted in `kept`, and shown as a line that names it."""
+        parts = (
+            list(value) if isinstance(value, (list, tuple)) and not isinstance(value, (Attachment, Blob)) else [value]
+        )
+        if not any(isinstance(one, (Attachment, Blob)) for one in parts):
+            return render(value)
+        lines: list[str] = []
+        for one in parts:
+            if isinstance(one, Attachment):
+                one = await self._blobs.attach(one)
+            if isinstance(one, Blob):
+                kept.append(one)
+            lines.append(str(one) if isinstance(one, Blob) else render(one))
+        return "\n".join(lines)
+
+    async def _shortened(self, output: str, kept: list[Blob]) -> str:
+        """Return what of a long output goes into the log; the whole of it is kept as a blob, if the session may have one more."""
+        dropped = len(output) - OUTPUT_CHARS_MAX
+        try:
+            kept.append(
+                await self._blobs.put(output.encode("utf-8", "replace"), media_type="text/plain", name="output.txt")
+            )
+            where = f"all of it is {kept[-1]}"
+        except SessionError as exc:
+            if exc.code != "out_of_space":
+                raise
+            where = f"they were not kept: {exc}"
+        return output[:OUTPUT_CHARS_MAX] + f"\n[recess] {dropped} more characters are not shown; {where}"
+
+    async def _result(
+        self, call_id: str, output: str, *, error: bool = False, told: str = "", kept: Sequence[Blob] = ()
+    ) -> str:
+        kept = list(kept)
         if len(output) > OUTPUT_CHARS_MAX:
-            dropped = len(output) - OUTPUT_CHARS_MAX
-            output = output[:OUTPUT_CHARS_MAX] + f"\n[recess] {dropped} more characters were dropped"
+            output = await self._shortened(output, kept)
         output += told
         body: Json = {"output": output}
+        if kept:
+            body["blobs"] = [one.ref() for one in kept]
         if error:
             body["error"] = True
         await self._append("tool.result", body, ref=call_id)

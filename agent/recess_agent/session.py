@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any, TypeVar, Union
 
 from recess_agent.app import Agent
+from recess_agent.blobs import Blobs
 from recess_agent.cancelling import Stop, TurnCancelled
 from recess_agent.cut_replies import CutReply, Repair
 from recess_agent.mirror import Mirror
@@ -76,6 +77,7 @@ class Session:
         self._streams: Json = {}  # what the host has of them: part -> [pieces, checksum]
         self._hooks: set[asyncio.Future[None]] = set()
         self._wire = Wire(self._hello, self._pushed, socket_path=socket_path)
+        self.blobs = Blobs(self._wire.request)
 
     # -- turns ---------------------------------------------------------------------------------------------------
 
@@ -89,7 +91,7 @@ class Session:
             turn = self._turn = Turn(data)
             self._shown = self._parts = 0
             waits = self._waits = Waits(turn.number, self._wire.request, self._append, turn.stop)
-            self._runs = Runs(turn.number, self._app.tools, self._append, waits, turn.stop)
+            self._runs = Runs(turn.number, self._app.tools, self._append, waits, turn.stop, self.blobs)
             await self._runs.settle(data.get("pending") or [])
             for entry in self._mirror.cut_replies(turn.number) if turn.continued else ():
                 await self._repair(str(entry["body"].get("text", "")), "crash", entry["position"])
@@ -128,8 +130,9 @@ class Session:
 
     @property
     def log(self) -> list[Json]:
-        """The session's entries since the last compaction, as plain data; do not change them."""
-        return list(self._mirror.entries)
+        """The session's entries since the last compaction, as plain data; do not change them. The application's own are in today's
+        shape (`Agent.upcast`); one that newer code wrote is as that wrote it, and has `newer`. Raises UpcastError."""
+        return self._app.upcasters.read(self._mirror.entries)
 
     # -- what becomes durable ----------------------------------------------------------------------------------------
 
@@ -178,13 +181,18 @@ class Session:
 
     async def note(self, **data: Any) -> None:
         """Append data of the application's own; it is never shown to the model."""
-        self._serial += 1
-        await self._append("note", data, serial=f"{self._nonce}.{self._serial}")
+        await self.record("note", data)
 
     async def record(self, kind: str, data: Json) -> None:
-        """Append an entry of a kind of the application's own (`x.something`); see `recess_agent.records`."""
+        """Append an entry of a kind of the application's own (`x.something`); see `recess_agent.records`. It has the newest
+        schema that the agent knows of its kind (`Agent.upcast`)."""
         self._serial += 1
-        await self._append(kind, data, serial=f"{self._nonce}.{self._serial}")
+        schema = self._app.upcasters.newest(kind)
+        await self._append(kind, data, serial=f"{self._nonce}.{self._serial}", schema=schema)
+
+    def schema_of(self, kind: str) -> int:
+        """Return the newest schema that the agent knows of a kind of the application's own."""
+        return self._app.upcasters.newest(kind)
 
     @property
     def at_turn(self) -> Turn | None:
@@ -347,9 +355,10 @@ class Session:
         if "ack" in message:
             self._wire.post({"t": "ack", "ack": message["ack"]})
 
-    async def _append(self, kind: str, body: Json, *, ref: str = "", serial: str = "") -> Json:
+    async def _append(self, kind: str, body: Json, *, ref: str = "", serial: str = "", schema: int = 1) -> Json:
         turn = self._turn.number if self._turn else 0
-        result = await self._wire.request("append", kind=kind, body=body, ref=ref, turn=turn, serial=serial)
+        more = {"schema": schema} if schema != 1 else {}
+        result = await self._wire.request("append", kind=kind, body=body, ref=ref, turn=turn, serial=serial, **more)
         entry = {
             "session": self.id,
             "position": result["position"],
@@ -357,6 +366,7 @@ class Session:
             "body": result.get("body", body),  # the host sets what only it can know
             "turn": turn,
             "ref": ref,
+            **more,
         }
         self._mirror.add({**entry, "ts": result.get("ts", 0.0)})
         return result

@@ -9,7 +9,7 @@ from recess.contextlog import SCHEMA, DirectoryBodies, LogKeeper, MemoryLog, Sea
 from recess.db import Database
 from recess.testing.contextlog_suite import ContextLogSuite
 
-TABLES = ("log_session", "log_entry", "log_key", "log_delta", "log_mark", "log_segment")
+TABLES = ("log_session", "log_entry", "log_key", "log_delta", "log_mark", "log_segment", "log_blob")
 
 
 class SealedLog(SqlLog):

@@ -50,15 +50,18 @@ async def model(messages):
 
 @agent(image="base", idle="1s", tools=[sh, serve, stuck])
 async def coder(s):
-    nonce, cache = os.urandom(8).hex(), {}
+    nonce, cache, blob = os.urandom(8).hex(), {}, None
     async for turn in s:
         cache[turn.number] = turn.text
+        if turn.text == "sh echo kept beside the log":
+            blob = await s.blobs.put(os.urandom(1_500_000), name="random")
         while True:
             reply = await s.stream(model(s.messages()))
             if not reply.tool_calls:
                 break
             await s.run_tools(reply)
-        await s.note(version=VERSION, nonce=nonce, cache=len(cache), pid=os.getpid(), dice=os.urandom(8).hex())
+        await s.note(version=VERSION, nonce=nonce, cache=len(cache), pid=os.getpid(), dice=os.urandom(8).hex(),
+                     blob=len(await s.blobs.get(blob)) if blob else 0)
 """
 
 
@@ -128,19 +131,23 @@ async def test_lunch_fork_and_upgrade(real_config: Config) -> None:
         snapshot = next(e for e in log if e.kind == "machine.snapshot")
         assert snapshot.position == snapshot.body["position"]
 
+        await t.say("sh echo kept beside the log", turn=4)
         await t.frozen()
         child = await t.node.sessions.fork(t.id, name="variant")
-        left = await t.say("sh hostname; rm /root/made", turn=4)
-        right = await t.say("sh hostname; ls /root/made", turn=4, session=child.id)
+        left = await t.say("sh hostname; rm /root/made", turn=5)
+        right = await t.say("sh hostname; ls /root/made", turn=5, session=child.id)
         mine, theirs = notes(left)[-1], notes(right)[-1]
         assert mine["nonce"] == theirs["nonce"] == one["nonce"]  # both coroutines went on from the same memory
         assert mine["dice"] != theirs["dice"]  # and share no randomness
+        assert (
+            mine["blob"] == theirs["blob"] == 1_500_000
+        )  # put before the fork, read by both: its hash is checked there
         said = [[e.body["output"] for e in log if e.kind == "tool.result"][-1].split() for log in (left, right)]
         assert said[0][0] != said[1][0]
         assert said[1][1] == "/root/made"
 
         await t.node.sessions.deploy("coder", source("2"))
-        log = await t.say("sh curl -sS -m 10 --noproxy '*' http://127.0.0.1:8000/index.html", turn=5)
+        log = await t.say("sh curl -sS -m 10 --noproxy '*' http://127.0.0.1:8000/index.html", turn=6)
         assert (notes(log)[-1]["version"], notes(log)[-1]["cache"]) == ("2", 1)
         assert [e.body["output"] for e in log if e.kind == "tool.result"][-1] == "index"
 

@@ -27,6 +27,7 @@ from recess.api import (
     routes_access,
     routes_acts,
     routes_archive,
+    routes_blobs,
     routes_egress,
     routes_exec,
     routes_files,
@@ -85,7 +86,7 @@ def make_app(
     signatures (default: one that nobody knows)."""
     routes: list[BaseRoute] = [*routes_acts.ROUTES, *routes_egress.ROUTES, *routes_node.ROUTES, *routes_images.ROUTES]
     routes += [*routes_archive.ROUTES, *routes_volumes.ROUTES]
-    routes += [*routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
+    routes += [*routes_blobs.ROUTES, *routes_sessions_events.ROUTES, *routes_sessions.ROUTES, *routes_exec.ROUTES]
     routes += [*routes_transfer.ROUTES, *routes_snapshots.ROUTES, *routes_machines.ROUTES]  # the first that fits
     app = Starlette(
         routes=[*routes_access.ROUTES, *routes_files.ROUTES, *routes],

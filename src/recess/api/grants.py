@@ -26,7 +26,8 @@ NAME_CHARS_MAX = 200
 PROJECT = "project"  # the label of a session that says which project it belongs to
 
 _SESSION = re.compile(r"/v1/sessions/(?P<ref>[^/]+)(?P<rest>/.*)?")
-_READ = frozenset({"", "/log", "/events", "/poll", "/questions", "/snapshots", "/cost"})
+_READ = frozenset({"", "/log", "/events", "/poll", "/questions", "/snapshots", "/cost", "/blobs"})
+_BLOB = re.compile(r"/blobs/[0-9a-f]{64}")
 _WRITE = frozenset({"/messages", "/answers", "/cancel"})
 _MANAGE = frozenset({"/suspend", "/resume", "/close", "/take", "/hand-back"})  # a project's own
 
@@ -90,7 +91,7 @@ def need_of(grant: Grant, method: str, path: str) -> Need:
         return Need()
     match = _SESSION.fullmatch(path)
     rest = (match["rest"] or "") if match else ""
-    reads = method in ("GET", "HEAD") and rest in _READ
+    reads = method in ("GET", "HEAD") and (rest in _READ or _BLOB.fullmatch(rest) is not None)
     writes = (
         method == "POST" and grant.rights == "write" and (rest in _WRITE or (bool(grant.project) and rest in _MANAGE))
     )

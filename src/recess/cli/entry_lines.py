@@ -40,6 +40,9 @@ def _text(kind: str, body: Mapping[str, Any], ref: str) -> str:
             return f"{ref}: {body['text']}" + (f" [{choices}]" if choices else "")
         case "answer":
             return f"{ref}: {body['text']}"
+        case "blob":
+            about = [one for one in (body["name"], body["media_type"], format_bytes(int(body["size"]))) if one]
+            return f"{body['hash'][:12]}: {', '.join(about)}"
         case "code":
             return f"{body['old'] or 'none'} -> {body['new']}"
         case "machine.snapshot":

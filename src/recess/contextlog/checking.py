@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator
 from functools import partial
 from itertools import pairwise
 
+from recess.contextlog import sql_blobs
 from recess.contextlog import sql_read as plans
 from recess.contextlog import sql_tx as sql
+from recess.contextlog.contract import Piece
 from recess.contextlog.lineage import Range
 from recess.contextlog.sql import SqlLog
 from recess.db import Tx
@@ -35,7 +37,9 @@ async def check(log: SqlLog, *, deep: bool = False) -> AsyncIterator[str]:
         if deep and not problems:
             async for problem in _read_all(log, session):
                 yield problem
-    for table in ("log_entry", "log_key", "log_delta", "log_mark", "log_segment"):
+            async for problem in _read_blobs(log, session):
+                yield problem
+    for table in ("log_entry", "log_key", "log_delta", "log_mark", "log_segment", "log_blob"):
         for orphan in await log.db.read(partial(_orphans, table=table)):
             yield f"{table} has rows of {orphan}, which is no session"
 
@@ -88,3 +92,13 @@ async def _read_all(log: SqlLog, session: str) -> AsyncIterator[str]:
         except RecessError as exc:
             yield exc.message
             at = max(at + 1, int(exc.details.get("last") or exc.details.get("position") or 0))
+
+
+async def _read_blobs(log: SqlLog, session: str) -> AsyncIterator[str]:
+    """Read the pieces of the blobs that a session put itself."""
+    pieces = await log.db.read(lambda tx: sql_blobs.pieces_in(tx, session))
+    for digest, size in pieces.items():
+        try:
+            await log.get_piece(Piece(digest, size))
+        except RecessError as exc:
+            yield f"session {session}: a piece of a blob: {exc.message}"

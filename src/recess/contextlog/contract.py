@@ -16,11 +16,33 @@ OWNER_KINDS = frozenset(
     {
         "system", "assistant", "tool.start", "tool.result", "tool.doubt", "tool.settled", "ask", "turn.start",
         "turn.end", "turn.cut", "compact", "rewind", "fork", "code", "machine.snapshot", "machine.restore",
-        "machine.lost", "timer", "note",
+        "machine.lost", "timer", "note", "blob",
     }
 )  # fmt: skip  # and the open namespace "x.*"
 INLINE_BYTES_MAX = 16 * 1024
 INBOX_BYTES_MAX = 6 * 1024 * 1024  # a body that anybody may append must fit the line in which the agent gets it
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a blob: BLAKE3-256 hex and size in bytes, as the body store has it."""
+
+    hash: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes beside the log (`contextlog.blobs`): `hash` is the SHA-256 of the whole; the entry at `position`, of the lineage
+    owner `session`, names it."""
+
+    hash: str
+    size: int
+    media_type: str
+    name: str
+    session: str
+    position: int
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,7 @@ class Draft:
     ref: str = ""
     key: str = ""  # attempt-independent, e.g. "t12/c3/start"; empty: none (owner entries only)
     schema: int = 1
+    pieces: tuple[Piece, ...] = ()  # of a blob's bytes, durable already (`put_piece`)
 
 
 @dataclass(frozen=True)
@@ -209,6 +232,23 @@ class ContextLog(Protocol):
 
     async def deltas(self, session: str) -> list[Delta]:
         """Return the pieces of replies that have no final entry yet."""
+        ...
+
+    async def put_piece(self, data: bytes) -> Piece:
+        """Keep some bytes of a blob, durably. Who does not name them by an entry within a day loses them. Raises OutOfSpace."""
+        ...
+
+    async def get_piece(self, piece: Piece) -> bytes:
+        """Return the bytes of a piece of a blob that `find_blobs` gave, verified. Raises Corrupt, Unavailable."""
+        ...
+
+    async def find_blobs(self, session: str, digest: str = "") -> list[Blob]:
+        """Return the blobs that a session's log names, lineage included, newest first (1,000 at most); with `digest`, those of
+        these bytes. What another session's log names is not among them, whoever knows its hash."""
+        ...
+
+    async def blob_bytes(self, session: str) -> int:
+        """Return how many bytes of blobs a session has put itself."""
         ...
 
     async def fork(

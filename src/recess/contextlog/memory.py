@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 
 from recess.clock import Clock, SystemClock
-from recess.contextlog import lineage, rules
+from recess.contextlog import blobs, lineage, rules
+from recess.contextlog.bodies import MemoryBodies
 from recess.contextlog.branch import Mark, plan_tail
-from recess.contextlog.contract import INBOX_KINDS, Appended, Born, Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import INBOX_KINDS, Appended, Blob, Born, Delta, Draft, Entry, Piece, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
 from recess.contextlog.wake import WakeHub
@@ -52,6 +53,7 @@ class MemoryLog:
         self._clock = clock or SystemClock()
         self._hub = WakeHub(self._clock)
         self._sessions: dict[str, _Session] = {}
+        self._bodies = MemoryBodies()
 
     async def create(
         self,
@@ -197,6 +199,24 @@ class MemoryLog:
         """Return the pieces of replies that have no final entry yet."""
         return [delta for _, delta in sorted(self._load(session).deltas.items())]
 
+    async def put_piece(self, data: bytes) -> Piece:
+        """Keep some bytes of a blob (see the contract)."""
+        return Piece(self._bodies.put(data), len(data))
+
+    async def get_piece(self, piece: Piece) -> bytes:
+        """Return the bytes of a piece (see the contract)."""
+        return self._bodies.get(piece.hash, piece.size)
+
+    async def find_blobs(self, session: str, digest: str = "") -> list[Blob]:
+        """Return the blobs that a session's log names (see the contract)."""
+        found = self._load(session)
+        stored = [_blob(*one) for one in self._stored(found, 0, found.row.head) if one[1].packed.kind == blobs.KIND]
+        return [one for one in reversed(stored) if digest in ("", one.hash)][: blobs.LIST_MAX]
+
+    async def blob_bytes(self, session: str) -> int:
+        """Return how many bytes of blobs a session has put itself."""
+        return sum(one.size for one in await self.find_blobs(session) if one.session == session)
+
     async def fork(
         self, session: str, *, at: int | None = None, name: str = "", session_id: str = "", born: Born | None = None
     ) -> SessionRow:
@@ -303,6 +323,12 @@ def _entry(owner: str, s: _Stored) -> Entry:
     p = s.packed
     body = msgspec.json.decode(p.body, type=dict[str, Any])
     return Entry(owner, s.position, p.kind, body, p.turn, p.ref, p.key, s.epoch, s.code_version, s.ts, p.schema)
+
+
+def _blob(owner: str, s: _Stored) -> Blob:
+    facts = msgspec.json.decode(s.packed.body, type=dict[str, Any])
+    words = (facts["hash"], facts["size"], facts["media_type"], facts["name"])
+    return Blob(*words, session=owner, position=s.position, pieces=s.packed.pieces)
 
 
 def _no_session(ref: str) -> NotFound:

@@ -14,6 +14,7 @@ import msgspec
 from blake3 import blake3
 
 from recess.catalog.names import check_name
+from recess.contextlog import blobs
 from recess.contextlog.contract import (
     INBOX_BYTES_MAX,
     INBOX_KINDS,
@@ -22,6 +23,7 @@ from recess.contextlog.contract import (
     Born,
     Delta,
     Draft,
+    Piece,
     SessionRow,
 )
 from recess.errors import BadInput, Fenced, IllegalState, KeyReused
@@ -63,6 +65,7 @@ class Packed:
     mark: int | None
     part: int
     blob: str = ""
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def pack(draft: Draft, *, inbox: bool) -> Packed:
     if not 0 <= draft.turn <= NUMBER_MAX or not 1 <= draft.schema <= NUMBER_MAX:
         raise BadInput(f"an entry's turn and schema are small numbers, not {draft.turn} and {draft.schema}")
     body = encode_object(draft.body, f"the body of {draft.kind!r}")
+    blobs.check(draft.kind, draft.body, draft.pieces)
     if inbox and len(body) > INBOX_BYTES_MAX:
         raise BadInput(
             f"{draft.kind!r}: {len(body)} bytes, more than {INBOX_BYTES_MAX}", hint="send it as a file: recess cp"
@@ -101,7 +105,8 @@ def pack(draft: Draft, *, inbox: bool) -> Packed:
     head = f"{draft.kind}\x00{draft.turn}\x00{draft.ref}\x00{draft.schema}\x00".encode()
     digest = blake3(head + body).digest(length=16)
     return Packed(
-        draft.kind, draft.turn, draft.ref, draft.key, draft.schema, body, digest, _mark(draft), _part(draft)
+        draft.kind, draft.turn, draft.ref, draft.key, draft.schema, body, digest, _mark(draft), _part(draft),
+        pieces=draft.pieces,
     )  # fmt: skip
 
 

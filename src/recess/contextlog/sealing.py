@@ -23,7 +23,7 @@ import msgspec
 
 from recess.blobs import BlobStore
 from recess.clock import Clock, SystemClock
-from recess.contextlog import rules, segments
+from recess.contextlog import rules, segments, sql_blobs
 from recess.contextlog import sql_tx as sql
 from recess.contextlog.contract import INBOX_KINDS
 from recess.contextlog.segments import Built
@@ -160,8 +160,11 @@ class LogKeeper:
     # --- sweeping
 
     async def sweep(self, *, grace_s: float = GRACE_S) -> Swept:
-        """Remove segments and large bodies that no row names and that are older than the grace period."""
-        before_s = self._clock.wall_s() - grace_s
+        """Remove segments and large bodies that no row names and that are older than the grace period, and the rows of blobs
+        that nobody open has had for long enough: the bytes of those go in this round too, if they are as old as that."""
+        now = self._clock.wall_s()
+        before_s = now - grace_s
+        await self._log.db.write(lambda tx: sql_blobs.expire_in(tx, now))
         folder = f"{segments.FOLDER}/{await self.identity()}/"
         # First what is there, then what is named: what is named meanwhile was there, and is seen.
         found = await asyncio.to_thread(lambda: list(self._blobs.list_blobs(folder)))
@@ -214,6 +217,7 @@ def _named(tx: Tx) -> tuple[set[str], set[str]]:
     rows = tx.execute("SELECT key, bodies FROM log_segment")
     hashes = {digest for row in rows for digest in msgspec.json.decode(row["bodies"], type=list[str])}
     hashes.update(str(row["blob"]) for row in tx.execute("SELECT DISTINCT blob FROM log_entry WHERE blob <> ''"))
+    hashes.update(sql_blobs.pieces_in(tx))
     return {str(row["key"]) for row in rows}, hashes
 
 

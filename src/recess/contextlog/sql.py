@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 from recess.blobs import BlobStore
 from recess.clock import Clock, SystemClock
-from recess.contextlog import lineage, reading, rules
+from recess.contextlog import lineage, reading, rules, sql_blobs
 from recess.contextlog import sql_read as plans
 from recess.contextlog import sql_tx as sql
 from recess.contextlog.bodies import BodyStore
 from recess.contextlog.branch import plan_tail
-from recess.contextlog.contract import Appended, Born, Delta, Draft, Entry, SessionRow
+from recess.contextlog.contract import Appended, Blob, Born, Delta, Draft, Entry, Piece, SessionRow
 from recess.contextlog.rules import Packed
 from recess.contextlog.sql_read import Plan
 from recess.contextlog.sql_tx import freeze_in
@@ -208,6 +208,22 @@ class SqlLog:
     async def deltas(self, session: str) -> list[Delta]:
         """Return the pieces of replies that have no final entry yet."""
         return await self.db.read(lambda tx: sql.deltas_in(tx, session))
+
+    async def put_piece(self, data: bytes) -> Piece:
+        """Keep some bytes of a blob (see the contract)."""
+        return Piece(await asyncio.to_thread(self.bodies.put, data), len(data))
+
+    async def get_piece(self, piece: Piece) -> bytes:
+        """Return the bytes of a piece (see the contract)."""
+        return await asyncio.to_thread(self.bodies.get, piece.hash, piece.size)
+
+    async def find_blobs(self, session: str, digest: str = "") -> list[Blob]:
+        """Return the blobs that a session's log names (see the contract)."""
+        return await self.db.read(lambda tx: sql_blobs.find_in(tx, sql.load(tx, session).ranges, digest))
+
+    async def blob_bytes(self, session: str) -> int:
+        """Return how many bytes of blobs a session has put itself."""
+        return await self.db.read(lambda tx: sql_blobs.held_in(tx, session))
 
     async def fork(
         self, session: str, *, at: int | None = None, name: str = "", session_id: str = "", born: Born | None = None

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from recess.catalog.table import find_by_prefix
-from recess.contextlog import lineage, rules
+from recess.contextlog import blobs, lineage, rules, sql_blobs
 from recess.contextlog.contract import Appended, Delta, SessionRow
 from recess.contextlog.lineage import Range
 from recess.contextlog.rules import Packed
@@ -281,6 +281,8 @@ def _rows_of(row: SessionRow, p: Packed, position: int, ts: float) -> list[Query
     if p.mark is not None:
         marked = (row.id, position, p.kind, p.mark)
         out.append(("INSERT INTO log_mark (session, position, kind, mark) VALUES (?, ?, ?, ?)", marked))
+    if p.kind == blobs.KIND:
+        out.append(sql_blobs.insert(row.id, position, p.body, p.pieces))
     return out
 
 

@@ -35,7 +35,7 @@ from blake3 import blake3
 from recess.catalog import Catalog
 from recess.clock import SystemClock
 from recess.config import Config
-from recess.contextlog import SqlLog, identity_of, segments
+from recess.contextlog import SqlLog, identity_of, segments, sql_blobs
 from recess.contextlog.checking import check as check_log
 from recess.contextlog.sql_read import segment_of
 from recess.db import Database, Tx
@@ -283,6 +283,7 @@ def _needed(tx: Tx) -> _Needed:
     found = _Needed([segment_of(row) for row in tx.execute("SELECT * FROM log_segment ORDER BY session, first")])
     for row in tx.execute("SELECT DISTINCT blob, size FROM log_entry WHERE blob <> ''"):
         found.bodies[str(row["blob"])] = int(row["size"])
+    found.bodies.update(sql_blobs.pieces_in(tx))
     return found
 
 

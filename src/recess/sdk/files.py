@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Callable, Mapping
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 from urllib.parse import quote, urlencode
 
 from recess.errors import RecessError, Unavailable
@@ -17,7 +17,15 @@ PIECE_BYTES = 1 << 20
 OnBytes = Callable[[int], None]  # how many so far
 
 
-def download(transport: Transport, path: str, target: BinaryIO, *, query: Mapping[str, str], on_bytes: OnBytes) -> int:
+class Sink(Protocol):
+    """What a body is written to."""
+
+    def write(self, data: bytes, /) -> int:
+        """Take all of `data`."""
+        ...
+
+
+def download(transport: Transport, path: str, target: Sink, *, query: Mapping[str, str], on_bytes: OnBytes) -> int:
     """Write a body to `target`; return its length. Raises the server's error; Unavailable if it breaks off."""
     conn = transport.connection()
     try:

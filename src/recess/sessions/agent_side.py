@@ -18,6 +18,7 @@ from recess.sessions.deps import Deps
 from recess.sessions.desk import Desk
 from recess.sessions.lease import wait_event
 from recess.sessions.protocol import Busy, DeltaLine, Drop, Hello, Request
+from recess.sessions.uploads import Uploads, Whole
 from recess.sessions.waits import known
 
 HOLDS_MAX = 64
@@ -46,6 +47,7 @@ class AgentSide:
         self.channel: Channel | None = None
         self.crash_detail = ""
         self.holds: dict[str, str] = {}
+        self._uploads = Uploads(deps.log, session)
         self.watched = False  # whether each append of the agent's is a reason to look again (a snapshot policy)
         self.untold: list[tuple[str, dict[str, Any]]] = []  # events for the next greeted agent
 
@@ -194,6 +196,16 @@ class AgentSide:
             case "spawn" | "fork":
                 desk.check_turn(request.turn)
                 return await self._begin(desk, request)
+            case "put":
+                came = await self._uploads.put(request, desk.limits)
+                if not isinstance(came, Whole):
+                    return dict(came)
+                (position,) = await desk.append([came.draft])
+                await channel.catch_up()  # its entry too: the agent need not make it up
+                self._uploads.ended(request.token)
+                return {**came.answer, "position": position}
+            case "get":
+                return await self._uploads.get(request)
             case "append":
                 written = await desk.agent_append(request)
                 await channel.catch_up(to=written.position - 1)

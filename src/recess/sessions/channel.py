@@ -201,5 +201,5 @@ def entry_data(entry: Entry) -> dict[str, Any]:
     return {
         "session": entry.session,
         "position": entry.position, "kind": entry.kind, "body": dict(entry.body), "turn": entry.turn,
-        "ref": entry.ref, "ts": entry.ts,
+        "ref": entry.ref, "ts": entry.ts, **({"schema": entry.schema} if entry.schema != 1 else {}),
     }  # fmt: skip

@@ -147,7 +147,7 @@ class Desk:
             # The message of the turn at work is never compacted away. Without `to`: everything before it.
             most = min(self.facts.inbox or self.facts.started, self.facts.started) - 1
             body = {**body, "to": min(int(body.get("to") or most), most)}
-        return Draft(kind=request.kind, body=body, turn=request.turn, ref=request.ref, key=key)
+        return Draft(request.kind, body, turn=request.turn, ref=request.ref, key=key, schema=request.schema)
 
     async def spawned(self, turn: int, ref: str, body: Mapping[str, Any]) -> None:
         """Record a child session. Idempotent by `ref`."""

@@ -15,17 +15,20 @@ from recess.sessions.facts import TurnFacts
 from recess.units import GIB, format_bytes, format_duration, parse_duration, parse_size
 
 GRACE_BYTES = 16 << 20  # what a turn that is being stopped may still say; then its process is heard no more
-_KEYS = ("wall", "steps", "output")
+_KEYS = ("wall", "steps", "output", "blob", "blobs")
 
 
 @dataclass(frozen=True)
 class Limits:
     """The most of one turn. `wall_s`: seconds at work, all attempts together (None: no limit). `steps`: model replies and
-    tool calls. `output_bytes`: what the agent says and its tools return."""
+    tool calls. `output_bytes`: what the agent says and its tools return. Of a session: `blob_bytes` one blob, `blobs_bytes`
+    all that it put itself; these are refused, and stop no turn."""
 
     wall_s: float | None = None
     steps: int = 10_000
     output_bytes: int = GIB
+    blob_bytes: int = GIB
+    blobs_bytes: int = 8 * GIB
 
 
 def parse_limits(value: object) -> Limits:
@@ -39,10 +42,12 @@ def parse_limits(value: object) -> Limits:
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise BadInput(f"agent config: limits: steps must be a number from 1, not {steps!r}")
     output = parse_size(value["output"]) if value.get("output") else default.output_bytes
+    blob = parse_size(value["blob"]) if value.get("blob") else default.blob_bytes
+    blobs = parse_size(value["blobs"]) if value.get("blobs") else default.blobs_bytes
     wall_s = parse_duration(value["wall"]) if value.get("wall") else default.wall_s
-    if output < 1 or (wall_s is not None and wall_s <= 0):
+    if min(output, blob, blobs) < 1 or (wall_s is not None and wall_s <= 0):
         raise BadInput("agent config: limits must be more than nothing")
-    return Limits(wall_s, steps, output)
+    return Limits(wall_s, steps, output, blob, blobs)
 
 
 def excess(limits: Limits, facts: TurnFacts, *, worked_s: float, streamed_bytes: int) -> str:

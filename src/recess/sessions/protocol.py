@@ -1,7 +1,7 @@
 """The host's end of the agent protocol: lines in, typed requests out (docs/internals/agent-protocol.md).
 
 Everything here comes from a guest: lengths, kinds, numbers and strings are checked before use, and a line that does
-not parse ends the stream. This module must know nothing of the log or of machines.
+not parse ends the stream. This module must know nothing of the log (but the words of a blob) or of machines.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from recess.contextlog.blobs import check_word
 from recess.errors import BadInput, GuestFailed
 from recess.guestlink.link import ByteStream
 
@@ -57,7 +58,7 @@ class Hello:
 
 @dataclass(frozen=True)
 class Request:
-    """A request with an id: op is next | append | wait | spawn | fork | hold | release | crashed."""
+    """A request with an id: op is next | append | wait | spawn | fork | put | get | hold | release | crashed."""
 
     id: int
     op: str
@@ -71,6 +72,9 @@ class Request:
     serial: str = ""
     token: str = ""
     why: str = ""
+    schema: int = 1  # of the entry's body, as the agent's code numbers it
+    n: int = 0  # the piece of a blob
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,10 @@ def _request(data: dict[str, Any]) -> Request:
             return _spawn(number, data)
         case "fork":
             return _fork(number, data)
+        case "put":
+            return _put(number, data)
+        case "get":
+            return Request(number, "get", ref=_string(data, "hash", REF_MAX), n=_number(data, "n"))
         case "hold":
             return Request(number, "hold", token=_string(data, "token"), why=_string(data, "why"))
         case "release":
@@ -227,9 +235,13 @@ def _append(number: int, data: dict[str, Any]) -> Request:
     _CHECKS.get(kind, _any_body)(body)
     if kind in ("ask", "timer") and not ref:
         raise BadInput(f"{kind}: ref must name it")
+    schema = _number(data, "schema") or 1
+    if schema != 1 and not (kind == "note" or kind.startswith("x.")):
+        raise BadInput(f"{kind}: its schema is ours to number")
     return Request(
-        number, "append", kind=kind, body=body, ref=ref, turn=_number(data, "turn"), serial=_string(data, "serial")
-    )
+        number, "append", kind=kind, body=body, ref=ref, turn=_number(data, "turn"), serial=_string(data, "serial"),
+        schema=schema,
+    )  # fmt: skip
 
 
 def _spawn(number: int, data: dict[str, Any]) -> Request:
@@ -244,6 +256,15 @@ def _fork(number: int, data: dict[str, Any]) -> Request:
     if not ref or not turn:
         raise BadInput("fork: ref and turn are needed")
     return Request(number, "fork", ref=ref, body={"text": text, "name": _string(data, "name", REF_MAX)}, turn=turn)
+
+
+def _put(number: int, data: dict[str, Any]) -> Request:
+    token = _string(data, "upload", REF_MAX)
+    if not token:
+        raise BadInput("put: upload must name it")
+    facts = {name: check_word(data.get(name, ""), name) for name in ("media_type", "name")}
+    body = {"data": _string(data, "data", LINE_BYTES_MAX), **facts}
+    return Request(number, "put", token=token, n=_number(data, "n"), last=data.get("last") is True, body=body)
 
 
 def _refs(data: Mapping[str, Any]) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from recess.catalog import AgentVersion
-from recess.contextlog.contract import Appended, Entry, SessionRow
+from recess.contextlog.blobs import gone
+from recess.contextlog.contract import Appended, Blob, Entry, Piece, SessionRow
 from recess.errors import BadInput, Fenced, IllegalState, NotFound, RecessError, Timeout, Unavailable
 from recess.ids import new_id
 from recess.machines.retention import Holds
@@ -24,7 +25,8 @@ from recess.sessions.alarms import Alarms
 from recess.sessions.callbacks import LABEL, Callbacks, check_url
 from recess.sessions.cost import Cost, cost_of
 from recess.sessions.deps import Deps
-from recess.sessions.following import Feed, Piece, Place
+from recess.sessions.following import Feed, Place
+from recess.sessions.following import Piece as Spoken
 from recess.sessions.holding import snapshot_holds
 from recess.sessions.lease import LeaseGate
 from recess.sessions.schedules import Schedules
@@ -154,11 +156,27 @@ class Sessions:
         session = (await self._deps.log.get(ref)).id
         return await self._deps.log.read(session, after=after, limit=limit, max_bytes=READ_BYTES)
 
+    async def blobs(self, ref: str) -> list[Blob]:
+        """Return the blobs that a session's log names, newest first."""
+        return await self._deps.log.find_blobs((await self._deps.log.get(ref)).id)
+
+    async def blob(self, ref: str, digest: str) -> Blob:
+        """Return one of a session's blobs. Raises NotFound, also for one of another session."""
+        session = (await self._deps.log.get(ref)).id
+        found = await self._deps.log.find_blobs(session, digest)
+        if not found:
+            raise gone(session, digest)
+        return found[0]
+
+    async def blob_piece(self, piece: Piece) -> bytes:
+        """Return the bytes of a piece of a blob that `blob` gave. Raises Corrupt."""
+        return await self._deps.log.get_piece(piece)
+
     async def feed(self, ref: str, place: Place | None = None) -> Feed:
         """Return a reader of a session that goes on from `place` (default: the beginning)."""
         return Feed(self._deps.log, (await self._deps.log.get(ref)).id, place)
 
-    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Entry | Piece]:
+    async def follow(self, ref: str, *, after: int = 0) -> AsyncIterator[Entry | Spoken]:
         """Yield entries after a position as they come, without gap or double, and the pieces of replies being streamed;
         ends when the session is closed and all is read."""
         feed = await self.feed(ref, Place(after))

@@ -16,13 +16,14 @@ import pytest
 from recess.contextlog import ContextLog, Delta, Draft, MemoryLog, SessionRow, SqlLog
 from recess.contextlog.contract import INBOX_BYTES_MAX
 from recess.errors import BadInput, Fenced, IllegalState, KeyReused, NameInUse, NotFound
+from recess.testing.contextlog_blobs import BlobsSuite
 from recess.testing.contextlog_bounds import FAR_S, BoundsSuite, kinds, owned, user
 from recess.testing.contextlog_forks import ForksSuite
 
 IMPLEMENTATIONS: tuple[type[ContextLog], ...] = (MemoryLog, SqlLog)  # the type checker holds them to the contract
 
 
-class ContextLogSuite(BoundsSuite, ForksSuite):
+class ContextLogSuite(BoundsSuite, ForksSuite, BlobsSuite):
     """One suite for every implementation of the log."""
 
     # --- sessions

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from recess_agent import ModelError
+from recess_agent.blobs import Blobs
 from recess_agent.cancelling import Stop, TurnCancelled
 from recess_agent.mirror import Mirror
 from recess_agent.openai import RETRY_AFTER_MOST_S, retry_seconds
@@ -149,7 +150,7 @@ def test_a_compaction_of_the_turn_itself_does_not_number_a_reply_twice():
 
 def runs(host, tools, stop=None):
     stop = stop or Stop()
-    return Runs(1, {one.name: one for one in tools}, host.append, waits(host, stop), stop)
+    return Runs(1, {one.name: one for one in tools}, host.append, waits(host, stop), stop, Blobs(host.request))
 
 
 def outputs(host):

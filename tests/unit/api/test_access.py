@@ -1,5 +1,6 @@
 """Tokens with a scope and webhooks, over the guard as TCP has it: what each reaches, and that nothing else does."""
 
+import asyncio
 import json
 import re
 import time
@@ -25,6 +26,8 @@ from recess_agent import agent
 @agent(idle="30s")
 async def me(s):
     async for turn in s:
+        if turn.text == "put":
+            await s.blobs.put(b"<script>", media_type="text/html", name="page.html")
         await s.say(turn.text + " " + str((turn.body.get("payload") or {}).get("n")))
 """
 
@@ -53,7 +56,13 @@ class Server:
             "scheme": "http", "server": ("x", 1), "root_path": "", "subprotocols": [],
         }  # fmt: skip
 
+        asked = False
+
         async def receive():
+            nonlocal asked
+            if asked:
+                await asyncio.Event().wait()  # a client that stays
+            asked = True
             return {"type": "http.request", "body": data, "more_body": False}
 
         async def send(message):
@@ -63,6 +72,9 @@ class Server:
         if kind == "websocket":
             return sent[0]["type"], sent[0].get("code")
         text = b"".join(one.get("body", b"") for one in sent)
+        answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        if answered.get("content-type") == "application/octet-stream":
+            return sent[0]["status"], (text, answered)
         return sent[0]["status"], json.loads(text) if text else {}
 
 
@@ -83,7 +95,7 @@ async def token(server, **scope):
     return made["token"]
 
 
-READS = ["", "/log", "/poll?wait=0", "/questions", "/snapshots", "/cost"]
+READS = ["", "/log", "/poll?wait=0", "/questions", "/snapshots", "/cost", "/blobs"]
 WRITES = [("/messages", {"text": "x"}), ("/answers", {"question": "q", "text": "x"}), ("/cancel", {})]
 MANAGES = ["/suspend", "/close"]
 NEVER = [
@@ -110,6 +122,23 @@ async def test_a_session_token_reads_its_session_and_no_other(server):
         await server(reader, "GET", "/v1/sessions/ses_none"),
     )
     assert there == gone  # who may not see a session may not learn that there is one
+
+
+async def test_a_sessions_blobs_are_read_by_its_token_and_never_run_by_a_browser(server):
+    mine, other = await session(server), await session(server)
+    await server.world.say(mine, "put", turn=1)
+    reader, stranger = await token(server, session=mine), await token(server, session=other)
+    (blob,) = (await server(reader, "GET", f"/v1/sessions/{mine}/blobs"))[1]["blobs"]
+    assert (blob["name"], blob["size"], blob["media_type"]) == ("page.html", 8, "text/html")
+    status, (data, headers) = await server(reader, "GET", f"/v1/sessions/{mine}/blobs/{blob['hash']}")
+    assert (status, data, headers["content-length"]) == (200, b"<script>", "8")
+    assert (headers["x-content-type-options"], headers["content-disposition"]) == ("nosniff", "attachment")
+    assert (await server(stranger, "GET", f"/v1/sessions/{mine}/blobs/{blob['hash']}"))[0] == 403
+    for one in (stranger, "master"):  # whose own session does not have it, though the hash is right
+        status, problem = await server(one, "GET", f"/v1/sessions/{other}/blobs/{blob['hash']}")
+        assert (status, problem["code"]) == (404, "not_found")
+    assert (await server("master", "GET", f"/v1/sessions/{mine}/blobs/" + "0" * 64))[0] == 404
+    assert (await server(reader, "GET", f"/v1/sessions/{mine}/blobs/../log"))[0] == 403
 
 
 async def test_a_session_token_that_writes(server):

@@ -17,6 +17,7 @@ from recess.errors import BadInput, Conflict, Corrupt, HomeLocked, Incompatible,
 from recess.node import databases
 from recess.node.lock import HomeLock
 from recess.node.logs import SCHEMAS, open_database, open_log
+from recess.testing.contextlog_blobs import put, read
 
 BIG = "z" * 30_000
 GOLDEN = Path(__file__).parents[2] / "golden" / "backup_v1.tar"
@@ -41,6 +42,7 @@ async def fill(config):
     row = await log.claim(row.id, "n", 1e12, now=0.0)
     drafts = [Draft("note", {"i": i, "text": BIG if i % 10 == 3 else "x"}, key=f"k{i}") for i in range(40)]
     await log.append(row.id, row.epoch, [Draft("system", {"text": "be kind"}), *drafts])
+    await put(log, row, b"first piece", b"second")
     child = await log.fork(row.id, at=20)
     await log.append_inbox(child.id, Draft("user", {"text": "a\u0000b \U0001f600"}, key="m"))
     await log.put_delta(row.id, row.epoch, Delta(1, 0, 0, "half\u0000a reply"))
@@ -64,6 +66,7 @@ async def everything(db, log, sessions):
         "entries": [await log.read(s) for s in sessions],
         "tails": [await log.tail(s) for s in sessions],
         "deltas": await log.deltas(sessions[0]),
+        "blobs": [(one, await read(log, one)) for one in await log.find_blobs(sessions[0])],
         "machines": await catalog.machines.list_all(),
         "snapshots": await catalog.snapshots.names(),
         "files": await catalog.agents.files("coder", version.version),

@@ -1,4 +1,4 @@
-"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|take|hand-back|inspect|fork|rewind|snapshots|diff|close`."""
+"""`recess session start|send|cancel|questions|answer|log|ls|suspend|resume|take|hand-back|inspect|fork|rewind|snapshots|diff|blobs|blob|close`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from recess.cli.common import Invocation, new_key, parse_pairs, verb
 from recess.cli.entry_lines import render
 from recess.cli.output import ago, short
+from recess.cli.verbs.session_blobs import BLOBS
 from recess.cli.verbs.snapshots import diff_lines
 from recess.errors import ServerUnavailable
 from recess.sdk.transport import Json, Transport
@@ -327,3 +328,7 @@ def close(inv: Invocation, refs: tuple[str, ...]) -> None:
     """End sessions for good; their logs stay readable."""
     rows = [inv.server.call("POST", f"/v1/sessions/{ref}/close", {}) for ref in refs]
     inv.out.data(rows, "\n".join(r["id"] for r in rows))
+
+
+for command in BLOBS:
+    session.add_command(command)

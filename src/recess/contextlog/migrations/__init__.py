@@ -3,8 +3,9 @@
 from recess.contextlog.migrations.m0001_first import FIRST
 from recess.contextlog.migrations.m0002_segments import SEGMENTS
 from recess.contextlog.migrations.m0003_identity import IDENTITY
+from recess.contextlog.migrations.m0004_blobs import BLOBS
 from recess.db import RoomSchema
 
-SCHEMA = RoomSchema("contextlog", (FIRST, SEGMENTS, IDENTITY))
+SCHEMA = RoomSchema("contextlog", (FIRST, SEGMENTS, IDENTITY, BLOBS))
 
 __all__ = ["SCHEMA"]
