@@ -107,8 +107,8 @@ async def test_a_step_is_missing(tmp_path):
         assert "has no step from schema 1 to 2" in str(end.body)
 
 
-def test_entries_recorded_by_each_schema_read_as_one_shape():
-    """A log that was recorded once, with entries of every schema of an application, and never regenerated."""
+def test_entries_of_each_schema_read_as_one_shape():
+    """Entries of every schema that an application has had, as a log gives them; written once, never regenerated."""
     space: dict = {}
     exec(compile(THREE.replace('"NEWER"', "'raise'"), "agent.py", "exec"), space)
     recorded = json.loads(GOLDEN.read_text())
