@@ -66,6 +66,7 @@ def test_published_migrations_are_never_edited():
         ("contextlog", 1): ("1b8fdee2fef29cb7", "a5f55bee72eeb471"),
         ("contextlog", 2): ("b14e4d484fbbdd40", "0d6d6f8b6c3eedeb"),
         ("contextlog", 3): ("437f9003e2d726b6", "7a67708d8bddca8f"),
+        ("contextlog", 4): ("29719f27df4e7692", "86945fcbfa6914f0"),
         ("catalog", 1): ("cf2a681a2039c936", "eb49b522af478ee9"),
         ("catalog", 2): ("c637419a8db8bde8", "b0638a908078989c"),
         ("catalog", 3): ("87ee33c21a61c52c", "029361864c0b97ab"),
