@@ -47,6 +47,7 @@ class AgentSide:
         self.channel: Channel | None = None
         self.crash_detail = ""
         self.holds: dict[str, str] = {}
+        self._telling = asyncio.Lock()
         self._uploads = Uploads(deps.log, session)
         self.watched = False  # whether each append of the agent's is a reason to look again (a snapshot policy)
         self.untold: list[tuple[str, dict[str, Any]]] = []  # events for the next greeted agent
@@ -86,13 +87,14 @@ class AgentSide:
                 await self.channel.catch_up()
 
     async def tell_cancel(self, turn: int, why: str) -> None:
-        """Ask the agent to stop its turn. It comes back with `next` when it has."""
-        channel = self.channel
-        if channel is not None and channel.cancelled != turn:
-            channel.cancelled = turn
-            with contextlib.suppress(RecessError, OSError):
-                await channel.catch_up()
-                await channel.send({"t": "cancel", "turn": turn, "why": why})
+        """Ask the agent to stop its turn. It comes back with `next` when it has. Whoever asks has been heard when this returns."""
+        async with self._telling:
+            channel = self.channel
+            if channel is not None and channel.cancelled != turn:
+                channel.cancelled = turn
+                with contextlib.suppress(RecessError, OSError):
+                    await channel.catch_up()
+                    await channel.send({"t": "cancel", "turn": turn, "why": why})
 
     def expect(self, job_id: str) -> None:
         """Let this process in from now on."""
@@ -173,10 +175,21 @@ class AgentSide:
             self._on_fenced(exc)
             return
         except RecessError as exc:
+            await self._tell_why(request)
             await channel.refuse(request.id, exc)
             return
         if result is not None:
             await channel.reply(request.id, result)
+
+    async def _tell_why(self, request: Request) -> None:
+        """Before a call is refused because its turn is to stop, tell the agent that: a refusal alone would be an error of its
+        loop, and end the process with its memory. Who decides on the turn may not have come to tell it yet."""
+        desk = self.desk
+        if desk is None or request.kind != "tool.start" or not desk.facts.open or request.turn != desk.facts.turn:
+            return
+        why = desk.halted()
+        if why:
+            await self.tell_cancel(request.turn, why)
 
     async def _answer(self, channel: Channel, request: Request) -> dict[str, Any] | None:
         desk = self.desk

@@ -123,7 +123,7 @@ class Desk:
             # Begun by an earlier attempt. Whether a call may run again was decided before this turn went on; a question
             # is not asked twice, and a time that was set stays as it was set.
             return Written(known, self._clock.wall_s(), secret)
-        if request.kind == "tool.start" and (self.inbox.cancel or self.stopping or self.excess()):
+        if request.kind == "tool.start" and self.halted():
             raise IllegalState("the turn is being cancelled: no new call is begun")
         if request.turn and self.facts.output_bytes > self.limits.output_bytes + GRACE_BYTES:
             raise IllegalState("the turn is over its limit of output: nothing more of it is written")
@@ -156,6 +156,12 @@ class Desk:
     def excess(self, worked_s: float = 0.0) -> str:
         """Return which of its limits the open turn is over, "" for none."""
         return excess(self.limits, self.facts, worked_s=worked_s, streamed_bytes=sum(self.streamed.values()))
+
+    def halted(self) -> str:
+        """Return why the open turn begins no new call, "" if it may."""
+        if not (self.inbox.cancel or self.stopping):
+            return self.excess()
+        return self.inbox.why or self.excess() or "the turn is being stopped"
 
     async def delta(self, line: DeltaLine) -> None:
         """Keep a piece of a reply; one for a turn that is not at work, or says too much, is dropped."""
